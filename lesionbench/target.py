@@ -1,0 +1,146 @@
+"""Targets: how labels become what a network is trained on, and how its output becomes region probabilities and labels again.
+
+Owned by the model. `encode` makes the training target, `activate` turns logits into maps that may be averaged (over windows, mirrored
+copies, ensemble members), `decode` turns averaged maps into region probabilities in the task's order, `labels` turns those into class
+indices. Everything after `decode` is the same for every method.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+
+from lesionbench.errors import SuiteError
+from lesionbench.task import IGNORE, Task
+
+
+class Target(ABC):
+    """Base of all targets. `out_channels` is the number of logit channels K that the network must return."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @property
+    @abstractmethod
+    def out_channels(self) -> int: ...
+
+    @abstractmethod
+    def encode(self, label: torch.Tensor) -> torch.Tensor:
+        """Class indices (B, 1, *spatial), -1 = ignore -> what the loss compares logits with."""
+
+    @abstractmethod
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, *spatial) -> probabilities (B, K, *spatial) that can be averaged, float32."""
+
+    @abstractmethod
+    def decode(self, maps: torch.Tensor) -> torch.Tensor:
+        """Averaged maps (B, K, *spatial) -> region probabilities (B, R, *spatial)."""
+
+    @abstractmethod
+    def labels(self, regions: torch.Tensor) -> torch.Tensor:
+        """Region probabilities (B, R, *spatial) -> class indices (B, *spatial), int8."""
+
+
+class ClassSoftmax(Target):
+    """Mutually exclusive classes: softmax over all C classes; a region's probability is the sum over its classes.
+
+    Needs regions that tell every class apart (`Task.narrowed` merges those that do not), so that class probabilities can be recovered
+    from region probabilities and `labels` is the arg-max over classes.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._atoms = atoms(task)
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.task.classes)
+
+    def encode(self, label: torch.Tensor) -> torch.Tensor:
+        return label.long()
+
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().softmax(dim=1)
+
+    def decode(self, maps: torch.Tensor) -> torch.Tensor:
+        matrix = torch.from_numpy(self.task.region_matrix).to(maps)
+        return torch.einsum("rc,bc...->br...", matrix, maps)
+
+    def labels(self, regions: torch.Tensor) -> torch.Tensor:
+        atom = torch.from_numpy(self._atoms).to(regions)
+        best = (1 - torch.einsum("ar,br...->ba...", atom, regions).sum(dim=1)).clone()  # background
+        labels = torch.zeros_like(best, dtype=torch.int8)
+        for index in range(len(self.task.classes) - 1):
+            probability = torch.einsum("r,br...->b...", atom[index], regions)
+            wins = probability > best
+            best = torch.where(wins, probability, best)
+            labels[wins] = index + 1
+        return labels
+
+
+class RegionSigmoid(Target):
+    """Nested regions, each its own sigmoid (region-based training); voxels to ignore stay -1 in every region's target."""
+
+    def __init__(self, task: Task, threshold: float = 0.5) -> None:
+        super().__init__(task)
+        self.threshold = threshold
+        self._order = nesting(task)
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.task.regions)
+
+    def encode(self, label: torch.Tensor) -> torch.Tensor:
+        masks = self.task.region_masks(label[:, 0]).transpose(0, 1).float()  # (B, R, *spatial)
+        return torch.where(label == IGNORE, torch.full_like(masks, IGNORE), masks)
+
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().sigmoid()
+
+    def decode(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps
+
+    def labels(self, regions: torch.Tensor) -> torch.Tensor:
+        """Nested thresholds: an inner region counts only inside the one that holds it."""
+        labels = torch.zeros(regions.shape[0], *regions.shape[2:], dtype=torch.int8, device=regions.device)
+        reached = regions > self.threshold
+        for r, parent, own in self._order:
+            if parent is not None:
+                reached[:, r] &= reached[:, parent]
+            labels[reached[:, r]] = own
+        return labels
+
+
+def nesting(task: Task) -> list[tuple[int, int | None, int]]:
+    """(region, smallest region that holds it or None, class written for its voxels) from the outermost region inwards.
+
+    The class of a region is the first that no smaller region inside it claims; a region that its inner regions fill completely writes
+    the first class of its own, which an inner region then overwrites.
+    """
+    sets = [set(m) for m in task.regions.values()]
+    order = sorted(range(len(sets)), key=lambda r: (-len(sets[r]), r))
+    result = []
+    for place, r in enumerate(order):
+        holders = [o for o in order[:place] if sets[r] <= sets[o]]
+        inner = set().union(*(sets[o] for o in order[place + 1 :] if sets[o] <= sets[r]))
+        own = [c for c in task.classes if c in sets[r] and c not in inner] or [c for c in task.classes if c in sets[r]]
+        result.append((r, holders[-1] if holders else None, task.class_names.index(own[0])))
+    return result
+
+
+def atoms(task: Task) -> np.ndarray:
+    """Signed sum (C-1, R) that gives each foreground class's probability from region probabilities.
+
+    Raises:
+        SuiteError: regions that do not tell all classes apart.
+    """
+    try:
+        solution = np.linalg.pinv(task.region_matrix[:, 1:].astype(float))
+        if not np.allclose(solution @ task.region_matrix[:, 1:], np.eye(len(task.classes) - 1), atol=1e-6):
+            raise np.linalg.LinAlgError
+    except np.linalg.LinAlgError:
+        raise SuiteError(
+            f"softmax over classes needs regions that tell every class apart; {dict(task.regions)} does not. "
+            "Narrow the task with task.regions=[...] (classes then merge), or use a region target."
+        ) from None
+    return np.round(solution, 6)

@@ -1,0 +1,142 @@
+"""The task: what goes in, what is to be segmented, and how it is written on disk. Owned by the data, read by everything else."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lesionbench.errors import SuiteError, unknown
+
+BACKGROUND = "background"
+IGNORE = -1
+
+
+@dataclass(frozen=True)
+class Task:
+    """Channels, classes and regions of a segmentation task.
+
+    Args:
+        channels: input channel names, in the order of the image tensor.
+        classes: class name -> its values on disk (the first is the one written). `background` comes first and holds 0. The index
+            of a name is its class index inside the suite.
+        regions: region name -> names of the classes it unites, outermost region first. Any two regions are nested or disjoint.
+            Defaults to one region per foreground class.
+        raters: largest number of raters per case; 0 where there is one label map.
+        slice_axis: axis of the canonical (RAS) array along which 2D and 2.5D views are cut; 2 is axial.
+        unit: `mm` where the spacing is real, `vox` for data without geometry.
+        ignore: values on disk that are left out of losses and metrics.
+
+    Raises:
+        SuiteError: classes without background, shared disk values, unknown classes in a region, or regions that overlap without nesting.
+    """
+
+    channels: tuple[str, ...]
+    classes: Mapping[str, tuple[int, ...]]
+    regions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    raters: int = 0
+    slice_axis: int = 2
+    unit: str = "mm"
+    ignore: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        classes = {k: _ints(v) for k, v in dict(self.classes).items()}
+        regions = {k: tuple(v) for k, v in dict(self.regions).items()} or {k: (k,) for k in list(classes)[1:]}
+        for name, value in [("channels", tuple(self.channels)), ("classes", classes), ("regions", regions), ("ignore", _ints(self.ignore))]:
+            object.__setattr__(self, name, value)
+        if not classes or next(iter(classes)) != BACKGROUND or 0 not in classes[BACKGROUND]:
+            raise SuiteError(f"task.classes must begin with '{BACKGROUND}: 0'; got {classes}")
+        values = [v for vs in classes.values() for v in vs] + list(self.ignore)
+        if len(values) != len(set(values)):
+            raise SuiteError(f"task.classes: a value on disk belongs to two classes: {classes}, ignore {self.ignore}")
+        for region, members in regions.items():
+            for member in members:
+                if member not in classes:
+                    raise unknown(f"class in region {region}", member, classes)
+        for a, first in regions.items():
+            for b, second in regions.items():
+                if set(first) & set(second) and not (set(first) <= set(second) or set(second) <= set(first)):
+                    raise SuiteError(f"task.regions: {a} and {b} overlap without one holding the other")
+        if self.unit not in ("mm", "vox"):
+            raise unknown("task.unit", self.unit, ["mm", "vox"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by class index; 0 is background."""
+        return tuple(self.classes)
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """Region names in the suite-wide order."""
+        return tuple(self.regions)
+
+    @property
+    def region_matrix(self) -> np.ndarray:
+        """Membership (R, C), bool: region r unites the classes with True."""
+        return np.array([[c in members for c in self.classes] for members in self.regions.values()], dtype=bool).reshape(
+            -1, len(self.classes)
+        )
+
+    def region_masks(self, labels: torch.Tensor) -> torch.Tensor:
+        """Class indices (...,) -> region masks (R, ...), bool; ignored voxels belong to no region."""
+        table = torch.from_numpy(np.concatenate([self.region_matrix, np.zeros((len(self.regions), 1), bool)], axis=1)).to(labels.device)
+        return table[:, labels.long()]  # index -1 (ignore) picks the appended False column
+
+    def from_disk(self, values: np.ndarray) -> np.ndarray:
+        """Values on disk -> class indices, int8 (-1 = ignore).
+
+        Raises:
+            SuiteError: a value that is no class; names the value and the known ones.
+        """
+        labels = np.full(values.shape, -2, dtype=np.int8)
+        for index, known in enumerate(self.classes.values()):
+            labels[np.isin(values, known)] = index
+        if self.ignore:
+            labels[np.isin(values, self.ignore)] = IGNORE
+        if (labels == -2).any():
+            strange = np.unique(values[labels == -2])[:8].tolist()
+            raise SuiteError(f"unknown label value(s) {strange}; known: {dict(self.classes)}, ignored: {list(self.ignore)}")
+        return labels
+
+    def to_disk(self, labels: np.ndarray) -> np.ndarray:
+        """Class indices -> values on disk, uint8 (int16 where a value needs it)."""
+        first = np.array([v[0] for v in self.classes.values()])
+        return first.astype(np.uint8 if first.min() >= 0 and first.max() < 256 else np.int16)[np.maximum(labels, 0)]
+
+    def narrowed(self, channels: Sequence[str] | None = None, regions: Sequence[str] | None = None) -> "Task":
+        """The task with only these channels and regions. Classes that no remaining region tells apart become one class.
+
+        Raises:
+            SuiteError: an unknown channel or region.
+        """
+        for kind, wanted, known in [("channel", channels, self.channels), ("region", regions, self.regions)]:
+            for name in wanted or ():
+                if name not in known:
+                    raise unknown(kind, name, known)
+        if regions is None:
+            return self if channels is None else Task(**{**self.to_dict(), "channels": tuple(channels)})
+        kept = {r: self.regions[r] for r in self.regions if r in regions}
+        groups: dict[tuple[bool, ...], list[str]] = {(False,) * len(kept): []}
+        for c in self.classes:
+            groups.setdefault(tuple(c in members for members in kept.values()), []).append(c)
+        name_of = {c: BACKGROUND if not any(k) else "+".join(cs) for k, cs in groups.items() for c in cs}
+        classes = {name_of[cs[0]]: tuple(v for c in cs for v in self.classes[c]) for cs in groups.values()}
+        merged = {r: tuple(dict.fromkeys(name_of[c] for c in members)) for r, members in kept.items()}
+        return Task(**{**self.to_dict(), "channels": tuple(channels or self.channels), "classes": classes, "regions": merged})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for checkpoints and result files."""
+        d = asdict(self)
+        return {
+            k: {n: list(v) for n, v in x.items()} if isinstance(x, dict) else list(x) if isinstance(x, tuple) else x for k, x in d.items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Task":
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+
+def _ints(values: int | Iterable[int]) -> tuple[int, ...]:
+    return (int(values),) if isinstance(values, int) else tuple(int(v) for v in values)
