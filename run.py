@@ -1,0 +1,62 @@
+"""The one entry point: `python run.py [job=...] [experiment=...] [key=value ...]`; `python run.py --help` says more."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
+    from lesionbench.command_line import explain, help_text
+
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are, not printed by Hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lesionbench.errors import SuiteError
+
+    try:
+        _hydra()
+    except SuiteError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = _suite_error(error)
+        if cause is None and os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
+        sys.exit(f"error: {cause or explain(error, arguments)}")
+
+
+def _suite_error(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind an exception that Hydra wrapped while it built an object."""
+    from lesionbench.errors import SuiteError
+
+    while error is not None and not isinstance(error, SuiteError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _hydra() -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, open_dict
+
+    from lesionbench.resolvers import register
+
+    register()
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def job(cfg: DictConfig) -> float | None:
+        from lesionbench.jobs import run_job
+
+        with open_dict(cfg):
+            cfg.experiment_name = cfg.experiment_name or HydraConfig.get().runtime.choices.experiment
+        return run_job(cfg)
+
+    job()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Networks: factories `(in_channels, out_channels, *, options) -> nn.Module`, meant as Hydra partials.
+
+A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of other heads, coarsest last), `loss` (the
+network's own scalar term, already weighted). Each carries the attributes that `contract.describe` documents. Networks that stand on
+MONAI are loaded when first asked for, because importing MONAI takes seconds.
+"""
+
+import importlib
+from typing import Any
+
+from lesionbench.errors import nearest
+from lightning_modules.networks.contract import describe
+from lightning_modules.networks.window import WindowChannels
+
+_MONAI = (
+    "attention_unet",
+    "basic_unet",
+    "dynunet",
+    "segresnet",
+    "segresnet_vae",
+    "swin_unetr",
+    "unet",
+    "unet_plus_plus",
+    "unetr",
+    "vnet",
+)
+
+__all__ = ["WindowChannels", "describe", *_MONAI]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MONAI:
+        return getattr(importlib.import_module("lightning_modules.networks.monai_networks"), name)
+    hint = "" if name.startswith("_") else nearest(name, __all__)
+    raise AttributeError(f"module {__name__!r} has no network {name!r}{hint}")

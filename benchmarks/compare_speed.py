@@ -1,0 +1,59 @@
+"""How long does it take to compare many runs? Makes fake run folders in a temporary folder and times `compare` on them.
+
+    python benchmarks/compare_speed.py [number of runs, default 1000]
+
+Every run has a config of 350 lines and 20 cases x 3 regions x 2 members x 5 metrics; 10 seeds and 5 folds per group.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from lesionbench.comparison import compare
+from lesionbench.results import write_json, write_rows
+
+SEEDS, FOLDS, CASES = 10, 5, 20
+METRICS = ("dice", "hd95_mm", "sensitivity", "specificity", "precision")
+
+
+def make_run(root: Path, number: int) -> None:
+    """Writes run folder `number`: seed fastest, then fold, then experiment."""
+    seed, fold, method = number % SEEDS, number // SEEDS % FOLDS, number // (SEEDS * FOLDS)
+    experiment = f"method{method:03d}/fake"
+    folder = root / experiment / f"{fold:08x}" / f"seed={seed}"
+    generator = np.random.default_rng(number)
+    rows = [
+        {"case": f"case{fold * CASES + i:03d}", "patient": "", "site": "", "member": member, "region": region}
+        | dict(zip(METRICS, generator.random(len(METRICS)), strict=True))
+        for i in range(CASES)
+        for member in ("", "teacher")
+        for region in ("WT", "TC", "ET")
+    ]
+    block = {f"option{i}": {"_target_": "package.module.Name", "rate": 0.1, "sizes": [1, 2, 3]} for i in range(6)}
+    config = {"experiment": experiment, "seed": seed, "data": {"name": "fake", "split": {"fold": fold}}}
+    config |= {f"part{i}": block for i in range(8)}
+    write_rows(folder / "test" / "cases.csv", rows)
+    write_json(folder / "summary.json", {"experiment": experiment, "seed": seed, "status": "finished", "cost": {"parameters": 1e6}})
+    dumper = type("PlainDumper", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=dumper))
+
+
+def main() -> None:
+    """Prints seconds without tests, and with tests against one group."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(count):
+            make_run(Path(name), number)
+        for baseline in (None, "method000/fake"):
+            start = time.perf_counter()
+            comparison = compare([name], baseline=baseline, out=Path(name) / "out")
+            seconds = time.perf_counter() - start
+            print(f"{count} runs, {len(comparison.groups)} groups, {len(comparison.tests)} tests: {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

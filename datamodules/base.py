@@ -1,0 +1,283 @@
+"""The base of every data set: a data set finds its cases and names its task; splitting, checking, caching, sampling and streams are here."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader
+
+from datamodules.cache import CaseCache
+from datamodules.integrity import check_cases, raise_on_errors, render
+from datamodules.preprocessing import Preprocessing, dataset_statistics
+from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, WholeCases, WholeCaseSampler, collate
+from datamodules.sampling import Sampling
+from datamodules.split import Split
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.keyed import key
+from lesionbench.maps import MapStore
+from lesionbench.task import Task
+
+CASE_SETS = ("train", "labeled", "unlabeled")
+
+
+class CaseDataModule(pl.LightningDataModule):
+    """Cases in, batches out. A data set overrides `default_task` and `find_cases`, and `materialize` if it makes its own files.
+
+    Args:
+        root: folder of the data set.
+        task: `{channels: [...], regions: [...]}` narrows the data set's task; None or missing keys leave it.
+        preprocessing: what is done once per case (see `Preprocessing`).
+        split: who is trained, validated and tested on (see `Split`).
+        sampling: where training samples are cut (see `Sampling`).
+        view, patch, window, voxels: form of a training sample (see `TrainingSamples`). Evaluation always gets whole cases.
+        batch_size: samples per process and batch of a stream that does not say its own.
+        samples_per_epoch: an epoch, in samples of the first stream over all processes.
+        augmentation: TorchIO transform applied to training samples, or a list of them.
+        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping.
+            Batches of `unlabeled` cases carry no label at all.
+        extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
+        allow_missing: accept cases that lack channels (zeros, told by `channel_mask`).
+        check: run the integrity check once per set of files before training.
+        cache: folder of the preprocessed cases; default `<root>/.cache`.
+        num_workers: loader processes.
+        limit_cases: use only the first so many cases (debugging).
+        repeat: see `TrainingSamples`.
+        seed: of the training samples.
+
+    Raises:
+        SuiteError: on unknown names, missing data, too few cases; before training.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        task: Mapping[str, Any] | None = None,
+        preprocessing: Preprocessing | None = None,
+        split: Split | None = None,
+        sampling: Sampling | None = None,
+        view: str = "patch",
+        patch: Sequence[int] | None = None,
+        window: int = 3,
+        voxels: int = 4096,
+        batch_size: int = 2,
+        samples_per_epoch: int = 100,
+        augmentation: Callable | Sequence[Callable] | None = None,
+        streams: Mapping[str, Mapping[str, Any]] | None = None,
+        extra_maps: Mapping[str, str] | None = None,
+        allow_missing: bool = False,
+        check: bool = True,
+        cache: str | Path | None = None,
+        num_workers: int = 0,
+        limit_cases: int | None = None,
+        repeat: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if view not in VIEWS:
+            raise unknown("view (data.view)", view, VIEWS)
+        if view == "window" and window % 2 == 0:
+            raise SuiteError(f"data.window={window}: a window has a middle slice, so it must be odd")
+        self.root = Path(root).expanduser()
+        narrowing = {k: v for k, v in dict(task or {}).items() if v is not None}
+        self.task: Task = self.default_task().narrowed(**narrowing)
+        self.preprocessing = preprocessing or Preprocessing()
+        self.split, self.sampling = split or Split(), sampling or Sampling()
+        self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
+        self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
+        if augmentation is not None and not callable(augmentation):
+            import torchio
+
+            augmentation = torchio.Compose(list(augmentation)) if len(augmentation) else None
+        self.augmentation = augmentation
+        self.streams = {name: dict(spec or {}) for name, spec in (streams or {"default": {}}).items()}
+        for name, spec in self.streams.items():
+            if spec.get("cases", "train") not in CASE_SETS:
+                raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
+        self.extra_maps, self.allow_missing, self.check = dict(extra_maps or {}), allow_missing, check
+        self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
+        self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
+        self.maps: MapStore | None = None  # set by whoever owns the run folder
+        self.statistics: dict | None = None
+        self.parts: dict[str, list[Case]] = {}
+        self.predict_cases: list[Case] | None = None
+        self._prepared = False
+        self._resume = (0, 0)
+
+    # what a data set answers
+
+    def default_task(self) -> Task:
+        """The data set's own task."""
+        raise TypeError(f"{type(self).__name__} must define default_task()")
+
+    def find_cases(self) -> list[Case]:
+        """Every case under `root`; a pure function of the folder."""
+        raise TypeError(f"{type(self).__name__} must define find_cases()")
+
+    def materialize(self) -> None:
+        """Makes the files under `root`, for data sets that are generated; nothing by default."""
+
+    # preparation
+
+    @property
+    def store(self) -> CaseCache:
+        """The cache of preprocessed cases."""
+        return CaseCache(self.cache_root, self.task, self.preprocessing)
+
+    def cases(self) -> list[Case]:
+        """The cases used, in a fixed order."""
+        return sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+
+    def findings(self, cases: Sequence[Case] | None = None, progress: bool = True) -> list:
+        """The integrity check of `cases` (default: all) with the split that training would use."""
+        cases = self.cases() if cases is None else cases
+        labeled = [c for c in cases if c.label is not None or c.raters] or cases
+        parts = self.split.divide(labeled)
+        splits = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}
+        return check_cases(cases, self.task, splits=splits, allow_missing=self.allow_missing, progress=progress)
+
+    def prepare_data(self) -> None:
+        """Generates, checks and caches what is not there yet. Runs in one process per machine."""
+        if self._prepared:
+            return
+        self.materialize()
+        cases = self.cases()
+        if not cases:
+            raise SuiteError(f"{self.root}: no cases found")
+        if self.check:
+            self._check_once(cases)
+        self.store.prepare(cases)
+        self._prepared = True
+
+    def _check_once(self, cases: Sequence[Case]) -> None:
+        """Checks unless these very files have passed before."""
+        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for c in cases for f in c.files if f.exists()]
+        marker = self.cache_root / "checked" / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing):016x}.json"
+        if marker.exists():
+            return
+        findings = self.findings(cases)
+        raise_on_errors(findings)
+        if findings:
+            print(render(findings))
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"cases": len(cases), "warnings": len(findings)}))
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "predict" and self.predict_cases is not None:
+            return
+        if self.parts:
+            return
+        cases = self.cases()
+        labeled = [c for c in cases if c.label is not None or c.raters]
+        self.parts = self.split.divide(labeled)
+        self.parts["predict"] = cases
+        self.parts["unlabeled"] += [c for c in cases if c.label is None and not c.raters] if self._wants("unlabeled") else []
+        for name, spec in self.streams.items():
+            if not self.parts[spec.get("cases", "train")]:
+                raise SuiteError(f"stream '{name}' has no cases: data.split.labeled={self.split.labeled} leaves {spec.get('cases')} empty")
+        if self.preprocessing.normalize == "dataset" and self.statistics is None:
+            self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
+
+    def _wants(self, cases: str) -> bool:
+        return any(spec.get("cases") == cases for spec in self.streams.values())
+
+    # loaders
+
+    @property
+    def _rank_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch and process.
+
+        Raises:
+            SuiteError: an epoch shorter than one batch over all processes.
+        """
+        _, world = self._rank_world
+        first = next(iter(self.streams.values())).get("batch_size", self.batch_size)
+        batches = self.samples_per_epoch // (first * world)
+        if batches < 1:
+            raise SuiteError(f"data.samples_per_epoch={self.samples_per_epoch} is less than one batch of {first} on {world} process(es)")
+        return batches
+
+    def train_dataloader(self) -> DataLoader | CombinedLoader:
+        loaders = {name: self._stream(name, spec) for name, spec in self.streams.items()}
+        return next(iter(loaders.values())) if len(loaders) == 1 else CombinedLoader(loaders, mode="min_size")
+
+    def _stream(self, name: str, spec: Mapping[str, Any]) -> DataLoader:
+        rank, world = self._rank_world
+        which = spec.get("cases", "train")
+        batch_size = spec.get("batch_size", self.batch_size)
+        samples = TrainingSamples(
+            name,
+            self.parts[which],
+            self.store,
+            self.task,
+            self.preprocessing,
+            Sampling(**spec["sampling"]) if "sampling" in spec else self.sampling,
+            seed=self.seed,
+            labeled=which != "unlabeled",
+            view=self.view,
+            patch=self.patch,
+            window=self.window,
+            voxels=self.voxels,
+            augmentation=self.augmentation,
+            maps=self.extra_maps,
+            store=self.maps,
+            statistics=self.statistics,
+            repeat=self.repeat,
+        )
+        sampler = KeyedSampler(self.batches_per_epoch, batch_size, rank, world, self._start)
+        return DataLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=collate, **self._loading)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def _whole(self, cases: Sequence[Case]) -> DataLoader:
+        data = WholeCases(
+            cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
+        )
+        return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._whole(self.parts["val"]) if self.parts["val"] else []
+
+    def test_dataloader(self) -> DataLoader:
+        if not self.parts["test"]:
+            raise SuiteError("too few cases: the test part is empty; set data.split.test or data.split.folds")
+        return self._whole(self.parts["test"])
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._whole(self.parts["predict"] if self.predict_cases is None else self.predict_cases)
+
+    def predict_ids(self) -> list[str]:
+        """Ids of the cases that `predict` will visit, known before it starts."""
+        return [c.id for c in (self.cases() if self.predict_cases is None else self.predict_cases)]
+
+    # resume in mid-epoch: position of the next sample, and which versions of the maps belong to it
+
+    def _start(self) -> tuple[int, int]:
+        epoch, done = self._resume
+        current = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0
+        if current > epoch:
+            return current, 0
+        return epoch, done
+
+    def state_dict(self) -> dict[str, Any]:
+        loop = self.trainer.fit_loop
+        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        finished = batch.is_last_batch and epoch.processed < epoch.ready
+        position = {"epoch": epoch.processed + int(finished), "batch": 0 if batch.is_last_batch else batch.current.processed}
+        return {**position, "maps": self.maps.state_dict() if self.maps is not None else {}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume = (int(state_dict["epoch"]), int(state_dict["batch"]))
+        if self.maps is not None:
+            self.maps.load_state_dict(state_dict["maps"])

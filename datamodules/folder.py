@@ -1,0 +1,43 @@
+"""Any user's images: a folder with `images/` and `labels/`, or a CSV or JSON list of files; classes and regions come from the configuration."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.base import CaseDataModule
+from datamodules.folder_files import find_folder
+from lesionbench.case import Case
+from lesionbench.task import Task
+
+
+class Folder(CaseDataModule):
+    """`images/<case>_<channel>.nii.gz` with `labels/<case>.nii.gz` (raters: `labels/<case>_rater1.nii.gz` ...), or `list_file`.
+
+    Args:
+        channels, classes, regions, raters, slice_axis, unit, ignore: the task (see `Task`).
+        list_file: CSV or JSON list of files instead of the folder layout.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        channels: Sequence[str],
+        classes: Mapping[str, int | Sequence[int]],
+        regions: Mapping[str, Sequence[str]] | None = None,
+        raters: int = 0,
+        slice_axis: int = 2,
+        unit: str = "mm",
+        ignore: Sequence[int] = (),
+        list_file: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.list_file = None if list_file is None else Path(list_file).expanduser()
+        self._task = Task(tuple(channels), classes, regions or {}, raters, slice_axis, unit, tuple(ignore))
+        super().__init__(root, **options)
+
+    def default_task(self) -> Task:
+        return self._task
+
+    def find_cases(self) -> list[Case]:
+        return find_folder(self.root, list(self._task.channels), self.list_file)

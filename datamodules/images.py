@@ -1,0 +1,37 @@
+"""Images without labels, as a user brings them to a trained model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datamodules.base import CaseDataModule
+from datamodules.folder_files import find_images
+from datamodules.preprocessing import Preprocessing
+from lesionbench.case import Case
+from lesionbench.task import Task
+
+
+class Images(CaseDataModule):
+    """Every case under `root`, named `<case>_<channel>.nii.gz` (see `find_images`); preprocessed as the checkpoint says.
+
+    The preprocessed copies live in a temporary folder that goes away with the object, so that nothing is left beside the user's files.
+    """
+
+    def __init__(self, root: str | Path, *, task: Mapping[str, Any], preprocessing: Preprocessing, statistics: dict | None = None) -> None:
+        self._task = Task.from_dict(task)
+        self._temporary = TemporaryDirectory(prefix="lesionbench-")
+        super().__init__(root, preprocessing=preprocessing, cache=self._temporary.name, check=True)
+        self.statistics = statistics
+        self.predict_cases = self.cases()
+
+    def default_task(self) -> Task:
+        return self._task
+
+    def find_cases(self) -> list[Case]:
+        return find_images(self.root, list(self._task.channels))
+
+    def findings(self, cases: Any = None, progress: bool = True) -> list:
+        from datamodules.integrity import check_cases
+
+        return check_cases(self.predict_cases, self.task, progress=progress)

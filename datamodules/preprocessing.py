@@ -1,0 +1,323 @@
+"""Preprocessing of one case: files on disk -> arrays on the network grid, with the statistics that normalization needs later.
+
+Normalization is applied when a patch is read (`normalize_patch`), so the stored image keeps its raw values, int16 where they fit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.orientations import io_orientation
+
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import Geometry, read_volume, resample
+from lesionbench.task import Task
+
+CROPS = ("foreground", "none")
+NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "none")
+PERCENTILES = (0.5, 99.5)
+Stats = dict[str, list]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a case; plain data.
+
+    Foreground is where any channel differs from the background value: 0, or the lower bound of `clip` where that is set.
+
+    Args:
+        spacing: voxel size in mm along the canonical axes to resample to; None keeps the grid.
+        crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume.
+        margin: voxels added around the foreground box, within the volume.
+        normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
+            the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its 0.5 and 99.5 percentiles first;
+            `dataset` is a z-score with the mean and deviation over the training split's foreground; `none` keeps raw values. All but
+            `zscore_all` and `none` leave the background 0.
+        clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
+        allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
+
+    Raises:
+        SuiteError: an unknown crop or normalization, a spacing, margin or clip that makes no sense.
+    """
+
+    spacing: tuple[float, float, float] | None = None
+    crop: str = "foreground"
+    margin: int = 0
+    normalize: str = "zscore"
+    clip: tuple[float, float] | None = None
+    allow_missing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("spacing", "clip"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        if self.crop not in CROPS:
+            raise unknown("crop", self.crop, CROPS)
+        if self.normalize not in NORMALIZATIONS:
+            raise unknown("normalization", self.normalize, NORMALIZATIONS)
+        if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
+            raise SuiteError(f"preprocessing.spacing: three positive sizes in mm, or null; got {self.spacing}")
+        if self.clip is not None and (len(self.clip) != 2 or self.clip[0] >= self.clip[1]):
+            raise SuiteError(f"preprocessing.clip: (low, high) with low < high, or null; got {self.clip}")
+        if self.margin < 0:
+            raise SuiteError(f"preprocessing.margin: at least 0 voxels; got {self.margin}")
+
+    @property
+    def background(self) -> float:
+        """The raw value of background voxels."""
+        return self.clip[0] if self.clip else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+
+@dataclass
+class Prepared:
+    """A case on the network grid.
+
+    Attributes:
+        image: raw values (M, x, y, z), int16 where nothing is lost by it, else float32.
+        label: class indices (x, y, z), int8, -1 = ignore; None where there is none.
+        raters: class indices (R, x, y, z), int8, R = the raters present; None where there are none.
+        channel_mask: per channel, whether the case has it.
+        geometry: the way back to the native grid.
+        stats: per-channel lists: `count`, `sum`, `sumsq`, `mean`, `std`, `min`, `max`, `percentiles` over the foreground, `mean_all`
+            and `std_all` over all voxels; the count of a missing channel is 0.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None
+    raters: np.ndarray | None
+    channel_mask: tuple[bool, ...]
+    geometry: Geometry
+    stats: Stats
+
+
+def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool = True) -> Prepared:
+    """Reads one case, brings it to canonical axes, resamples and crops it, and measures it; labels only `with_label`.
+
+    Raises:
+        SuiteError: a missing channel or file, an unreadable file, NaN or infinite values, grids that differ between the files of the
+            case, an unknown label value; names case, file and value.
+    """
+    check_channels(case, task, settings)
+    image, geometry = _read_images(case, task, settings)
+    body = foreground(image, settings.background)
+    if settings.crop == "foreground":
+        geometry = replace(geometry, crop=_bounding_box(body, settings.margin))
+    box = tuple(slice(a, b) for a, b in geometry.crop)
+    image, body = np.ascontiguousarray(image[(slice(None), *box)]), body[box]
+    channel_mask = tuple(channel in case.images for channel in task.channels)
+
+    def on_grid(path: Path) -> np.ndarray:
+        label = geometry.to_canonical(read_label(case, path, task, geometry))
+        moved = resample(torch.from_numpy(np.ascontiguousarray(label))[None], geometry.resampled, discrete=True)[0].numpy()
+        return np.ascontiguousarray(moved[box])
+
+    return Prepared(
+        image=image,
+        label=on_grid(case.label) if with_label and case.label else None,
+        raters=np.stack([on_grid(path) for path in case.raters]) if with_label and case.raters else None,
+        channel_mask=channel_mask,
+        geometry=geometry,
+        stats=_statistics(image, body, channel_mask),
+    )
+
+
+def check_channels(case: Case, task: Task, settings: Preprocessing) -> None:
+    """Refuses a case that lacks channels where they are needed.
+
+    Raises:
+        SuiteError: channels are missing without `allow_missing`, or none is left; names case and channels.
+    """
+    missing = [channel for channel in task.channels if channel not in case.images]
+    if missing and (not settings.allow_missing or len(missing) == len(task.channels)):
+        has = ", ".join(case.images) or "none"
+        raise SuiteError(
+            f"case {case.id}: no file for channel(s) {', '.join(missing)} (it has: {has}). Add the file, leave the channel out with "
+            "task.channels=[...], leave the case out, or accept it with preprocessing.allow_missing=true (needs one channel at least)."
+        )
+
+
+def read_label(case: Case, path: Path, task: Task, geometry: Geometry) -> np.ndarray:
+    """A label map of the case on its native grid: class indices (X, Y, Z), int8, -1 = ignore.
+
+    Raises:
+        SuiteError: unreadable, on another grid than the images, or with an unknown value; names case, file and value.
+    """
+    values, affine, shape = read_volume(path)
+    _check_grid(case, path, affine, shape, geometry)
+    try:
+        return task.from_disk(values)
+    except SuiteError as error:
+        raise SuiteError(f"case {case.id}: {path}: {error}") from None
+
+
+def foreground(image: np.ndarray, background: float = 0) -> np.ndarray:
+    """Where any channel of (M, x, y, z) differs from the background value: (x, y, z), bool."""
+    mask = image[0] != background
+    for channel in image[1:]:
+        mask |= channel != background
+    return mask
+
+
+def normalize_patch(patch: np.ndarray, stats: Stats, settings: Preprocessing, dataset_stats: Stats | None = None) -> np.ndarray:
+    """Raw values (M, x, y, z) of a patch or of a whole case -> normalized float32, a new array.
+
+    `stats` are the case's; `dataset_stats` those of `dataset_statistics` over the training split, for `normalize="dataset"`. Missing
+    channels stay 0; a channel without any contrast becomes 0.
+
+    Raises:
+        SuiteError: `normalize="dataset"` without `dataset_stats`.
+    """
+    out = patch.astype(np.float32)
+    kind = settings.normalize
+    shifts, scales = _shift_and_scale(kind, stats, dataset_stats)
+    for channel, count, shift, scale in zip(out, stats["count"], shifts, scales, strict=True):
+        if not count:
+            channel[...] = 0
+        elif kind != "none":
+            channel -= np.float32(shift)
+            channel *= np.float32(1 / scale if scale > 1e-8 * abs(shift) else 0)
+    if kind in ("minmax", "percentile"):
+        np.clip(out, 0, 1, out=out)
+    if kind not in ("zscore_all", "none"):
+        out *= foreground(patch, settings.background)
+    return out
+
+
+def dataset_statistics(stats: Sequence[Stats]) -> Stats:
+    """Mean and deviation per channel over the foreground voxels of many cases: {"mean": [M], "std": [M]}.
+
+    Every voxel weighs the same; a case without a channel does not count for it.
+
+    Raises:
+        SuiteError: no cases.
+    """
+    if not stats:
+        raise SuiteError("normalize=dataset: statistics need at least one training case, and the training split is empty")
+    count, total, squares = (np.sum([s[name] for s in stats], axis=0) for name in ("count", "sum", "sumsq"))
+    mean = total / np.maximum(count, 1)
+    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, ...]:
+    """Canonical shape after resampling: the field of view divided by the wanted spacing, at least one voxel."""
+    if settings.spacing is None:
+        return geometry.canonical
+    sizes = zip(geometry.canonical, geometry.spacing, settings.spacing, strict=True)
+    return tuple(max(1, round(count * old / new)) for count, old, new in sizes)
+
+
+def _shift_and_scale(kind: str, stats: Stats, dataset_stats: Stats | None) -> tuple[list[float], list[float]]:
+    if kind == "dataset":
+        if dataset_stats is None:
+            raise SuiteError("normalize=dataset needs the statistics of the training split (dataset_statistics), and got none")
+        return dataset_stats["mean"], dataset_stats["std"]
+    if kind in ("minmax", "percentile"):
+        low, high = (stats["min"], stats["max"]) if kind == "minmax" else zip(*stats["percentiles"], strict=True)
+        return list(low), [b - a for a, b in zip(low, high, strict=True)]
+    suffix = "_all" if kind == "zscore_all" else ""
+    return stats[f"mean{suffix}"], stats[f"std{suffix}"]
+
+
+def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.ndarray, Geometry]:
+    """All channels on the canonical, resampled, uncropped grid; missing ones hold the background value."""
+    geometry, volumes = None, []
+    for channel in task.channels:
+        if channel not in case.images:
+            volumes.append(None)
+            continue
+        path = case.images[channel]
+        array, affine, shape = read_volume(path)
+        if geometry is None:
+            geometry = _geometry(case, path, affine, shape)
+        _check_grid(case, path, affine, shape, geometry)
+        volumes.append(_compact(case, path, geometry.to_canonical(array)))
+    geometry = replace(geometry, resampled=resampled_shape(geometry, settings))
+    whole_bounds = all(bound.is_integer() and abs(bound) < 2**15 for bound in settings.clip or ())
+    small = whole_bounds and geometry.resampled == geometry.canonical and all(v is None or v.dtype == np.int16 for v in volumes)
+    image = np.full((len(volumes), *geometry.canonical), settings.background, np.int16 if small else np.float32)
+    for target, volume in zip(image, volumes, strict=True):
+        if volume is not None:
+            target[...] = volume
+    if settings.clip:
+        np.clip(image, *settings.clip, out=image, casting="unsafe")
+    if geometry.resampled != geometry.canonical:
+        # relative to the background: zeros stay exactly zero under interpolation, other constants may be off by a rounding
+        moved = resample(torch.from_numpy(image - np.float32(settings.background)), geometry.resampled)
+        image = moved.numpy() + np.float32(settings.background)
+    return image, replace(geometry, crop=tuple((0, n) for n in geometry.resampled))
+
+
+def _geometry(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int]) -> Geometry:
+    if not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
+        raise SuiteError(f"case {case.id}: {path}: the affine in the header is no invertible matrix: {np.asarray(affine).tolist()}")
+    return Geometry.of(affine, shape)
+
+
+def _check_grid(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int], geometry: Geometry) -> None:
+    if tuple(shape) != geometry.shape:
+        raise SuiteError(f"case {case.id}: {path} has shape {tuple(shape)}, the first image has {geometry.shape}; bring both to one grid")
+    if not np.array_equal(io_orientation(affine), np.asarray(geometry.orientation)):
+        raise SuiteError(f"case {case.id}: {path} has other axis directions than the first image; bring both to one grid")
+
+
+def _compact(case: Case, path: Path, array: np.ndarray) -> np.ndarray:
+    """The volume as int16 where its values are whole numbers that fit, else float32."""
+    if array.dtype.kind not in "buif":
+        raise SuiteError(f"case {case.id}: {path}: voxels of type {array.dtype} are no gray values")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        wrong = ~np.isfinite(array)
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise SuiteError(f"case {case.id}: {path}: {int(wrong.sum())} voxel(s) are not finite, first {array[where]} at {where} (RAS axes)")
+    if np.can_cast(array.dtype, np.int16):
+        return array.astype(np.int16)
+    fits = array.min() >= -(2**15) and array.max() < 2**15
+    whole = array.dtype.kind != "f" or (fits and np.array_equal(array, np.rint(array)))
+    return array.astype(np.int16 if fits and whole else np.float32)
+
+
+def _bounding_box(mask: np.ndarray, margin: int) -> tuple[tuple[int, int], ...]:
+    if not mask.any():
+        return tuple((0, n) for n in mask.shape)
+    box = []
+    for axis, size in enumerate(mask.shape):
+        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append((max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin)))
+    return tuple(box)
+
+
+def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool]) -> Stats:
+    nothing = np.zeros_like(mask)
+    rows = [_channel_statistics(channel, mask if there else nothing) for channel, there in zip(image, present, strict=True)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _channel_statistics(channel: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    values = channel[mask].astype(np.float64)
+    everything = {"mean_all": float(channel.mean(dtype=np.float64)), "std_all": float(channel.std(dtype=np.float64))}
+    if not values.size:
+        return dict.fromkeys(("count", "sum", "sumsq", "mean", "std", "min", "max"), 0) | {"percentiles": [0, 0]} | everything
+    return {
+        "count": int(values.size),
+        "sum": float(values.sum()),
+        "sumsq": float(np.square(values).sum()),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "percentiles": [float(v) for v in np.percentile(values, PERCENTILES)],
+        **everything,
+    }

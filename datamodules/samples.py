@@ -1,0 +1,266 @@
+"""Datasets behind the data module: keyed training samples, and whole cases for evaluation."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from datamodules.cache import CaseCache
+from datamodules.preprocessing import Preprocessing, normalize_patch
+from datamodules.sampling import Box, Sampling
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError
+from lesionbench.geometry import read_volume
+from lesionbench.keyed import numpy_generator, torch_seeded
+from lesionbench.maps import MapStore
+from lesionbench.task import Task
+
+VIEWS = ("patch", "slice", "window", "voxels")
+
+
+class KeyedSampler(Sampler):
+    """Yields (epoch, position): all that a sample depends on besides the seed.
+
+    Rank r of W gets positions r, r + W, ...: the union of all ranks' n-th batches is the n-th batch of one process with W times the
+    batch size. `start()` gives (epoch, batches already done), so a run resumed in mid-epoch goes on with the next batch.
+    """
+
+    def __init__(self, batches: int, batch_size: int, rank: int, world: int, start: Callable[[], tuple[int, int]]) -> None:
+        self.length, self.batch_size, self.rank, self.world, self.start = batches * batch_size, batch_size, rank, world, start
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, done = self.start()
+        for local in range(done * self.batch_size, self.length):
+            yield epoch, local * self.world + self.rank
+
+
+class TrainingSamples(Dataset):
+    """Training samples of one stream. Item (epoch, position) depends on nothing but (seed, stream, epoch, position).
+
+    Args:
+        patch: size of the sample along X, Y, Z; None = the whole volume. The slice axis is ignored by 2D and 2.5D views.
+        view: `patch` (M, x, y, z), `slice` (M, H, W), `window` (M, H, W, k) with the middle slice's label, `voxels` (N, M).
+        maps: per-case map name -> interpolation under augmentation (`nearest` or `linear`), read from `store`.
+        repeat: None, or the number of samples drawn again and again without augmentation (to see whether a method can overfit).
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        cases: Sequence[Case],
+        cache: CaseCache,
+        task: Task,
+        preprocessing: Preprocessing,
+        sampling: Sampling,
+        *,
+        seed: int,
+        labeled: bool = True,
+        view: str = "patch",
+        patch: Sequence[int] | None = None,
+        window: int = 3,
+        voxels: int = 4096,
+        augmentation: Callable | None = None,
+        maps: Mapping[str, str] | None = None,
+        store: MapStore | None = None,
+        statistics: dict | None = None,
+        repeat: int | None = None,
+    ) -> None:
+        self.stream, self.cases, self.cache, self.task, self.preprocessing, self.sampling = stream, list(cases), cache, task, preprocessing, sampling
+        self.seed, self.labeled, self.view, self.patch, self.window, self.voxels = seed, labeled, view, patch, window, voxels
+        self.augmentation, self.maps, self.store, self.statistics, self.repeat = augmentation, dict(maps or {}), store, statistics, repeat
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
+        epoch, position = where
+        if self.repeat is not None:
+            epoch, position = 0, position % self.repeat
+        rng = numpy_generator(self.seed, "sample", self.stream, epoch, position)
+        turn, place = divmod(position, len(self.cases))
+        case = self.cases[numpy_generator(self.seed, "order", self.stream, epoch, turn).permutation(len(self.cases))[place]]
+        sample = self._cut(case, rng)
+        if self.augmentation is not None and self.repeat is None:
+            with torch_seeded(self.seed, "augment", self.stream, epoch, position):
+                sample = self._augmented(sample)
+        return {**self._viewed(sample, rng), "case": case.id}
+
+    def _cut(self, case: Case, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """One box out of a case: image, label, raters, brain mask, declared maps; all (C, x, y, z)."""
+        cached = self.cache.open(case)
+        foreground = cached.foreground if self.labeled else {}
+        box = self.sampling.box(rng, cached.shape, self._size(cached.shape), foreground, self.task.class_names, self.task.slice_axis)
+        box, repeats = self._window_box(box, cached.shape)
+
+        def read(f: Callable[[Box], np.ndarray]) -> torch.Tensor:
+            array = f(box)
+            array = array if array.ndim == 4 else array[None]
+            if any(repeats):
+                width = [(0, 0)] * 4
+                width[1 + self.task.slice_axis] = repeats
+                array = np.pad(array, width, mode="edge")
+            return torch.from_numpy(np.ascontiguousarray(array))
+
+        raw = read(cached.read)
+        sample = {"brain_mask": (raw != 0).any(dim=0, keepdim=True)}
+        sample["image"] = torch.from_numpy(normalize_patch(raw.numpy(), cached.stats, self.preprocessing, self.statistics))
+        if self.labeled and case.label is not None:
+            sample["label"] = read(cached.label)
+        if self.labeled and case.raters:
+            sample["raters"] = read(cached.raters)
+        for name in self.maps:
+            if self.store.has(name, case.id):
+                sample[name] = read(lambda b, n=name: self.store.read(n, case.id, b))
+        sample["channel_mask"] = torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool))
+        return sample
+
+    def _size(self, shape: Sequence[int]) -> list[int]:
+        size = list(shape if self.patch is None else self.patch)
+        if len(size) == 2:
+            size.insert(self.task.slice_axis, 1)
+        if self.view in ("slice", "window"):
+            size[self.task.slice_axis] = 1
+        return size
+
+    def _window_box(self, box: Box, shape: Sequence[int]) -> tuple[Box, tuple[int, int]]:
+        """Widens a slice to a window; returns how often the end slices must be repeated."""
+        if self.view != "window":
+            return box, (0, 0)
+        axis, half = self.task.slice_axis, self.window // 2
+        middle = box[axis][0]
+        start, stop = max(middle - half, 0), min(middle + half + 1, shape[axis])
+        widened = [*box[:axis], (start, stop), *box[axis + 1 :]]
+        return tuple(widened), (start - (middle - half), (middle + half + 1) - stop)
+
+    def _augmented(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torchio
+
+        linear = {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
+        spatial = {k: v for k, v in sample.items() if v.ndim == 4}
+        make = {True: torchio.ScalarImage, False: torchio.LabelMap}
+        subject = torchio.Subject({k: make[k in linear](tensor=v.float() if k in linear else v.short()) for k, v in spatial.items()})
+        changed = self.augmentation(subject)
+        return {**sample, **{k: changed[k].data.to(v.dtype) for k, v in spatial.items()}}
+
+    def _viewed(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        axis = 1 + self.task.slice_axis
+        if self.view == "voxels":
+            inside = sample["brain_mask"][0].nonzero()
+            if not len(inside):
+                inside = torch.ones_like(sample["brain_mask"][0]).nonzero()
+            chosen = inside[torch.from_numpy(rng.integers(len(inside), size=self.voxels))]
+            pick = (slice(None), *chosen.T)
+            return {k: v[pick].T if v.ndim == 4 else v for k, v in sample.items()}
+        result = {}
+        for name, value in sample.items():
+            if value.ndim != 4 or self.view == "patch":
+                result[name] = value
+            elif self.view == "slice":
+                result[name] = value.select(axis, 0)
+            else:
+                moved = value.movedim(axis, -1)
+                result[name] = moved if name == "image" else moved[..., self.window // 2]
+        return {k: v.contiguous() for k, v in result.items()}
+
+
+class WholeCases(Dataset):
+    """Whole cases for validation, test and prediction, on the network grid, with the label also on its native grid."""
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        cache: CaseCache,
+        task: Task,
+        preprocessing: Preprocessing,
+        *,
+        statistics: dict | None = None,
+        maps: Mapping[str, str] | None = None,
+        store: MapStore | None = None,
+    ) -> None:
+        self.cases, self.cache, self.task, self.preprocessing, self.statistics = list(cases), cache, task, preprocessing, statistics
+        self.maps, self.store = dict(maps or {}), store
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, where: tuple[int, bool]) -> dict[str, Any]:
+        index, again = where
+        case = self.cases[index]
+        cached = self.cache.open(case)
+        raw = cached.read(None)
+        item = {
+            "image": torch.from_numpy(normalize_patch(raw, cached.stats, self.preprocessing, self.statistics)),
+            "brain_mask": torch.from_numpy((raw != 0).any(axis=0, keepdims=True)),
+            "channel_mask": torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool)),
+            "case": case.id,
+            "patient": case.patient,
+            "site": case.site,
+            "attributes": case.attributes,
+            "geometry": cached.geometry,
+            "again": again,
+        }
+        if case.label is not None:
+            item["label"] = torch.from_numpy(np.array(cached.label(None)))[None]
+            item["native_label"] = torch.from_numpy(self._native(case))
+        if case.raters:
+            item["raters"] = torch.from_numpy(np.array(cached.raters(None)))
+        for name in self.maps:
+            if self.store.has(name, case.id):
+                array = np.array(self.store.read(name, case.id))
+                item[name] = torch.from_numpy(array if array.ndim == 4 else array[None])
+        return item
+
+    def _native(self, case: Case) -> np.ndarray:
+        values, _, _ = read_volume(case.label)
+        try:
+            return self.task.from_disk(values)
+        except SuiteError as error:
+            raise SuiteError(f"case {case.id}, {case.label}: {error}") from None
+
+
+class WholeCaseSampler(Sampler):
+    """Every case once. Under DDP each rank gets the same number of items: a rank short of cases gets one again, marked so that it
+    is computed (all ranks must take part in collective calls) but never counted."""
+
+    def __init__(self, length: int, rank: int = 0, world: int = 1) -> None:
+        self.items = [(i % length, i >= length) for i in range(rank, -(-length // world) * world, world)] if length else []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        return iter(self.items)
+
+
+_LISTED = ("case", "patient", "site", "attributes", "geometry", "native_label")
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors; ids, geometry and native labels stay lists. Raters are padded to the largest number, told apart by `rater_mask`.
+
+    A key that only some samples of the batch have (a map not yet written) is left out. Voxel samples are concatenated, with the index of
+    their case under `case_index`.
+    """
+    keys = [k for k in items[0] if all(k in item for item in items)]
+    batch: dict[str, Any] = {}
+    voxels = items[0]["image"].ndim == 2
+    for k in keys:
+        values = [item[k] for item in items]
+        if k in _LISTED or not torch.is_tensor(values[0]):
+            batch[k] = values
+        elif k == "raters":
+            most = max(v.shape[0] for v in values)
+            batch[k] = torch.stack([torch.cat([v, v.new_full((most - v.shape[0], *v.shape[1:]), -1)]) for v in values])
+            batch["rater_mask"] = torch.tensor([[r < v.shape[0] for r in range(most)] for v in values])
+        elif voxels and k != "channel_mask":
+            batch[k] = torch.cat(values)
+        else:
+            batch[k] = torch.stack(values)
+    if voxels:
+        batch["case_index"] = torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(i["image"]) for i in items]))
+    return batch

@@ -1,0 +1,106 @@
+"""Sampling policies: where in a case a training patch, slice or window is cut. Chosen by name; every draw comes from the generator given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lesionbench.errors import SuiteError, unknown
+
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Args:
+    name: `uniform`; `foreground` (with probability `share` the patch is centred on a random voxel of a random foreground class that the
+        case has, as nnU-Net does with 0.33); `per_class` (a class is drawn by `weights`, then one of its voxels); `positive_slice` (for
+        slices and windows: with probability `share` a slice that holds foreground, else one that holds none).
+    share: probability of a foreground draw.
+    weights: class name -> relative weight, for `per_class`; classes that a case lacks drop out.
+    """
+
+    name: str = "foreground"
+    share: float = 0.33
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in _POLICIES:
+            raise unknown("sampling policy (data.sampling.name)", self.name, _POLICIES)
+        if not 0 <= self.share <= 1:
+            raise SuiteError(f"data.sampling.share={self.share} is a probability: expected 0..1")
+
+    def box(
+        self,
+        rng: np.random.Generator,
+        shape: Sequence[int],
+        patch: Sequence[int],
+        foreground: Mapping[int, np.ndarray],
+        classes: Sequence[str],
+        slice_axis: int,
+    ) -> Box:
+        """Where to cut: (start, stop) per axis, exactly `patch` large; reaches past the borders only where the case is smaller.
+
+        `foreground` maps class index to voxel coordinates (n, 3); it is empty for unlabeled cases, and every policy is then uniform.
+        """
+        centre = _POLICIES[self.name](self, rng, shape, foreground, classes, slice_axis)
+        box = []
+        for axis, (size, want) in enumerate(zip(shape, patch, strict=True)):
+            room = size - want
+            if room < 0:  # smaller than the patch: centred, padded evenly
+                start = room // 2
+            elif centre is None or centre[axis] < 0:
+                start = int(rng.integers(0, room + 1))
+            else:
+                start = int(np.clip(centre[axis] - want // 2, 0, room))
+            box.append((start, start + want))
+        return tuple(box)
+
+
+def _uniform(policy: Sampling, rng: np.random.Generator, *_: object) -> np.ndarray | None:
+    return None
+
+
+def _foreground(policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], *_: object) -> np.ndarray | None:
+    present = [c for c in sorted(foreground) if c > 0 and len(foreground[c])]
+    if rng.random() >= policy.share or not present:
+        return None
+    voxels = foreground[present[rng.integers(len(present))]]
+    return voxels[rng.integers(len(voxels))]
+
+
+def _per_class(
+    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], classes: Sequence[str], *_: object
+) -> np.ndarray | None:
+    for name in policy.weights:
+        if name not in classes:
+            raise unknown("class in data.sampling.weights", name, classes)
+    weights = {c: float(policy.weights.get(classes[c], 0.0 if policy.weights else 1.0)) for c in sorted(foreground) if len(foreground[c])}
+    total = sum(weights.values())
+    if not total:
+        return None
+    voxels = foreground[int(rng.choice(list(weights), p=[w / total for w in weights.values()]))]
+    return voxels[rng.integers(len(voxels))]
+
+
+def _positive_slice(
+    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], classes: Sequence[str], axis: int
+) -> np.ndarray | None:
+    if not foreground:
+        return None
+    voxels = [v[:, axis] for c, v in foreground.items() if c > 0 and len(v)]
+    positive = np.unique(np.concatenate(voxels)) if voxels else np.array([], dtype=int)
+    negative = np.setdiff1d(np.arange(shape[axis]), positive)
+    wanted = positive if rng.random() < policy.share else negative
+    wanted = wanted if len(wanted) else (positive if len(positive) else negative)
+    centre = np.full(3, -1)
+    centre[axis] = wanted[rng.integers(len(wanted))]
+    return centre
+
+
+_POLICIES: dict[str, Callable[..., np.ndarray | None]] = {
+    "uniform": _uniform,
+    "foreground": _foreground,
+    "per_class": _per_class,
+    "positive_slice": _positive_slice,
+}

@@ -1,0 +1,99 @@
+"""Splits by patient: who is trained on, validated on and tested on; independent of the training seed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError
+from lesionbench.keyed import numpy_generator
+
+
+@dataclass(frozen=True)
+class Split:
+    """How cases are divided; all cases of a patient go to the same part.
+
+    Attributes:
+        seed: of the division; a sweep over training seeds keeps its test cases.
+        test, val: share (below 1) or number (1 and above) of the patients.
+        folds: number of cross-validation folds, or None; then `test` is not used: fold `fold` is tested on.
+        fold: which fold is tested on, from 0.
+        labeled: number of training patients (in a fixed, seeded order) that keep their labels; the rest are `unlabeled`. None = all.
+        file: JSON file with lists of case ids under `train`, `val`, `test`; replaces everything above but `labeled`.
+        train: None, or the number of training patients to keep (the first in seeded order).
+    """
+
+    seed: int = 0
+    test: float = 0.2
+    val: float = 0.1
+    folds: int | None = None
+    fold: int = 0
+    labeled: int | None = None
+    file: str | None = None
+    train: int | None = None
+
+    def divide(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
+        """Cases -> `train`, `val`, `test`, and `labeled` + `unlabeled` (together `train`); case order is kept within the seeded patient order.
+
+        Raises:
+            SuiteError: nothing left to train on, unknown or repeated ids in `file`, a fold that does not exist, too few patients.
+        """
+        by_patient: dict[str, list[Case]] = {}
+        for case in cases:
+            by_patient.setdefault(case.patient, []).append(case)
+        patients = sorted(by_patient)
+        numpy_generator(self.seed, "split").shuffle(patients)
+        parts = self._listed(cases) if self.file else self._drawn(patients)
+        if self.train is not None:
+            parts["train"] = parts["train"][: self.train]
+        keep = len(parts["train"]) if self.labeled is None else self.labeled
+        if keep > len(parts["train"]):
+            raise SuiteError(f"data.split.labeled={keep}, but there are only {len(parts['train'])} training patients")
+        parts["labeled"], parts["unlabeled"] = parts["train"][:keep], parts["train"][keep:]
+        if self.file:
+            listed = {i for ids in self._ids().values() for i in ids}
+            by_patient = {p: [c for c in cs if c.id in listed] for p, cs in by_patient.items()}
+        return {name: [case for p in part for case in by_patient[p]] for name, part in parts.items()}
+
+    def _drawn(self, patients: list[str]) -> dict[str, list[str]]:
+        n = len(patients)
+        if self.folds is not None:
+            if not 0 <= self.fold < self.folds or self.folds > n:
+                raise SuiteError(f"data.split.fold={self.fold} of data.split.folds={self.folds} with {n} patients: need 0 <= fold < folds <= patients")
+            test = patients[self.fold :: self.folds]
+        else:
+            test = patients[: _count(self.test, n)]
+        rest = [p for p in patients if p not in set(test)]
+        val = rest[: _count(self.val, n)]
+        train = rest[len(val) :]
+        if not train:
+            raise SuiteError(f"too few cases: {n} patient(s) leave none to train on after {len(test)} for test and {len(val)} for validation (data.split)")
+        return {"train": train, "val": val, "test": test}
+
+    def _ids(self) -> dict[str, list[str]]:
+        path = Path(self.file)
+        try:
+            lists = json.loads(path.read_text())
+            return {part: list(lists.get(part, [])) for part in ("train", "val", "test")}
+        except (OSError, ValueError, AttributeError) as error:
+            raise SuiteError(f"data.split.file={path}: expected a JSON object with lists train, val, test ({error})") from None
+
+    def _listed(self, cases: Sequence[Case]) -> dict[str, list[str]]:
+        patient_of = {c.id: c.patient for c in cases}
+        parts, owner = {}, {}
+        for part, ids in self._ids().items():
+            missing = [i for i in ids if i not in patient_of]
+            if missing:
+                raise SuiteError(f"{self.file}: {part} lists cases that were not found: {missing[:5]}")
+            parts[part] = list(dict.fromkeys(patient_of[i] for i in ids))
+            for p in parts[part]:
+                if owner.setdefault(p, part) != part:
+                    raise SuiteError(f"{self.file}: patient {p} is in both {owner[p]} and {part}")
+        if not parts["train"]:
+            raise SuiteError(f"{self.file}: the list 'train' is empty")
+        return parts
+
+
+def _count(share: float, n: int) -> int:
+    return int(share) if share >= 1 else max(1, round(share * n)) if share > 0 and n > 2 else 0

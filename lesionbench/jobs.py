@@ -1,0 +1,364 @@
+"""The jobs of run.py: what each does with a composed configuration. Everything they build comes from the configuration's `_target_`s."""
+
+import json
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.run_folder import RunFolder
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """Runs `cfg.job`; returns the sweep objective where the job has one.
+
+    Raises:
+        SuiteError: an unknown job, or whatever the job finds wrong with its input.
+    """
+    if cfg.job not in JOBS:
+        raise unknown("job", cfg.job, JOBS)
+    return JOBS[cfg.job](cfg)
+
+
+# fit: an experiment's stages in its run folder
+
+
+def fit(cfg: DictConfig) -> float | None:
+    """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
+    folder = RunFolder.of(cfg, resume=cfg.resume)
+    with open_dict(cfg):
+        cfg.run_folder = str(folder.path)
+    done = folder.summary
+    if done.get("status") == "finished":
+        _say(f"{folder.path} is finished; nothing to do (resume=true)")
+        return done.get("objective")
+    if _first_process():
+        folder.write_config(cfg)
+        folder.update_summary(experiment=cfg.experiment_name, seed=cfg.seed, status="running", started=time.time())
+    try:
+        for stage in cfg.stages:
+            _run_stage(cfg, stage, folder)
+    except BaseException:
+        if _first_process():
+            folder.update_summary(status="interrupted")
+        raise
+    if _first_process():
+        _finish(cfg, folder)
+    return folder.summary.get("objective")
+
+
+def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
+    if folder.stage_done(stage.name) is not None:
+        return
+    cfg = _stage_config(cfg, stage, folder)
+    if stage.run not in STAGES:
+        raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+    artefact = STAGES[stage.run](cfg, stage, folder)
+    if _first_process():
+        folder.mark_done(stage.name, {"run": stage.run, "artefact": artefact})
+
+
+def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> DictConfig:
+    """The configuration of one stage: its `override` merged in, `artefact:<stage>` replaced by what that stage left."""
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    if stage.get("override") is not None:
+        cfg = OmegaConf.merge(cfg, stage.override)
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: filled(v) for k, v in node.items()}
+        if isinstance(node, list):
+            return [filled(v) for v in node]
+        if isinstance(node, str) and node.startswith("artefact:"):
+            done = folder.stage_done(node.removeprefix("artefact:"))
+            if done is None:
+                raise SuiteError(f"stages.{stage.name} asks for {node}, but no earlier stage has that name")
+            return done["artefact"]
+        return node
+
+    cfg.run_folder = str(folder.path if stage.name in ("fit", "test", "predict") else folder.path / stage.name)
+    return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True)))
+
+
+def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    run = Assembled(cfg)
+    last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
+    resumed = str(last) if cfg.resume and last.exists() else None
+    if resumed:
+        from lesionbench.checkpoint import read_checkpoint
+
+        iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
+        _say(f"continuing {cfg.run_folder} after iteration {iteration}")
+        for logger in run.trainer.loggers:
+            if hasattr(logger, "truncate_after"):
+                logger.truncate_after(iteration)
+    elif cfg.init_from:
+        from lesionbench.checkpoint import initialize_from
+
+        _say(initialize_from(run.method, cfg.init_from))
+    trains = any(p.requires_grad for p in run.method.parameters())
+    if not trains:
+        raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
+    run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    if run.trainer.interrupted:
+        raise KeyboardInterrupt
+    best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
+    return str(best if cfg.select == "best" and best.exists() else last)
+
+
+def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.stage_done("fit") or {}).get("artefact")
+    run = Assembled(cfg)
+    if checkpoint:
+        run.load(checkpoint)
+    run.trainer.test(run.method, datamodule=run.data, verbose=False)
+    return str(Path(cfg.run_folder) / "test" / "cases.csv")
+
+
+def _call_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    """A stage that is a function: called with (cfg, folder of the stage), returns the path of its artefact."""
+    from hydra.utils import get_method
+
+    Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+    return str(get_method(stage.function)(cfg, Path(cfg.run_folder)))
+
+
+STAGES: dict[str, Callable[[DictConfig, DictConfig, RunFolder], str]] = {"fit": _fit_stage, "test": _test_stage, "call": _call_stage}
+
+
+def _finish(cfg: DictConfig, folder: RunFolder) -> None:
+    """Writes the summary and prints what was done, how good it is, where it is and what to do next."""
+    from lesionbench.report import print_run
+
+    test, cost = folder.path / "test" / "summary.json", folder.path / "cost.json"
+    folder.update_summary(
+        status="finished",
+        finished=time.time(),
+        objective=_objective(cfg, folder.path),
+        test=json.loads(test.read_text()) if test.exists() else {},
+        cost=json.loads(cost.read_text()) if cost.exists() else {},
+    )
+    print_run(folder.path)
+
+
+def _objective(cfg: DictConfig, path: Path) -> float | None:
+    """Best value of the monitored curve (never a test score, unless objective.name says so by naming one: `test/<region>/<metric>`)."""
+    name, mode = cfg.objective.name, cfg.objective.mode
+    if name.startswith("test/"):
+        _, region, metric = name.split("/")
+        values = [json.loads((path / "test" / "summary.json").read_text())[""][region][metric]["mean"]]
+    else:
+        from lesionbench.report import curve
+
+        values = [v for _, v in curve(path, name) if math.isfinite(v)]
+    return None if not values else max(values) if mode == "max" else min(values)
+
+
+class Assembled:
+    """Data module, method and trainer of one stage, built and checked before anything starts."""
+
+    def __init__(self, cfg: DictConfig, method: Any = None, data: Any = None) -> None:
+        import pytorch_lightning as pl
+        import torch
+        from hydra.utils import instantiate
+
+        quiet()
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        pl.seed_everything(cfg.seed, workers=False, verbose=False)
+        self.data = instantiate(cfg.data, _convert_="all") if data is None else data
+        if getattr(self.data, "maps", 0) is None:
+            from lesionbench.maps import MapStore
+
+            self.data.maps = MapStore(Path(cfg.run_folder) / "maps")
+        if method is None:
+            method = instantiate(cfg.model, task=self.data.task, _convert_="all")
+            method.config = OmegaConf.to_container(cfg.model, resolve=True)
+        self.method = method
+        if cfg.compile:
+            self.method.compile()
+        if _first_process():
+            self.data.prepare_data()
+        Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+        self.trainer = self._trainer(cfg)
+
+    def _trainer(self, cfg: DictConfig) -> Any:
+        from hydra.utils import instantiate
+
+        options = OmegaConf.to_container(cfg.trainer, resolve=True)
+        if not self.method.automatic_optimization and isinstance(options.get("strategy"), dict):
+            options["strategy"]["find_unused_parameters"] = True  # networks take turns: in each turn the others get no gradient
+        accumulate = cfg.accumulate if self.method.automatic_optimization else 1
+        return instantiate(
+            options,
+            callbacks=[instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c],
+            logger=[instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c],
+            accumulate_grad_batches=accumulate,
+            _convert_="all",
+        )
+
+    def load(self, checkpoint: str) -> None:
+        """Puts the weights of a checkpoint into the method."""
+        from lesionbench.checkpoint import read_checkpoint
+
+        found = read_checkpoint(checkpoint)
+        try:
+            self.method.load_state_dict(found["state_dict"])
+        except RuntimeError as error:
+            raise SuiteError(f"{checkpoint}: its weights do not fit this experiment's model: {str(error)[:400]}") from None
+        self.method.on_load_checkpoint(found)
+        own = found.get("lesionbench") or {}
+        if own.get("statistics"):
+            self.data.statistics = own["statistics"]
+
+
+# test and predict: a checkpoint on its own
+
+
+def test(cfg: DictConfig) -> float | None:
+    """Tests `ckpt` (or, without one, the method as configured) on the test part of the data; results go to a run folder of its own."""
+    folder = RunFolder.of(cfg, resume=cfg.resume)
+    with open_dict(cfg):
+        cfg.run_folder = str(folder.path)
+        cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
+        cfg.objective.name = "none"
+    if cfg.ckpt and cfg.from_checkpoint:
+        raise SuiteError("from_checkpoint is for job=predict; job=test builds the method from the experiment")
+    return fit(cfg)
+
+
+def predict(cfg: DictConfig) -> None:
+    """Applies `ckpt` to the images under `input` (or to every case of the data set) and writes NIfTI files to `out`."""
+    from lesionbench.checkpoint import load_method
+
+    if not cfg.ckpt:
+        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of NIfTI files>)")
+    quiet()
+    method, own = load_method(cfg.ckpt, cfg.trust)
+    with open_dict(cfg):
+        cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
+        cfg.logger = {}
+        cfg.callbacks = {"writer": {**cfg.writer, "folder": cfg.run_folder, "overwrite": cfg.overwrite}}
+    data = _prediction_data(cfg, own)
+    run = Assembled(cfg, method=method, data=data)
+    run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    _say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
+
+
+def _prediction_data(cfg: DictConfig, own: dict[str, Any]) -> Any:
+    """The data module that preprocesses raw cases just as the checkpoint's training did."""
+    from hydra.utils import get_class, instantiate
+
+    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    if cfg.input:
+        return get_class("datamodules.images.Images")(cfg.input, task=own["task"], preprocessing=preprocessing, statistics=own["statistics"])
+    data = instantiate(cfg.data, _convert_="all")
+    data.preprocessing, data.statistics = preprocessing, own["statistics"]
+    return data
+
+
+# the other jobs
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks every case of the data set and prints all findings at once."""
+    from hydra.utils import instantiate
+
+    render = __import__("datamodules.integrity", fromlist=["render"]).render
+    data = instantiate(cfg.data, _convert_="all")
+    data.materialize()
+    findings = data.findings()
+    _say(render(findings) if findings else f"{data.root}: {len(data.cases())} cases, nothing to report")
+    if any(f.level == "error" for f in findings):
+        raise SuiteError(f"{sum(f.level == 'error' for f in findings)} error(s) in {data.root}; see above")
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Fills the cache ahead of training, after an estimate of its size and a look at the free space."""
+    from hydra.utils import instantiate
+
+    data = instantiate(cfg.data, _convert_="all")
+    data.materialize()
+    cases = data.cases()
+    cache = data.store
+    data.cache_root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(data.cache_root).free
+    _say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
+    data.prepare_data()
+    _say(f"{len(cases)} cases ready")
+
+
+def simulate(cfg: DictConfig) -> None:
+    """Writes simulated cases to `out` in the true layout of a BraTS year (`simulate.layout`)."""
+    from hydra.utils import get_class, get_method
+
+    if not cfg.out:
+        raise SuiteError("job=simulate needs out=<new folder>")
+    options = OmegaConf.to_container(cfg.simulate, resolve=True)
+    count, layout = options.pop("count"), options.pop("layout")
+    settings = get_class("datamodules.simulation.Simulation")(**options)
+    path = get_method("datamodules.simulation.write_brats")(Path(cfg.out), settings, count, str(layout))
+    _say(f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats{layout} data.root={path}")
+
+
+def show(cfg: DictConfig) -> None:
+    """Writes montages of cases and of augmented training samples to `out`."""
+    from hydra.utils import get_method, instantiate
+
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    out = Path(cfg.out or "show")
+    montage = get_method("callbacks.figures.montage")
+    whole = data._whole(data.parts["train"][: cfg.show.cases]).dataset
+    items = [whole[(i, False)] for i in range(len(whole))]
+    cases = [(i["case"], i["image"], i["label"][0] if "label" in i else None, data.task, i["geometry"].network_spacing) for i in items]
+    montage(cases, out / "cases.png")
+    if data.view == "patch":
+        loader = data.train_dataloader()
+        stream = (loader if not hasattr(loader, "flattened") else loader.flattened[0]).dataset
+        samples = [stream[(0, position)] for position in range(cfg.show.samples)]
+        spacing = items[0]["geometry"].network_spacing
+        montage([(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png")
+    _say(f"written to {out}")
+
+
+def compare(cfg: DictConfig) -> None:
+    """Compares run folders: table, costs and paired tests."""
+    from lesionbench.comparison import compare as compare_runs
+
+    options = OmegaConf.to_container(cfg.compare, resolve=True)
+    result = compare_runs(options.pop("runs") or [cfg.runs], out=Path(cfg.out) if cfg.out else None, **options)
+    result.print()
+
+
+JOBS: dict[str, Callable[[DictConfig], float | None]] = {
+    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show,
+}  # fmt: skip
+
+
+def quiet() -> None:
+    """Silences what is known to be harmless: a deprecation inside Lightning, its tips, and advice on worker counts."""
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def _first_process() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def _say(text: str) -> None:
+    if _first_process():
+        print(text, flush=True)

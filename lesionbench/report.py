@@ -1,0 +1,75 @@
+"""What a finished run prints: what it did, how good it is, where it is, what next."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(iteration, value) of one curve of a run, from its metrics.csv."""
+    path = Path(folder) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [(int(row["iteration"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
+
+
+def print_run(folder: Path) -> None:
+    """Prints the results table of a run folder, the paths in it, and the commands that go on from it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = json.loads((folder / "summary.json").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    console = Console()
+    cost, test = summary.get("cost") or {}, summary.get("test") or {}
+    done = f"{config['model']['_target_'].rsplit('.', 1)[-1]} on {config['data']['_target_'].rsplit('.', 1)[-1]}"
+    trained = f", {cost['iterations']} iterations in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters" if cost.get("iterations") else ""
+    console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
+    for member, regions in test.items():
+        table = Table(title=f"test cases{f', {member}' if member else ''}: mean ± std (median)")
+        metrics = list(dict.fromkeys(m for values in regions.values() for m in values))
+        for column in ("region", *metrics, "cases"):
+            table.add_column(column, justify="left" if column == "region" else "right")
+        for region, values in regions.items():
+            table.add_row(region or "case", *(_cell(values.get(m)) for m in metrics), str(max((v["n"] + v["missing"] for v in values.values()), default=0)))
+        console.print(table)
+    _baseline(console, folder)
+    for line in _paths(folder):
+        console.print(line, soft_wrap=True, highlight=False)
+    if "imulated" in config["data"]["_target_"]:
+        console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
+
+
+def _cell(values: dict[str, Any] | None) -> str:
+    if not values or values.get("mean") is None:
+        return "-"
+    spread = "" if values.get("std") is None else f" ± {values['std']:.3f}"
+    return f"{values['mean']:.3f}{spread} ({values['median']:.3f})"
+
+
+def _baseline(console: Any, folder: Path) -> None:
+    path = folder / "test" / "baseline.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        console.print(f"For scale: the best single FLAIR threshold, chosen on these very cases, has a {found['region']} Dice of {found['dice']:.3f}.")
+
+
+def _paths(folder: Path) -> list[str]:
+    wanted = {
+        "results per case": folder / "test" / "cases.csv",
+        "summary": folder / "summary.json",
+        "curves": folder / "metrics.csv",
+        "figures": folder / "figures",
+        "predictions": folder / "predictions",
+        "checkpoints": folder / "checkpoints",
+    }
+    lines = [f"  {title:17s} {path}" for title, path in wanted.items() if path.exists()]
+    best = next((p for p in (folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt") if p.exists()), None)
+    follow = ["What next:", "  python run.py job=compare compare.runs=[runs]"]
+    if best:
+        follow.append(f"  python run.py job=predict ckpt={best} input=<folder of NIfTI files> out=<new folder>")
+    return ["Where it is:", *lines, *follow]

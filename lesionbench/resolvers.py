@@ -1,0 +1,26 @@
+"""What configuration files can compute: `${cap:sizes,limit}` and `${offline_without_key:}`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+
+def register() -> None:
+    """Makes the resolvers known to OmegaConf; may be called again."""
+    OmegaConf.register_new_resolver("cap", cap, replace=True)
+    OmegaConf.register_new_resolver("offline_without_key", offline_without_key, replace=True)
+
+
+def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
+    """Every size at most `limit`; null stays null, no limit changes nothing. Whole volumes (sizes null) become cubes of `limit`."""
+    if limit is None:
+        return None if sizes is None else list(sizes)
+    return [limit] * 3 if sizes is None else [min(s, limit) for s in sizes]
+
+
+def offline_without_key() -> bool:
+    """Whether Weights & Biases has no account to send to, so that a run is kept on disk."""
+    netrc = Path.home() / ".netrc"
+    return not (os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text()))

@@ -1,0 +1,145 @@
+"""Result rows: how they are summed up, written and read. A row is a flat mapping with `case, patient, site, member, region` and metrics.
+
+`member` is "" for the main prediction, `region` is "" for values of the whole case.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lesionbench.errors import SuiteError
+
+KEYS = ("case", "patient", "site", "member", "region")
+
+Row = dict[str, Any]
+Summary = dict[str, dict[str, dict[str, dict[str, float | int | None]]]]
+
+
+def summarize(rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: int = 0) -> Summary:
+    """Statistics over cases: `{member: {region: {metric: {mean, std, median, q25, q75, ci_low, ci_high, n, missing}}}}`.
+
+    NaN and None are left out and counted in `missing`; `n` counts what is left. `std` has ddof 1. `ci_low` and `ci_high` bound the 95 %
+    percentile-bootstrap interval of the mean. A number that does not exist (`std` of one case, everything of none) is None, so that the
+    summary is valid JSON. The order of the rows does not matter; columns that hold text are left out.
+
+    Args:
+        rows: at most one row per case, member and region.
+        bootstrap: number of resamples.
+        seed: of the resamples.
+    """
+    columns: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        region = columns.setdefault(row.get("member", ""), {}).setdefault(row.get("region", ""), {})
+        for name, value in row.items():
+            if name not in KEYS and not isinstance(value, str):
+                region.setdefault(name, []).append(math.nan if value is None else float(value))
+    return {
+        member: {
+            region: {name: _statistics(np.array(values), bootstrap, seed) for name, values in metrics.items()}
+            for region, metrics in regions.items()
+        }
+        for member, regions in columns.items()
+    }
+
+
+def _statistics(values: np.ndarray, bootstrap: int, seed: int) -> dict[str, float | int | None]:
+    from lesionbench.keyed import numpy_generator  # brings torch, which reading and writing rows do without
+
+    known = np.sort(values[~np.isnan(values)])  # sorted: the same resamples whatever the order of the rows
+    names = ("mean", "std", "median", "q25", "q75", "ci_low", "ci_high")
+    numbers: Sequence[float | None] = (None,) * len(names)
+    if known.size:
+        picks = numpy_generator("bootstrap", seed, known.size).integers(known.size, size=(bootstrap, known.size))
+        std = known.std(ddof=1) if known.size > 1 else None
+        numbers = (known.mean(), std, *np.percentile(known, [50, 25, 75]), *np.percentile(known[picks].mean(axis=1), [2.5, 97.5]))
+    statistics = {name: None if x is None else float(x) for name, x in zip(names, numbers, strict=True)}
+    return {**statistics, "n": int(known.size), "missing": int(values.size - known.size)}
+
+
+def write_rows(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes rows as CSV, atomically: the key columns, then the metrics in the order of their first appearance.
+
+    Numbers keep their full precision, NaN is `nan`, and a metric that a row lacks is an empty cell.
+    """
+    metrics = dict.fromkeys(name for row in rows for name in row if name not in KEYS)
+    with _Atomic(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEYS, *metrics])
+        writer.writerows([*(row.get(k, "") for k in KEYS), *(_cell(row.get(m)) for m in metrics)] for row in rows)
+    return Path(path)
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The inverse of `write_rows`: keys as text, metrics as numbers, empty cells left out.
+
+    Raises:
+        SuiteError: no such file, or not a table of result rows.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            lacking = [k for k in KEYS if k not in (reader.fieldnames or [])]
+            if lacking:
+                raise SuiteError(f"{path}: no table of results; it lacks the column(s) {', '.join(lacking)}")
+            return [{k: v if k in KEYS else _number(v) for k, v in row.items() if k in KEYS or v} for row in reader]
+    except FileNotFoundError:
+        raise SuiteError(f"{path}: no such file; a run writes it when its test stage is done") from None
+
+
+def write_json(path: Path | str, data: Any) -> Path:
+    """Writes plain data (also NumPy scalars) as JSON, atomically; numbers that are not finite become null."""
+    with _Atomic(path) as file:
+        json.dump(_plain(data), file, indent=2, allow_nan=False)
+        file.write("\n")
+    return Path(path)
+
+
+class _Atomic:
+    """A text file that appears at `path` once it is complete: a reader never sees half of it, and an error leaves the old one."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
+
+    def __enter__(self) -> Any:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.temporary, "w", newline="", encoding="utf-8")
+        return self.file
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.file.close()
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink()
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return str(int(value)) if isinstance(value, (int, np.integer, np.bool_)) else repr(float(value))
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text) if "_" not in text else text
+        except ValueError:
+            continue
+    return text
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {str(k): _plain(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(v) for v in data]
+    if isinstance(data, np.generic):
+        return _plain(data.item())
+    return None if isinstance(data, float) and not math.isfinite(data) else data

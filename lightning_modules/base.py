@@ -1,0 +1,300 @@
+"""The bases of all methods: `Method` (optimizers, keyed randomness, results, checkpoints) and `SegmentationMethod` (networks that draw maps)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lesionbench.errors import SuiteError
+from lesionbench.keyed import key, torch_generator
+from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.target import ClassSoftmax, Target
+from lesionbench.task import Task
+from lightning_modules.metrics import CaseMetrics, PerCaseResults
+
+Batch = Mapping[str, Any]
+
+
+class Method(pl.LightningModule):
+    """A method: what is trained how, and what it says about a case. Subclasses define `training_step` and `predict_case`.
+
+    Args:
+        task: channels, classes and regions, from the data.
+        optimizer: called with parameters (`functools.partial` of a torch optimizer), or name -> such a call, one for each group that
+            `optimizer_groups` names.
+        scheduler: called with (optimizer, total_iterations); None = constant learning rate.
+        metrics: measured on test cases.
+        accumulate: batches whose gradients are summed into one step (of the mean loss), in automatic and manual optimization alike.
+        clip: largest norm of the gradient of one optimizer's parameters; None = no clipping.
+        seed: of everything random in training.
+
+    Attributes:
+        streams: the data streams that `training_step` expects.
+        iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
+        config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
+    """
+
+    streams: tuple[str, ...] = ("default",)
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        optimizer: Callable | Mapping[str, Callable] | None = None,
+        scheduler: Callable | None = None,
+        metrics: CaseMetrics | None = None,
+        accumulate: int = 1,
+        clip: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
+        self.accumulate, self.clip, self.seed = accumulate, clip, seed
+        self.metrics = metrics or CaseMetrics()
+        self.selection = CaseMetrics(names=["dice"])
+        self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
+        self.iteration = 0
+        self.config: dict[str, Any] | None = None
+
+    # what a method answers
+
+    def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Optimizer name -> the parameters it owns; one optimizer over everything trainable by default."""
+        return {"main": [p for p in self.parameters() if p.requires_grad]}
+
+    def predict_case(self, batch: Batch) -> Prediction:
+        """What the method says about the one whole case of `batch`, on the network grid."""
+        raise TypeError(f"{type(self).__name__} must define predict_case()")
+
+    def measure(self, prediction: Prediction, truth: torch.Tensor | None, batch: Batch, metrics: CaseMetrics, spacing: tuple[float, ...]) -> list[dict]:
+        """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
+        if truth is None and not prediction.table:
+            return []
+        return metrics(prediction, truth, self.task, spacing)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
+        return torch_generator(self.seed, name, self.iteration, self.global_rank, device=self.device)
+
+    # optimizers
+
+    def configure_optimizers(self) -> Any:
+        groups = {name: params for name, params in self.optimizer_groups().items() if params}
+        if not groups:
+            return None
+        if self.optimizer is None:
+            raise SuiteError(f"{type(self).__name__} trains {', '.join(groups)} but model.optimizer is null")
+        makers = self.optimizer if isinstance(self.optimizer, Mapping) else dict.fromkeys(groups, self.optimizer)
+        if set(makers) != set(groups):
+            raise SuiteError(f"model.optimizer has {sorted(makers)}, the method trains {sorted(groups)}")
+        self._names = list(groups)
+        optimizers = [makers[name](params) for name, params in groups.items()]
+        if self.scheduler is None:
+            return optimizers
+        total = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization:
+            total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
+        schedulers = [self.scheduler(o, total_iterations=int(total)) for o in optimizers]
+        plateau = isinstance(schedulers[0], ReduceLROnPlateau)
+        plan = {"interval": "epoch", "monitor": "val/dice", "strict": False} if plateau else {"interval": "step"}
+        return optimizers, [{"scheduler": s, "name": f"lr/{n}", **plan} for s, n in zip(schedulers, groups, strict=True)]
+
+    @contextmanager
+    def optimizing(self, name: str) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Manual optimization: inside, only the parameters of optimizer `name` need gradients; call what is yielded with the loss, once.
+
+        It divides by `accumulate`, adds the gradient, and on the last batch of the window clips, steps and advances the schedule.
+        """
+        place = self._names.index(name)
+        optimizers = self.optimizers()
+        optimizer = optimizers[place] if isinstance(optimizers, list) else optimizers
+        self.toggle_optimizer(optimizer)
+        try:
+            yield partial(self._step, optimizer, place)
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    def _step(self, optimizer: Any, place: int, loss: torch.Tensor) -> None:
+        self.manual_backward(loss / self.accumulate)
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress
+        if batch.current.ready % self.accumulate and not batch.is_last_batch:
+            return
+        if self.clip is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                scaler.unscale_(optimizer.optimizer)
+            self._clip(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedulers = self.lr_schedulers()
+        if schedulers is not None:
+            scheduler = schedulers[place] if isinstance(schedulers, list) else schedulers
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
+        """Clips by `clip`, as manual optimization does; the Trainer's own option stays unused."""
+        if self.clip is not None:
+            self._clip(optimizer)
+
+    def _clip(self, optimizer: Any) -> None:
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
+
+    # steps
+
+    def on_fit_start(self) -> None:
+        offered = tuple(getattr(self.trainer.datamodule, "streams", self.streams))
+        if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
+            raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # dropout and every other draw from the global generator belongs to this iteration, whatever was drawn before
+        torch.manual_seed(key(self.seed, "step", self.iteration, self.global_rank))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.iteration += 1
+
+    def log_terms(self, **terms: torch.Tensor) -> None:
+        """Logs loss terms of the current batch under `train/`."""
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()} | {"iteration": float(self.iteration)}, batch_size=1)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
+        return self._evaluate(batch, self.val_results, self.selection)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
+        return self._evaluate(batch, self.test_results, self.metrics)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
+        return self._evaluate(batch, None, None)
+
+    def _evaluate(self, batch: Batch, results: PerCaseResults | None, metrics: CaseMetrics | None) -> CaseResult | None:
+        geometry = batch["geometry"][0]
+        # stochastic inference belongs to the case, so that the order of cases and the number of processes do not matter
+        torch.manual_seed(key(self.seed, "case", batch["case"][0]))
+        prediction = self.predict_case(batch)
+        if batch["again"][0]:
+            return None
+        native = metrics is None or metrics.space == "native"
+        truth = batch["native_label"][0] if native and "native_label" in batch else batch["label"][0, 0] if "label" in batch else None
+        if native:
+            prediction = self.to_native(prediction, geometry)
+        result = CaseResult(
+            batch["case"][0], batch["patient"][0], batch["site"][0], prediction, truth, batch["image"][0], geometry, native=native
+        )
+        if metrics is not None:
+            who = {"case": result.case, "patient": result.patient, "site": result.site}
+            result.rows = [{**who, **row} for row in self.measure(prediction, truth, batch, metrics, result.spacing)]
+            results.update(result.rows)
+        return result
+
+    def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
+        """Brings a prediction to the grid of the file it was made from."""
+        return prediction.map(geometry.to_native, partial(geometry.to_native, discrete=True))
+
+    def on_validation_epoch_end(self) -> None:
+        rows = self.val_results.compute()
+        values = [row["dice"] for row in rows if row["member"] == "" and row["region"] and row.get("dice") is not None]
+        for region in dict.fromkeys(row["region"] for row in rows if row["member"] == "" and row["region"]):
+            own = [row["dice"] for row in rows if row["member"] == "" and row["region"] == region]
+            self.log(f"val/dice_{region}", sum(own) / len(own), rank_zero_only=False, sync_dist=False)
+        if values:
+            self.log("val/dice", sum(values) / len(values), prog_bar=True, sync_dist=False)
+        self.log("iteration", float(self.iteration))
+        self.val_rows = rows
+        self.val_results.reset()
+
+    # checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        checkpoint["lesionbench"] = {
+            "format": 1,
+            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "iteration": self.iteration,
+            "model": self.config,
+            "task": self.task.to_dict(),
+            "preprocessing": data.preprocessing.to_dict() if hasattr(data, "preprocessing") else None,
+            "statistics": getattr(data, "statistics", None),
+        }
+        if self._within_window():  # gradients summed so far belong to the state of a run stopped between two steps
+            checkpoint["lesionbench"]["gradients"] = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+
+    def _within_window(self) -> bool:
+        if self._trainer is None or self.accumulate == 1:
+            return False
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress
+        return batch.current.ready % self.accumulate != 0 and not batch.is_last_batch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint.get("lesionbench", {})
+        self.iteration = int(own.get("iteration", 0))
+        for name, parameter in self.named_parameters():
+            if name in own.get("gradients", {}):
+                parameter.grad = own["gradients"][name].to(parameter)
+
+
+class SegmentationMethod(Method):
+    """One network that draws one set of maps; several-network methods override `predict_maps`.
+
+    Args:
+        network: called with (in_channels, out_channels), returns the network.
+        loss: called with (logits or output dict, target).
+        target: called with the task, returns the `Target`; softmax over classes by default.
+        inferer: called with (image, predictor, slice axis): see `lightning_modules.inferers`.
+    """
+
+    def __init__(
+        self, task: Task, *, network: Callable[..., nn.Module], loss: nn.Module, inferer: Callable, target: Callable = ClassSoftmax, **training: Any
+    ) -> None:
+        super().__init__(task, **training)
+        self.target: Target = target(task)
+        kind = getattr(loss, "kind", None)
+        expected = "softmax" if isinstance(self.target, ClassSoftmax) else "sigmoid"
+        if kind is not None and kind != expected:
+            raise SuiteError(
+                f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {expected}; change one of them"
+            )
+        self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
+        self.loss, self.inferer = loss, inferer
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""
+        return self.network(image)
+
+    def compute_loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch; a network's own extra loss is added."""
+        output = self(batch["image"])
+        loss = self.loss(output, self.target.encode(batch["label"]))
+        return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self.compute_loss(batch)
+        self.log_terms(loss=loss)
+        return loss
+
+    def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Maps of one view that may be averaged: `maps` (B, K, *spatial) for the target, and any further ones by name."""
+        output = self(view)
+        return {"maps": self.target.activate(output["logits"] if isinstance(output, dict) else output)}
+
+    def predict_case(self, batch: Batch) -> Prediction:
+        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
+        return self.decode(maps["maps"])
+
+    def decode(self, maps: torch.Tensor) -> Prediction:
+        """Blended maps (1, K, X, Y, Z) -> prediction of the one case."""
+        regions = self.target.decode(maps)
+        return Prediction(regions=regions[0], labels=self.target.labels(regions)[0])
+
+    def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
+        native = super().to_native(prediction, geometry)
+        if geometry.resampled != geometry.canonical:  # labels follow from resampled probabilities, not from resampled labels
+            for _, part in native.flat():
+                if part.regions is not None:
+                    part.labels = self.target.labels(part.regions[None])[0]
+        return native

@@ -1,0 +1,120 @@
+"""Inferers: run a predictor over a whole case, one place for windows, overlap and blending.
+
+A predictor takes a view of the image and returns a dict of maps (B, K, *spatial of the view); an inferer returns the same dict for the
+whole volume (B, K, X, Y, Z), every map blended in the same pass. Which inferer fits is a matter of the network's dimension.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import torch
+from torch.nn.functional import pad
+
+from lesionbench.errors import SuiteError
+from lesionbench.views import from_slices, to_slices, to_windows
+
+Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+class Whole:
+    """The whole volume in one forward pass, padded at the far end to a multiple of `divisor`."""
+
+    def __init__(self, divisor: int | Sequence[int] = 16) -> None:
+        self.divisor = divisor
+
+    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+        return padded(image, self.divisor, predictor)
+
+
+class Window:
+    """Overlapping 3D windows (B, C, x, y, z), blended.
+
+    Args:
+        patch: window size in voxels; an axis on which the case is smaller is padded with 0.
+        overlap: share of a window that its neighbor covers, 0 <= overlap < 1.
+        blending: `gaussian` (sigma = 1/8 of the window, as nnU-Net, Isensee et al. 2021) or `constant`.
+        batch: windows per forward pass.
+    """
+
+    def __init__(self, patch: Sequence[int], overlap: float = 0.5, blending: str = "gaussian", batch: int = 1) -> None:
+        if not 0 <= overlap < 1:
+            raise SuiteError(f"model.inferer.overlap={overlap}: expected 0 <= overlap < 1")
+        if blending not in ("gaussian", "constant"):
+            raise SuiteError(f"model.inferer.blending={blending}: expected gaussian or constant")
+        if patch is None:
+            raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
+        self.patch, self.overlap, self.blending, self.batch = tuple(patch), overlap, blending, batch
+
+    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+        shape = image.shape[2:]
+        short = [max(p - s, 0) for p, s in zip(self.patch, shape, strict=True)]
+        near = [s // 2 for s in short]
+        margins = [m for a in (2, 1, 0) for m in (near[a], short[a] - near[a])]
+        image = pad(image, margins) if any(short) else image
+        weight = self._weight().to(image.device)
+        total: dict[str, torch.Tensor] = {}
+        norm = image.new_zeros(image.shape[2:], dtype=torch.float32)
+        for boxes in self._batches(image.shape[2:]):
+            views = torch.cat([image[(..., *box)] for box in boxes])
+            for name, maps in predictor(views).items():
+                if name not in total:
+                    total[name] = maps.new_zeros((image.shape[0], maps.shape[1], *image.shape[2:]), dtype=torch.float32)
+                for box, part in zip(boxes, maps.float().split(image.shape[0]), strict=True):
+                    total[name][(..., *box)] += part * weight
+            for box in boxes:
+                norm[box] += weight
+        crop = (..., *(slice(n, n + s) for n, s in zip(near, shape, strict=True)))
+        return {name: maps.div_(norm)[crop] for name, maps in total.items()}
+
+    def _weight(self) -> torch.Tensor:
+        if self.blending == "constant":
+            return torch.ones(self.patch)
+        lines = [torch.exp(-0.5 * ((torch.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in self.patch]
+        weight = lines[0][:, None, None] * lines[1][:, None] * lines[2]
+        return weight.clamp(min=1e-4)  # far corners still count, so that no voxel is divided by nothing
+
+    def _batches(self, shape: Sequence[int]) -> Iterator[list[tuple[slice, ...]]]:
+        starts = []
+        for size, p in zip(shape, self.patch, strict=True):
+            step = max(int(p * (1 - self.overlap)), 1)
+            count = -(-(size - p) // step) + 1
+            starts.append([round(i * (size - p) / max(count - 1, 1)) for i in range(count)])
+        boxes = [tuple(slice(s, s + p) for s, p in zip(corner, self.patch, strict=True)) for corner in product(*starts)]
+        yield from (boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch))
+
+
+class SliceWise:
+    """Every slice (B, C, H, W) of the volume, whole, padded to a multiple of `divisor`; `batch` slices per forward pass."""
+
+    def __init__(self, divisor: int | Sequence[int] = 16, batch: int = 16) -> None:
+        self.divisor, self.batch = divisor, batch
+
+    def views(self, image: torch.Tensor, axis: int) -> torch.Tensor:
+        """The slices of a volume, in order."""
+        return to_slices(image, axis)
+
+    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+        parts = [padded(views, self.divisor, predictor, axes=2) for views in self.views(image, axis).split(self.batch)]
+        return {name: from_slices(torch.cat([p[name] for p in parts]), axis, image.shape[0]) for name in parts[0]}
+
+
+class PackWise(SliceWise):
+    """Every slice with its neighbors as a window (B, C, H, W, k), end slices repeated; the network answers for the middle slice."""
+
+    def __init__(self, k: int = 3, divisor: int | Sequence[int] = 16, batch: int = 16) -> None:
+        super().__init__(divisor, batch)
+        self.k = k
+
+    def views(self, image: torch.Tensor, axis: int) -> torch.Tensor:
+        return to_windows(image, axis, self.k)
+
+
+def padded(image: torch.Tensor, divisor: int | Sequence[int], predictor: Predictor, axes: int | None = None) -> dict[str, torch.Tensor]:
+    """Pads the first `axes` spatial axes (default: all) to a multiple of `divisor`, predicts, and cuts the padding off."""
+    axes = image.ndim - 2 if axes is None else axes
+    divisors = [divisor] * axes if isinstance(divisor, int) else list(divisor)
+    size = image.shape[2 : 2 + axes]
+    more = [-s % d for s, d in zip(size, divisors, strict=True)]
+    margins = [0, 0] * (image.ndim - 2 - axes) + [m for extra in reversed(more) for m in (0, extra)]
+    maps = predictor(pad(image, margins) if any(more) else image)
+    return {name: m[(slice(None), slice(None), *(slice(0, s) for s in size))] for name, m in maps.items()}

@@ -1,0 +1,90 @@
+"""Soft Dice losses for classes (softmax) and for regions (sigmoid); both stand on `soft_dice`."""
+
+import torch
+from torch import nn
+
+from lesionbench.task import IGNORE
+
+
+def soft_dice(
+    probabilities: torch.Tensor,
+    truth: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    batch: bool = False,
+    squared: bool = False,
+    smooth: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft Dice coefficients 2 sum(p g) / (sum p + sum g), over the valid voxels.
+
+    Args:
+        probabilities, truth: (B, K, *spatial), in [0, 1].
+        valid: (B, K or 1, *spatial), 1 where a voxel counts, else 0.
+        batch: one coefficient per channel over the whole batch, instead of one per sample and channel.
+        squared: sum p^2 and g^2 in the denominator (Milletari et al., 3DV 2016).
+        smooth: added to numerator and denominator.
+
+    Returns:
+        Coefficients in [0, 1] and whether each has any valid voxel, both (B, K), or (K,) with `batch`.
+    """
+    axes = [*([0] if batch else []), *range(2, probabilities.dim())]
+    valid = valid.to(probabilities)
+    probabilities, truth = probabilities * valid, truth * valid
+    overlap = (probabilities * truth).sum(axes)
+    total = (probabilities.square() + truth.square()).sum(axes) if squared else (probabilities + truth).sum(axes)
+    dice = (2 * overlap + smooth) / (total + smooth).clamp_min(1e-8)
+    return dice, (valid.amax(axes) > 0).expand_as(dice)
+
+
+def dice_loss(dice: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - Dice over the coefficients that have valid voxels; 0 (with a gradient path) where none has."""
+    known = known.to(dice)
+    return ((1 - dice) * known).sum() / known.sum().clamp_min(1)
+
+
+class SoftDice(nn.Module):
+    """1 - mean soft Dice over classes (and samples), on softmax probabilities (Milletari et al., 3DV 2016; Isensee et al., 2021).
+
+    Args:
+        include_background: count class 0 too.
+        batch: sums run over the whole batch (nnU-Net's batch Dice) instead of each sample.
+        squared: squared terms in the denominator (V-Net).
+        smooth: added to numerator and denominator; a class that is neither present nor predicted then has Dice 1.
+
+    Shapes: logits (B, C, *spatial), target class indices (B, 1, *spatial) with -1 = ignore -> scalar in [0, 1], float32. A sample
+    (with `batch`: a batch) without any labeled voxel adds nothing.
+    """
+
+    kind = "softmax"
+
+    def __init__(self, include_background: bool = False, batch: bool = False, squared: bool = False, smooth: float = 1e-5) -> None:
+        super().__init__()
+        self.include_background = include_background
+        self.batch, self.squared, self.smooth = batch, squared, smooth
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        first = 0 if self.include_background else 1
+        probabilities = logits.float().softmax(dim=1)[:, first:]
+        valid = target != IGNORE
+        truth = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target.long().clamp_min(0), 1.0)[:, first:]
+        return dice_loss(*soft_dice(probabilities, truth, valid, batch=self.batch, squared=self.squared, smooth=self.smooth))
+
+
+class RegionDice(nn.Module):
+    """1 - mean soft Dice over regions (and samples), on sigmoid probabilities (region-based training, Isensee et al., BrainLes 2020).
+
+    Args: as `SoftDice`; every region counts.
+
+    Shapes: logits (B, R, *spatial), target region masks (B, R, *spatial) with -1 = ignore -> scalar in [0, 1], float32.
+    """
+
+    kind = "sigmoid"
+
+    def __init__(self, batch: bool = False, squared: bool = False, smooth: float = 1e-5) -> None:
+        super().__init__()
+        self.batch, self.squared, self.smooth = batch, squared, smooth
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        probabilities = logits.float().sigmoid()
+        valid = target != IGNORE
+        return dice_loss(*soft_dice(probabilities, target.float(), valid, batch=self.batch, squared=self.squared, smooth=self.smooth))

@@ -1,0 +1,235 @@
+"""One case in, result rows out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.prediction import Prediction
+from lesionbench.task import IGNORE, Task
+from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
+from lightning_modules.metrics.box import bounding_box
+from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
+from lightning_modules.metrics.overlap import overlap
+from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, surface_metrics
+from lightning_modules.metrics.uncertainty import Ranking, brier_score, calibration_error
+
+OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
+KNOWN = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "ece", "brier", "q_dice", "q_dice_paper")
+KNOWN += ("auroc", "ap", "error_auroc")
+DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
+
+Values = dict[str, float]
+
+
+class CaseMetrics:
+    """Measures a prediction and all its members against the truth of one case, region by region.
+
+    Args:
+        names: what to measure; a metric whose input a prediction lacks is left out for it.
+            From `labels`: `dice`, `jaccard`, `sensitivity`, `precision`, `specificity`, `volume_difference`, `vr70` (1 where sensitivity is
+            at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd` (columns
+            end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`.
+            From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
+            From `scores`: `auroc`, `ap` (average precision) for finding each region.
+            From `uncertainty` and `labels`: `error_auroc`, one column `auroc_<map>` for finding the voxels where a region is wrong.
+        empty_distance: surface distance when one of two masks is empty: `diagonal` of the whole grid, `nan`, or a number in the unit.
+        surface_tolerance: for `surface_dice`, in the unit.
+        lesion_min_iou: for `lesion_f1`; 0 means any overlap.
+        lesion_dilation: for `lesion_dice`, in voxels.
+        bins: for `ece`.
+
+    Raises:
+        SuiteError: an unknown metric or `empty_distance`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str] = DEFAULT,
+        empty_distance: float | str = "diagonal",
+        surface_tolerance: float = 1.0,
+        lesion_min_iou: float = 0.0,
+        lesion_dilation: int = 0,
+        bins: int = 15,
+    ) -> None:
+        for name in names:
+            if name not in KNOWN:
+                raise unknown("metric", name, KNOWN)
+        if isinstance(empty_distance, str) and empty_distance not in ("diagonal", "nan"):
+            raise unknown("empty_distance", empty_distance, ["diagonal", "nan", "<a number>"])
+        self.names = tuple(names)
+        self.empty_distance = empty_distance
+        self.surface_tolerance = surface_tolerance
+        self.lesion_min_iou = lesion_min_iou
+        self.lesion_dilation = lesion_dilation
+        self.bins = bins
+
+    def __call__(
+        self,
+        prediction: Prediction,
+        truth: torch.Tensor,
+        task: Task,
+        spacing: Sequence[float],
+        raters: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> list[dict[str, Any]]:
+        """Rows `{"member", "region", <metric>: value}`: one per member and region, and one with region "" where a member has a table.
+
+        Args:
+            prediction: maps on the grid of `truth`.
+            truth: class indices (X, Y, Z) or (X, Y). Voxels of -1 count nowhere. An axis of length one is dropped, so that a slice has
+                in-plane surfaces and an in-plane diagonal.
+            spacing: voxel size along the axes of `truth`; not used for distances of a task in voxels.
+            raters: class indices (R, X, Y, Z), for `q_dice`; a rater who is -1 throughout is absent, a voxel of -1 does not count.
+            mask: bool (X, Y, Z), such as the brain: where calibration and AUROC are measured; default everywhere.
+
+        Raises:
+            SuiteError: a map that is not on the grid of `truth`.
+        """
+        case = _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask)
+        rows = []
+        for member, part in prediction.flat():
+            for region, values in self._regions(part, case).items():
+                rows.append({"member": member, "region": region, **values})
+            if part.table:
+                rows.append({"member": member, "region": "", **{k: float(v) for k, v in part.table.items()}})
+        return rows
+
+    def _regions(self, part: Prediction, case: "_Truth") -> dict[str, Values]:
+        """Values of one member by region; regions without any are left out."""
+        values: dict[str, Values] = {region: {} for region in case.task.region_names}
+        for measured in (self._masks(part, case), self._probabilities(part, case), self._agreement(part, case), self._rankings(part, case)):
+            for region, more in zip(values, measured, strict=False):
+                values[region].update(more)
+        return {region: found for region, found in values.items() if found}
+
+    def _masks(self, part: Prediction, case: "_Truth") -> list[Values]:
+        if part.labels is None:
+            return []
+        return [self._mask(ours, theirs, case) for ours, theirs in zip(*case.cropped_masks(part.labels), strict=True)]
+
+    def _mask(self, ours: np.ndarray, theirs: np.ndarray, case: "_Truth") -> Values:
+        """Everything that compares two masks, in the order of `names`."""
+        unit, found = case.task.unit, overlap(ours, theirs, case.voxels)
+        surfaces = [n for n in self.names if n in SURFACE_METRICS]
+        if surfaces:
+            empty = grid_diagonal(case.shape, case.steps) if self.empty_distance == "diagonal" else float(self.empty_distance)
+            found |= surface_metrics(ours, theirs, case.steps, surfaces, self.surface_tolerance, empty)
+        values = {}
+        for name in self.names:
+            if name in ("hd95", "hd95_pooled", "hd", "asd"):
+                values[f"{name}_{unit}"] = found[name]
+            elif name in found:
+                values[name] = found[name]
+            elif name == "vr70":
+                values[name] = recall_reached(found["sensitivity"])
+            elif name == "volume":
+                size, suffix = (np.prod(case.spacing) / 1000, "ml") if unit == "mm" else (1, "vox")
+                for column, mask in ((f"volume_{suffix}", ours), (f"truth_volume_{suffix}", theirs)):
+                    values[column] = float(np.count_nonzero(mask) * size)
+            elif name == "lesion_dice":
+                values[name] = lesion_dice(ours, theirs, self.lesion_dilation)
+            elif name == "lesion_f1":
+                values[name] = lesion_f1(ours, theirs, self.lesion_min_iou)
+        return values
+
+    def _probabilities(self, part: Prediction, case: "_Truth") -> list[Values]:
+        wanted = [n for n in self.names if n in ("ece", "brier")]
+        if part.regions is None or not wanted:
+            return []
+        measures = {"ece": lambda p, t: calibration_error(p, t, bins=self.bins), "brier": brier_score}
+        return [{n: measures[n](p, t) for n in wanted} for p, t in zip(case.counted(part.regions), case.regions, strict=True)]
+
+    def _agreement(self, part: Prediction, case: "_Truth") -> list[Values]:
+        wanted = [n for n in self.names if n in ("q_dice", "q_dice_paper")]
+        maps = part.regions if part.regions is not None else part.labels
+        if case.raters is None or maps is None or not wanted:
+            return []
+        share, rated = case.rated
+        maps = case.fit(maps if part.regions is not None else case.task.region_masks(maps).float()).reshape(len(share), -1)[:, rated]
+        extra = {"q_dice": {}, "q_dice_paper": {"thresholds": PAPER_THRESHOLDS}}
+        return [{n: q_dice(ours, theirs, **extra[n]) for n in wanted} for ours, theirs in zip(maps, share, strict=True)]
+
+    def _rankings(self, part: Prediction, case: "_Truth") -> list[Values]:
+        """Scores against regions, and uncertainty maps against the errors of regions; every map is sorted once."""
+        values: list[Values] = [{} for _ in case.task.regions]
+        if part.scores is not None and {"auroc", "ap"} & set(self.names):
+            ranking = Ranking(case.counted(part.scores[None])[0])
+            for one, region in zip(values, case.regions, strict=True):
+                one |= {"auroc": ranking.auroc(region)} if "auroc" in self.names else {}
+                one |= {"ap": ranking.average_precision(region)} if "ap" in self.names else {}
+        if part.uncertainty and part.labels is not None and "error_auroc" in self.names:
+            errors = case.counted(case.task.region_masks(part.labels)) != case.regions
+            for name, uncertainty in part.uncertainty.items():
+                ranking = Ranking(case.counted(uncertainty[None])[0])
+                for one, wrong in zip(values, errors, strict=True):
+                    one[f"auroc_{name}"] = ranking.auroc(wrong)
+        return values
+
+
+@dataclass
+class _Truth:
+    """The truth of one case, with axes of length one dropped from every array that leaves it."""
+
+    labels: torch.Tensor
+    task: Task
+    spacing: tuple[float, ...]
+    raters: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        kept = [axis for axis, n in enumerate(self.labels.shape) if n > 1] or [0]
+        self.shape = tuple(self.labels.shape[axis] for axis in kept)
+        self.steps = tuple(self.spacing[axis] if self.task.unit == "mm" else 1.0 for axis in kept)
+        self.grid = tuple(self.labels.shape)
+        self.truth = self.fit(self.labels[None])[0]
+        ignored = self.truth == IGNORE
+        self.voxels = ignored.size - np.count_nonzero(ignored)
+        self.ignored = ignored if self.voxels < ignored.size else None
+
+    def fit(self, maps: torch.Tensor) -> np.ndarray:
+        """Maps (C, X, Y, Z) as an array without axes of length one."""
+        if tuple(maps.shape[1:]) != self.grid:
+            raise SuiteError(f"prediction has the shape {tuple(maps.shape[1:])}, the truth {self.grid}: they must lie on one grid")
+        maps = maps.detach().cpu()
+        return (maps.float() if maps.is_floating_point() else maps).reshape(len(maps), *self.shape).numpy()
+
+    def cropped_masks(self, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Region masks (R, *box) of `labels` and of the truth, on the box that holds the foreground of both; False where ignored."""
+        ours = self.fit(labels[None])[0]
+        if self.ignored is not None:
+            ours = np.where(self.ignored, IGNORE, ours)
+        whole = self.task.region_matrix[:, 0].any()  # a region that holds background reaches everywhere
+        box = (slice(None),) * ours.ndim if whole else bounding_box((ours > 0) | (self.truth > 0))
+        return tuple(self.task.region_masks(torch.from_numpy(np.ascontiguousarray(x[box]))).numpy() for x in (ours, self.truth))
+
+    @cached_property
+    def selected(self) -> np.ndarray | None:
+        """Flat bool map of the voxels where calibration and rankings are measured; None where all are."""
+        chosen = None if self.ignored is None else ~self.ignored
+        if self.mask is not None:
+            mask = self.fit(self.mask[None])[0].astype(bool)
+            chosen = mask if chosen is None else mask & chosen
+        return None if chosen is None else chosen.ravel()
+
+    def counted(self, maps: torch.Tensor) -> np.ndarray:
+        """Maps (C, X, Y, Z) at the `selected` voxels, (C, N)."""
+        flat = self.fit(maps).reshape(len(maps), -1)
+        return flat if self.selected is None else flat[:, self.selected]
+
+    @cached_property
+    def regions(self) -> np.ndarray:
+        """True regions at the `selected` voxels, (R, N)."""
+        return self.counted(self.task.region_masks(self.labels))
+
+    @cached_property
+    def rated(self) -> tuple[np.ndarray, np.ndarray]:
+        """Share of raters (R, N) who marked a voxel as a region, and the flat bool map of the N voxels that count."""
+        raters = self.fit(self.raters).reshape(len(self.raters), -1)
+        raters = raters[(raters != IGNORE).any(axis=1)]
+        rated = (raters != IGNORE).all(axis=0) & (self.truth.ravel() != IGNORE)
+        return self.task.region_masks(torch.from_numpy(raters[:, rated])).float().mean(dim=1).numpy(), rated

@@ -1,0 +1,82 @@
+"""Lesion-wise measures: every connected component counts as one lesion, however large. Components touch by face, edge or corner."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from lightning_modules.metrics.box import bounding_box
+
+
+class LesionCounts(NamedTuple):
+    """`detected` and `missed` true lesions, and `false` predicted lesions."""
+
+    detected: int
+    missed: int
+    false: int
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Connected components (26 neighbors in 3D, 8 in 2D) of a boolean mask: labels 1..n, and n."""
+    return ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+
+
+def lesion_counts(prediction: np.ndarray, truth: np.ndarray, min_iou: float = 0.0) -> LesionCounts:
+    """Lesions found, missed and made up.
+
+    A true and a predicted lesion match when they share a voxel (`min_iou=0`, as in ISLES 2022) or when their intersection over union is
+    at least `min_iou`. A true lesion with a match is detected, one without is missed; a predicted lesion without a match is false.
+
+    Args:
+        prediction, truth: boolean masks of one shape.
+        min_iou: in [0, 1].
+    """
+    box = bounding_box(prediction | truth)
+    (found, n_found), (lesions, n_lesions) = components(prediction[box]), components(truth[box])
+    joint = np.bincount(
+        lesions.ravel().astype(np.int64) * (n_found + 1) + found.ravel(), minlength=(n_lesions + 1) * (n_found + 1)
+    ).reshape(n_lesions + 1, n_found + 1)
+    shared = joint[1:, 1:]
+    union = joint.sum(axis=1)[1:, None] + joint.sum(axis=0)[None, 1:] - shared
+    match = (shared > 0) & (shared >= min_iou * union)
+    detected = int(match.any(axis=1).sum())
+    return LesionCounts(detected, n_lesions - detected, n_found - int(match.any(axis=0).sum()))
+
+
+def lesion_f1(prediction: np.ndarray, truth: np.ndarray, min_iou: float = 0.0) -> float:
+    """F1 over lesions, 2 detected / (2 detected + missed + false), in [0, 1]; 1 when both masks are empty. See `lesion_counts`."""
+    detected, missed, false = lesion_counts(prediction, truth, min_iou)
+    return 2 * detected / (2 * detected + missed + false) if detected + missed + false else 1.0
+
+
+def lesion_dice(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0) -> float:
+    """Lesion-wise Dice in the manner of BraTS 2023, in [0, 1]; 1 when both masks are empty.
+
+    Every true lesion is compared with the union of the predicted lesions that reach into it; a predicted lesion that reaches into none
+    counts as a further lesion with Dice 0; the result is the mean. No lesion is left out for its size.
+
+    Args:
+        prediction, truth: boolean masks of one shape.
+        dilation: true lesions that touch once both are dilated so many voxels are one, and "into it" means into the dilated lesion
+            (BraTS 2023 glioma: 3). The dilated voxels themselves are not scored.
+    """
+    box = bounding_box(prediction | truth)
+    found, n_found = components(np.pad(prediction[box], dilation))  # the padding lets lesions grow as on the whole grid
+    truth = np.pad(truth[box], dilation)
+    lesions = components(_dilated(truth, dilation))[0] * truth
+    sizes, reached = np.bincount(found.ravel(), minlength=n_found + 1), np.zeros(n_found + 1, bool)
+    scores = []
+    for index, tight in enumerate(ndimage.find_objects(lesions), start=1):
+        window = tuple(slice(max(s.start - dilation, 0), s.stop + dilation) for s in tight)
+        lesion, here = lesions[window] == index, found[window]
+        partners = np.unique(here[_dilated(lesion, dilation)])
+        partners = partners[partners > 0]
+        reached[partners] = True
+        scores.append(2 * np.count_nonzero(here[lesion]) / (np.count_nonzero(lesion) + sizes[partners].sum()))
+    lesions_in_all = len(scores) + n_found - np.count_nonzero(reached)
+    return float(sum(scores) / lesions_in_all) if lesions_in_all else 1.0
+
+
+def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
+    structure = ndimage.generate_binary_structure(mask.ndim, min(2, mask.ndim))  # faces and edges
+    return ndimage.binary_dilation(mask, structure, iterations=steps) if steps else mask

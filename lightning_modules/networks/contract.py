@@ -1,0 +1,50 @@
+"""What every network says about its input, so that data views, patches and inferers can fit it without knowing it."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lesionbench.errors import SuiteError
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def describe(
+    network: N,
+    dimensions: int,
+    divisor: int | Sequence[int],
+    min_size: int | Sequence[int] | None = None,
+    fixed_size: Sequence[int] | None = None,
+    window: int | None = None,
+) -> N:
+    """Writes the input contract on `network` as plain attributes and returns it.
+
+    Attributes written:
+        dimensions: 2 or 3, the number of spatial axes of input and logits.
+        divisor: per axis, every side must be a multiple of it.
+        min_size: per axis, sides of at least this always work. (Instance and batch normalization need more than one voxel at the
+            bottleneck; it is enough that one axis reaches its `min_size` and the others their `divisor`.)
+        fixed_size: the only size accepted, or None where any size that fits `divisor` and `min_size` is.
+        window: slices k per sample of a 2.5D network (B, M, H, W, k), else None.
+    """
+    network.dimensions = dimensions
+    network.divisor = per_axis(divisor, dimensions)
+    network.min_size = network.divisor if min_size is None else per_axis(min_size, dimensions)
+    network.fixed_size = None if fixed_size is None else per_axis(fixed_size, dimensions)
+    network.window = window
+    return network
+
+
+def per_axis(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for every axis, from one number for all or one for each.
+
+    Raises:
+        SuiteError: `dimensions` is not 2 or 3, or the number of values is neither 1 nor `dimensions`.
+    """
+    if dimensions not in (2, 3):
+        raise SuiteError(f"network.dimensions={dimensions}: must be 2 or 3 (2.5D: WindowChannels around a network of 2)")
+    values = (int(value),) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != dimensions:
+        raise SuiteError(f"network: {list(values)} has {len(values)} numbers, but dimensions={dimensions}")
+    return values

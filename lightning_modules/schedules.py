@@ -1,0 +1,68 @@
+"""Learning-rate schedules: `schedule(optimizer, total_iterations) -> scheduler`, meant as Hydra partials.
+
+All but `plateau` are stepped after every iteration; `plateau` after every epoch, with the monitored metric. Where a schedule warms up,
+`warmup_iterations` is a count, or below 1 a share of `total_iterations`; iteration t of a warm-up of W uses (t + 1) / (W + 1) of the
+learning rate, so that it starts above 0 and reaches the full rate at iteration W.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from lesionbench.errors import SuiteError
+
+
+def poly(optimizer: Optimizer, total_iterations: int, power: float = 0.9, warmup_iterations: float = 0) -> LambdaLR:
+    """(1 - progress) ** power (nnU-Net: power 0.9); progress runs from 0 after the warm-up to 1 at `total_iterations`."""
+    return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: (1 - progress) ** power)
+
+
+def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0, final: float = 0.0) -> LambdaLR:
+    """Half a cosine from 1 down to `final` (a share of the learning rate) (Loshchilov & Hutter, ICLR 2017, without restarts)."""
+    return _per_iteration(
+        optimizer,
+        total_iterations,
+        warmup_iterations,
+        lambda progress: final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2,
+    )
+
+
+def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0.05) -> LambdaLR:
+    """Linear warm-up, then constant."""
+    return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
+
+
+def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:
+    """The learning rate as it is."""
+    return _per_iteration(optimizer, total_iterations, 0, lambda progress: 1.0)
+
+
+def plateau(
+    optimizer: Optimizer, total_iterations: int, factor: float = 0.2, patience: int = 10, mode: str = "max", min_lr: float = 0.0
+) -> ReduceLROnPlateau:
+    """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` epochs.
+
+    `mode` is `max` where higher is better, `min` where lower is. `total_iterations` is there because every schedule is called with it;
+    this one has no planned end.
+    """
+    return ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr)
+
+
+def _per_iteration(optimizer: Optimizer, total_iterations: int, warmup_iterations: float, decay: Callable[[float], float]) -> LambdaLR:
+    """`decay(progress)` after a linear warm-up. The factor is a function, which LambdaLR leaves out of its state: plain data only.
+
+    Raises:
+        SuiteError: no iterations, or a warm-up that leaves none.
+    """
+    count = round(warmup_iterations * total_iterations) if 0 < warmup_iterations < 1 else int(warmup_iterations)
+    if not 0 <= count < total_iterations:
+        raise SuiteError(f"scheduler: warmup_iterations={warmup_iterations} of total_iterations={total_iterations} leaves none to train")
+
+    def factor(iteration: int) -> float:
+        if iteration < count:
+            return (iteration + 1) / (count + 1)
+        return decay(min(1.0, (iteration - count) / (total_iterations - count)))
+
+    return LambdaLR(optimizer, factor)

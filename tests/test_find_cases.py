@@ -1,0 +1,317 @@
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from fake_data import BRATS_CHANNELS, LPS, WRITERS, write_fake_brats, write_fake_folder
+
+from datamodules.brats_files import brats_task, detect_layout, find_brats
+from datamodules.folder_files import find_folder, find_images
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError
+from lesionbench.geometry import read_volume
+
+TINY = (6, 6, 5)
+
+
+def touch(folder, *names):
+    """Empty files: finding cases looks at names only."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["2018", "2019", "2020", "2021", "2023"])
+@pytest.mark.parametrize("extension", [".nii.gz", ".nii"])
+def test_every_layout_is_detected_and_complete(tmp_path, layout, extension):
+    root = write_fake_brats(tmp_path, layout, shape=TINY, extension=extension)
+    cases = find_brats(root)
+    assert detect_layout(root) == layout
+    assert find_brats(root, layout) == cases
+    assert len(cases) == 6
+    assert [c.id for c in cases] == sorted(c.id for c in cases)
+    for case in cases:
+        assert tuple(case.images) == BRATS_CHANNELS
+        assert all(path.is_file() and path.parent.name == case.id for path in case.files)
+        assert all(path.name.endswith(extension) for path in case.files)
+        assert "eg" in case.label.name
+
+
+def test_channels_are_not_mixed_up(tmp_path):
+    cases = find_brats(write_fake_brats(tmp_path, "2023", count=1, shape=TINY))
+    suffix = {channel: path.name.removesuffix(".nii.gz").rpartition("-")[2] for channel, path in cases[0].images.items()}
+    assert suffix == {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}
+    assert cases[0].label.name.endswith("-seg.nii.gz")
+
+
+def test_2018_grade_site_patient_and_odd_survival(tmp_path):
+    cases = {c.id: c for c in find_brats(write_fake_brats(tmp_path, "2018", shape=TINY))}
+    dead = cases["Brats18_CBICA_100_1"]
+    assert (dead.site, dead.patient) == ("CBICA", "Brats18_CBICA_100")
+    assert dead.attributes == {"grade": "HGG", "age": 60.0, "survival": 289.0, "event": 1, "resection": "GTR"}
+    assert cases["Brats18_TCIA01_101_1"].site == "TCIA01"
+    assert "survival" not in cases["Brats18_TCIA01_101_1"].attributes  # NA
+    assert cases["Brats18_2013_102_1"].attributes == {"grade": "LGG", "age": 62.2, "resection": "GTR"}  # empty survival
+    assert cases["Brats18_CBICA_103_1"].attributes["event"] == 0
+
+
+def test_flat_2018_folder_has_no_grade(tmp_path):
+    source = write_fake_brats(tmp_path / "graded", "2018", shape=TINY)
+    flat = tmp_path / "flat"
+    for case in find_brats(source):
+        shutil.copytree(case.label.parent, flat / case.id)
+    cases = find_brats(flat)
+    assert [c.id for c in cases] == [c.id for c in find_brats(source)]
+    assert all("grade" not in c.attributes for c in cases)
+
+
+def test_2020_survival_strings_grades_and_misnamed_label(tmp_path):
+    root = write_fake_brats(tmp_path, "2020", shape=TINY)
+    cases = {int(c.id[-3:]): c for c in find_brats(root)}
+    survival = {n: (c.attributes.get("survival"), c.attributes.get("event")) for n, c in cases.items()}
+    assert survival == {1: (289, 1), 2: (361, 0), 3: (None, None), 4: (None, None), 5: (104, 1), 355: (None, None)}
+    assert cases[2].attributes["age"] == 61.1
+    assert "resection" not in cases[2].attributes
+    assert [cases[n].attributes["grade"] for n in (1, 2, 3)] == ["HGG", "HGG", "LGG"]
+    assert cases[1].site == "CBICA"  # from the case's name of 2019
+    assert cases[355].label.name == "W39_1998.09.19_Segm.nii.gz"
+    assert find_brats(root / "MICCAI_BraTS2020_TrainingData") == list(cases.values())
+
+
+def test_a_survival_string_of_no_known_kind_is_named(tmp_path):
+    root = touch(tmp_path, *(f"BraTS20_Training_001/BraTS20_Training_001_{c}.nii" for c in BRATS_CHANNELS))
+    (root / "survival_info.csv").write_text("Brats20ID,Age,Survival_days,Extent_of_Resection\nBraTS20_Training_001,60,two years,GTR\n")
+    with pytest.raises(SuiteError, match=r"survival_info.csv, BraTS20_Training_001, survival_days.*'two years'"):
+        find_brats(root)
+
+
+def test_2023_time_points_share_a_patient(tmp_path):
+    cases = find_brats(write_fake_brats(tmp_path, "2023", shape=TINY))
+    assert [c.id for c in cases[:3]] == ["BraTS-GLI-00000-000", "BraTS-GLI-00000-001", "BraTS-GLI-00001-000"]
+    assert [c.patient for c in cases[:3]] == ["BraTS-GLI-00000", "BraTS-GLI-00000", "BraTS-GLI-00001"]
+
+
+def test_validation_cases_have_no_label(tmp_path):
+    names = [f"MICCAI_BraTS2020_ValidationData/BraTS20_Validation_001/BraTS20_Validation_001_{c}.nii.gz" for c in BRATS_CHANNELS]
+    cases = find_brats(touch(tmp_path, *names, "name_mapping_validation_data.csv"))
+    assert [(c.id, c.label, c.patient) for c in cases] == [("BraTS20_Validation_001", None, "BraTS20_Validation_001")]
+
+
+def test_missing_channels_are_listed_at_once_or_allowed(tmp_path):
+    root = write_fake_brats(tmp_path, "2021", shape=TINY, missing=[(1, "t1ce"), (1, "flair"), (4, "t2"), (5, "seg")])
+    with pytest.raises(SuiteError) as error:
+        find_brats(root)
+    assert "BraTS2021_00001: t1ce, flair\n" in str(error.value)
+    assert "BraTS2021_00004: t2\n" in str(error.value)
+    cases = find_brats(root, allow_missing=True)
+    assert tuple(cases[1].images) == ("t1", "t2")
+    assert cases[5].label is None
+
+
+def test_a_case_without_any_image_is_refused_even_if_gaps_are_allowed(tmp_path):
+    (touch(tmp_path, *(f"BraTS2021_00000/BraTS2021_00000_{c}.nii.gz" for c in BRATS_CHANNELS)) / "BraTS2021_00001").mkdir()
+    with pytest.raises(SuiteError, match="BraTS2021_00001: t1, t1ce, t2, flair"):
+        find_brats(tmp_path, allow_missing=True)
+
+
+def test_missing_root_empty_root_mixed_years_and_unknown_layout(tmp_path):
+    with pytest.raises(SuiteError) as error:
+        find_brats(tmp_path / "nowhere")
+    for word in (str(tmp_path / "nowhere"), "data.root", "LESIONBENCH_DATA", "docs/data.md"):
+        assert word in str(error.value)
+    with pytest.raises(SuiteError, match=r"found none.*holds nothing[\s\S]*BraTS2021_00000/BraTS2021_00000_t1.nii.gz"):
+        find_brats(tmp_path)
+    touch(tmp_path, *(f"{n}/{n}_{c}.nii" for n in ("BraTS2021_00000", "BraTS20_Training_001") for c in BRATS_CHANNELS))
+    with pytest.raises(SuiteError, match=r"1 of 2020, 1 of 2021; choose one with data.layout"):
+        find_brats(tmp_path)
+    assert [c.id for c in find_brats(tmp_path, "2021")] == ["BraTS2021_00000"]
+    assert [c.id for c in find_brats(tmp_path, 2020)] == ["BraTS20_Training_001"]  # a config may give a number
+    with pytest.raises(SuiteError, match="no BraTS 2023 case folders"):
+        find_brats(tmp_path, "2023")
+    with pytest.raises(SuiteError, match="Unknown BraTS layout '2022'"):
+        find_brats(tmp_path, "2022")
+
+
+@pytest.mark.parametrize(("layout", "written"), [("2018", 4), ("2020", 4), ("2021", 4), ("2023", 3)])
+def test_task_reads_both_values_of_enhancing_tumor_and_writes_its_own(layout, written):
+    task = brats_task(layout)
+    assert task.from_disk(np.array([0, 1, 2, 3, 4])).tolist() == [0, 1, 2, 3, 3]
+    assert task.to_disk(np.array([0, 1, 2, 3])).tolist() == [0, 1, 2, written]
+    assert task.region_names == ("WT", "TC", "ET")
+    assert task.region_matrix.astype(int).tolist() == [[0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
+
+
+def test_folder_with_raters_and_attributes(tmp_path):
+    cases = find_folder(write_fake_folder(tmp_path, count=3, raters=3, shape=TINY))
+    assert [c.id for c in cases] == ["case_00", "case_01", "case_02"]
+    assert [tuple(c.images) for c in cases] == [("flair", "t1")] * 3  # told by the names, in alphabetical order
+    assert [len(c.raters) for c in cases] == [3, 2, 3]
+    assert [p.name for p in cases[0].raters] == [f"case_00_rater{n}.nii.gz" for n in (1, 2, 3)]
+    assert cases[0].label.name == "case_00.nii.gz"
+    assert (cases[1].patient, cases[1].site) == ("patient_01", "north")
+    assert cases[1].attributes == {"age": 51, "score": 1.5}
+    assert cases[0].attributes == {"age": 50}  # an empty cell is no attribute
+
+
+def test_folder_raters_are_ordered_by_number(tmp_path):
+    names = [f"labels/a_rater{n}.nii.gz" for n in (10, 2, 1)]
+    case = find_folder(touch(tmp_path, "images/a_t1.nii.gz", *names))[0]
+    assert [p.name for p in case.raters] == ["a_rater1.nii.gz", "a_rater2.nii.gz", "a_rater10.nii.gz"]
+    assert case.label is None
+
+
+def test_folder_channel_order_and_the_longest_channel_name_wins(tmp_path):
+    touch(tmp_path, "images/my_case_flair.nii.gz", "images/my_case_flair_registered.nii", "images/my_case_t1.nii.gz", "images/._x_t1.nii")
+    case = find_folder(tmp_path, ["registered", "flair_registered", "flair"], allow_missing=True)
+    assert [c.id for c in case] == ["my_case"]
+    assert {c: p.name for c, p in case[0].images.items()} == {
+        "flair_registered": "my_case_flair_registered.nii",
+        "flair": "my_case_flair.nii.gz",
+    }
+    assert list(find_folder(tmp_path, ["t1", "flair"])[0].images) == ["t1", "flair"]
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(SuiteError, match=r"data.root"):
+        find_folder(tmp_path / "nowhere")
+    with pytest.raises(SuiteError, match="no folder images/"):
+        find_folder(tmp_path)
+    touch(tmp_path, "images/a_t1.nii.gz", "images/a_t2.nii.gz", "images/b_t1.nii.gz", "labels/a.nii.gz")
+    with pytest.raises(SuiteError, match="  b: t2\n"):
+        find_folder(tmp_path)
+    assert [list(c.images) for c in find_folder(tmp_path, allow_missing=True)] == [["t1", "t2"], ["t1"]]
+    with pytest.raises(SuiteError, match=r"no image of channels \['flair'\] among 3 NIfTI files \(a_t1.nii.gz"):
+        find_folder(tmp_path, ["flair"])
+    touch(tmp_path, "labels/a_seg.nii.gz")
+    with pytest.raises(SuiteError, match=r"belong to no case: 1 NIfTI files .a_seg.nii.gz"):
+        find_folder(tmp_path, ["t1"])
+    touch(tmp_path, "images/a_t1.nii")
+    with pytest.raises(SuiteError, match="two files for one channel"):
+        find_folder(tmp_path, ["t1"])
+
+
+LIST = [
+    {
+        "case": "001",
+        "patient": "p",
+        "site": "s",
+        "t1": "x/1.nii",
+        "my_flair": "x/2.nii.gz",
+        "label": "x/3.nii",
+        "rater1": "x/4.nii",
+        "age": "61",
+    },
+    {"case": "002", "patient": "", "site": "", "t1": "x/1.nii", "my_flair": "x/2.nii.gz", "label": "", "rater1": "", "age": "NA"},
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_list_file(tmp_path, kind):
+    root = touch(tmp_path / "root", "lists/x/1.nii", "lists/x/2.nii.gz", "lists/x/3.nii", "lists/x/4.nii")
+    path = root / "lists" / f"cases.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(LIST))
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+            writer = csv.DictWriter(file, LIST[0])
+            writer.writeheader()
+            writer.writerows(LIST)
+    x = root / "lists" / "x"
+    first = Case("001", {"t1": x / "1.nii", "my_flair": x / "2.nii.gz"}, x / "3.nii", [x / "4.nii"], "p", "s", {"age": 61})
+    second = Case("002", {"t1": x / "1.nii", "my_flair": x / "2.nii.gz"})
+    assert find_folder(root, list_file=f"lists/cases.{kind}") == [first, second]
+    narrowed = find_folder(root, ["my_flair"], path)
+    assert [list(c.images) for c in narrowed] == [["my_flair"]] * 2
+    assert narrowed[0].attributes == {"age": 61}
+
+
+def test_list_file_errors(tmp_path):
+    with pytest.raises(SuiteError, match=r"no such list: nowhere.csv"):
+        find_folder(tmp_path, list_file="nowhere.csv")
+    (tmp_path / "a.csv").write_text("case,t1,label\n1,gone.nii,lost.nii\n")
+    with pytest.raises(SuiteError, match=r"2 files do not exist[\s\S]*gone.nii[\s\S]*lost.nii"):
+        find_folder(tmp_path, list_file="a.csv")
+    (tmp_path / "b.csv").write_text("name,t1\n1,gone.nii\n")
+    with pytest.raises(SuiteError, match="row 1: no 'case'"):
+        find_folder(tmp_path, list_file="b.csv")
+    (tmp_path / "c.json").write_text("[{")
+    with pytest.raises(SuiteError, match="not valid JSON"):
+        find_folder(tmp_path, list_file="c.json")
+    touch(tmp_path, "there.nii")
+    (tmp_path / "d.csv").write_text("case,t1,t2\n1,there.nii,there.nii\n2,there.nii,\n")
+    with pytest.raises(SuiteError, match="  2: t2\n"):
+        find_folder(tmp_path, list_file="d.csv")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "images/{case}_{channel}",
+        "{case}_{channel}",
+        "{case}/{case}_{channel}",
+        "HGG/{case}/{case}_{channel}",
+        "{case}-{new}",
+        "{case}/{case}-{new}",
+        "{case}_{number:04d}",
+    ],
+)
+def test_prediction_input_in_every_accepted_form(tmp_path, pattern):
+    new = {"t2": "t2w", "t1": "t1n"}
+    for case in ("b", "a"):
+        for number, channel in enumerate(new):
+            touch(tmp_path, pattern.format(case=case, channel=channel, new=new[channel], number=number) + ".nii.gz")
+    touch(tmp_path, "notes.txt")
+    cases = find_images(tmp_path, ["t2", "t1"])
+    assert [c.id for c in cases] == ["a", "b"]
+    for case in cases:
+        assert list(case.images) == ["t2", "t1"]
+        for number, (channel, path) in enumerate(case.images.items()):
+            assert str(path) == str(tmp_path / (pattern.format(case=case.id, channel=channel, new=new[channel], number=number) + ".nii.gz"))
+
+
+def test_prediction_input_errors_show_what_is_expected(tmp_path):
+    touch(tmp_path, "scan.nii.gz")
+    with pytest.raises(SuiteError) as error:
+        find_images(tmp_path, ["t1", "flair"])
+    for word in ("scan.nii.gz", "case01_t1.nii.gz", "case01_flair.nii.gz", "case01_0001.nii.gz"):
+        assert word in str(error.value)
+    touch(tmp_path, "scan_t1.nii.gz")
+    with pytest.raises(SuiteError, match="  scan: flair\n"):
+        find_images(tmp_path, ["t1", "flair"])
+    assert list(find_images(tmp_path, ["t1", "flair"], allow_missing=True)[0].images) == ["t1"]
+
+
+def test_more_numbered_channels_than_wanted_are_refused(tmp_path):
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz")
+    with pytest.raises(SuiteError, match=r"a_0001.nii.gz: numbered channel, but only 1 are wanted"):
+        find_images(tmp_path, ["flair"])
+
+
+def test_brats_folders_are_prediction_input_too(tmp_path):
+    for layout in ("2018", "2023"):
+        root = write_fake_brats(tmp_path / layout, layout, count=3, shape=TINY)
+        assert [(c.id, c.images) for c in find_images(root, BRATS_CHANNELS)] == [(c.id, c.images) for c in find_brats(root)]
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_fake_data_are_deterministic_and_hold_every_class(tmp_path, name):
+    roots = [WRITERS[name](tmp_path / str(n)) for n in range(2)]
+    finder = find_folder if name == "folder" else find_brats
+    first, second = (finder(root) for root in roots)
+    values = {"folder": {0, 1}, "brats2023": {0, 1, 2, 3}}.get(name, {0, 1, 2, 4})
+    for a, b in zip(first, second, strict=True):
+        assert set(np.unique(read_volume(a.label)[0]).tolist()) == values
+        for x, y in zip(a.files, b.files, strict=True):
+            array, affine, _ = read_volume(x)
+            assert (array == read_volume(y)[0]).all()
+            assert array.dtype == np.int16
+            assert (affine == LPS).all()
+
+
+def test_real_brats_2018(real_data):
+    cases = find_brats(real_data / "brats18")
+    assert len(cases) == 6
+    assert {c.site for c in cases} == {"2013", "CBICA", "TCIA01", "TCIA02", "TCIA03", "TCIA13"}
