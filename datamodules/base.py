@@ -41,7 +41,6 @@ class CaseDataModule(pl.LightningDataModule):
         streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping.
             Batches of `unlabeled` cases carry no label at all.
         extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
-        allow_missing: accept cases that lack channels (zeros, told by `channel_mask`).
         check: run the integrity check once per set of files before training.
         cache: folder of the preprocessed cases; default `<root>/.cache`.
         num_workers: loader processes.
@@ -70,7 +69,6 @@ class CaseDataModule(pl.LightningDataModule):
         augmentation: Callable | Sequence[Callable] | None = None,
         streams: Mapping[str, Mapping[str, Any]] | None = None,
         extra_maps: Mapping[str, str] | None = None,
-        allow_missing: bool = False,
         check: bool = True,
         cache: str | Path | None = None,
         num_workers: int = 0,
@@ -99,7 +97,8 @@ class CaseDataModule(pl.LightningDataModule):
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
-        self.extra_maps, self.allow_missing, self.check = dict(extra_maps or {}), allow_missing, check
+        self.extra_maps, self.check = dict(extra_maps or {}), check
+        self.allow_missing = self.preprocessing.allow_missing
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
         self.maps: MapStore | None = None  # set by whoever owns the run folder
@@ -133,11 +132,14 @@ class CaseDataModule(pl.LightningDataModule):
         """The cases used, in a fixed order."""
         return sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
 
+    def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
+        """The parts of the split; only cases that have labels are divided."""
+        return self.split.divide([c for c in cases if c.label is not None or c.raters])
+
     def findings(self, cases: Sequence[Case] | None = None, progress: bool = True) -> list:
         """The integrity check of `cases` (default: all) with the split that training would use."""
         cases = self.cases() if cases is None else cases
-        labeled = [c for c in cases if c.label is not None or c.raters] or cases
-        parts = self.split.divide(labeled)
+        parts = self.divided(cases)
         splits = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}
         return check_cases(cases, self.task, splits=splits, allow_missing=self.allow_missing, progress=progress)
 
@@ -149,6 +151,8 @@ class CaseDataModule(pl.LightningDataModule):
         cases = self.cases()
         if not cases:
             raise SuiteError(f"{self.root}: no cases found")
+        if self.predict_cases is None:
+            self.divided(cases)  # too few cases: said now, not after the caching
         if self.check:
             self._check_once(cases)
         self.store.prepare(cases)
@@ -173,8 +177,7 @@ class CaseDataModule(pl.LightningDataModule):
         if self.parts:
             return
         cases = self.cases()
-        labeled = [c for c in cases if c.label is not None or c.raters]
-        self.parts = self.split.divide(labeled)
+        self.parts = self.divided(cases)
         self.parts["predict"] = cases
         self.parts["unlabeled"] += [c for c in cases if c.label is None and not c.raters] if self._wants("unlabeled") else []
         for name, spec in self.streams.items():
@@ -260,6 +263,16 @@ class CaseDataModule(pl.LightningDataModule):
     def predict_ids(self) -> list[str]:
         """Ids of the cases that `predict` will visit, known before it starts."""
         return [c.id for c in (self.cases() if self.predict_cases is None else self.predict_cases)]
+
+    def transfer_batch_to_device(self, batch: Mapping[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+        """Moves tensors (of every stream); lists, such as native labels and geometry, stay where they are."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {k: moved(v) for k, v in value.items()}
+            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+
+        return moved(batch)
 
     # resume in mid-epoch: position of the next sample, and which versions of the maps belong to it
 

@@ -25,7 +25,7 @@ _NAMES = {
 }
 _MISNAMED_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm"}  # published under this name in the 2020 training set
 _SURVIVAL_TABLES = ("survival_data.csv", "survival_info.csv", "survival_evaluation.csv")
-_ABSENT = ("", "na", "nan", "n/a")
+ABSENT = ("", "na", "nan", "n/a")  # table cells that hold nothing, in lower case
 
 
 def brats_task(layout: str) -> Task:
@@ -192,7 +192,7 @@ def _add_survival(table: Path, cases: dict[str, Case]) -> None:
             continue
         attributes = cases[identifier].attributes
         for column, value in row.items():
-            if value.lower() in _ABSENT:
+            if value.lower() in ABSENT:
                 continue
             if column == "age":
                 attributes["age"] = _number(value, f"{table}, {identifier}, age")
@@ -221,6 +221,6 @@ def _add_mapping(table: Path, cases: dict[str, Case]) -> None:
     """Grade, and the site in a case's name of an earlier year, from `name_mapping.csv`."""
     for row in _rows(table):
         for case in (cases[name] for name in row.values() if name in cases):
-            if row.get("grade", "").lower() not in _ABSENT:
+            if row.get("grade", "").lower() not in ABSENT:
                 case.attributes.setdefault("grade", row["grade"])
             case.site = case.site or next((site for name in row.values() if (site := _site(name))), "")

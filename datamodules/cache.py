@@ -35,7 +35,7 @@ from lesionbench.task import Task
 FORMAT = 1
 COORDINATES = 10_000  # per class
 STALE_SECONDS = 3600
-ADVICE = "set data.cache_dir to a folder on a larger disk, or store less (preprocessing.crop=foreground, a coarser preprocessing.spacing)"
+ADVICE = "set data.cache to a folder on a larger disk, or store less (crop: foreground or a coarser spacing in data.preprocessing)"
 
 
 class _Unusable(Exception):

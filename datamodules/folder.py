@@ -40,4 +40,4 @@ class Folder(CaseDataModule):
         return self._task
 
     def find_cases(self) -> list[Case]:
-        return find_folder(self.root, list(self._task.channels), self.list_file)
+        return find_folder(self.root, list(self._task.channels), self.list_file, self.allow_missing)

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.brats_files import EXTENSIONS, SUFFIXES_2023, require_channels, require_root
+from datamodules.brats_files import ABSENT, EXTENSIONS, SUFFIXES_2023, require_channels, require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 
-_ABSENT = ("", "na", "nan", "n/a")
 _RATER = re.compile(r"rater(\d+)")
 
 
@@ -180,7 +179,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
 
 
 def _attributes(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: _parsed(v) for k, v in row.items() if v is not None and str(v).lower() not in _ABSENT}
+    return {k: _parsed(v) for k, v in row.items() if v is not None and str(v).lower() not in ABSENT}
 
 
 def _parsed(value: Any) -> Any:

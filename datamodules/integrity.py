@@ -178,7 +178,7 @@ def _read_to_end(path: Path) -> None:
 
 
 def _singular(affine: np.ndarray) -> bool:
-    return not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12
+    return not np.isfinite(affine).all() or None in aff2axcodes(affine)  # no axis code: a voxel axis without a direction of its own
 
 
 def _grid_faults(affine: np.ndarray, shape: tuple[int, ...], first: np.ndarray, first_shape: tuple[int, ...]) -> list[tuple[str, str]]:

@@ -60,11 +60,11 @@ class Preprocessing:
         if self.normalize not in NORMALIZATIONS:
             raise unknown("normalization", self.normalize, NORMALIZATIONS)
         if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
-            raise SuiteError(f"preprocessing.spacing: three positive sizes in mm, or null; got {self.spacing}")
+            raise SuiteError(f"data.preprocessing.spacing: three positive sizes in mm, or null; got {self.spacing}")
         if self.clip is not None and (len(self.clip) != 2 or self.clip[0] >= self.clip[1]):
-            raise SuiteError(f"preprocessing.clip: (low, high) with low < high, or null; got {self.clip}")
+            raise SuiteError(f"data.preprocessing.clip: (low, high) with low < high, or null; got {self.clip}")
         if self.margin < 0:
-            raise SuiteError(f"preprocessing.margin: at least 0 voxels; got {self.margin}")
+            raise SuiteError(f"data.preprocessing.margin: at least 0 voxels; got {self.margin}")
 
     @property
     def background(self) -> float:
@@ -145,7 +145,7 @@ def check_channels(case: Case, task: Task, settings: Preprocessing) -> None:
         has = ", ".join(case.images) or "none"
         raise SuiteError(
             f"case {case.id}: no file for channel(s) {', '.join(missing)} (it has: {has}). Add the file, leave the channel out with "
-            "task.channels=[...], leave the case out, or accept it with preprocessing.allow_missing=true (needs one channel at least)."
+            "task.channels=[...], leave the case out, or accept it with data.allow_missing=true (needs one channel at least)."
         )
 
 

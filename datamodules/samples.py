@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.cache import CaseCache
-from datamodules.preprocessing import Preprocessing, normalize_patch
+from datamodules.preprocessing import Preprocessing, foreground, normalize_patch
 from datamodules.sampling import Box, Sampling
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
@@ -93,8 +93,8 @@ class TrainingSamples(Dataset):
     def _cut(self, case: Case, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """One box out of a case: image, label, raters, brain mask, declared maps; all (C, x, y, z)."""
         cached = self.cache.open(case)
-        foreground = cached.foreground if self.labeled else {}
-        box = self.sampling.box(rng, cached.shape, self._size(cached.shape), foreground, self.task.class_names, self.task.slice_axis)
+        voxels = cached.foreground if self.labeled else {}
+        box = self.sampling.box(rng, cached.shape, self._size(cached.shape), voxels, self.task.class_names, self.task.slice_axis)
         box, repeats = self._window_box(box, cached.shape)
 
         def read(f: Callable[[Box], np.ndarray]) -> torch.Tensor:
@@ -107,7 +107,7 @@ class TrainingSamples(Dataset):
             return torch.from_numpy(np.ascontiguousarray(array))
 
         raw = read(cached.read)
-        sample = {"brain_mask": (raw != 0).any(dim=0, keepdim=True)}
+        sample = {"brain_mask": torch.from_numpy(foreground(raw.numpy(), self.preprocessing.background))[None]}
         sample["image"] = torch.from_numpy(normalize_patch(raw.numpy(), cached.stats, self.preprocessing, self.statistics))
         if self.labeled and case.label is not None:
             sample["label"] = read(cached.label)
@@ -195,7 +195,7 @@ class WholeCases(Dataset):
         raw = cached.read(None)
         item = {
             "image": torch.from_numpy(normalize_patch(raw, cached.stats, self.preprocessing, self.statistics)),
-            "brain_mask": torch.from_numpy((raw != 0).any(axis=0, keepdims=True)),
+            "brain_mask": torch.from_numpy(foreground(raw, self.preprocessing.background))[None],
             "channel_mask": torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool)),
             "case": case.id,
             "patient": case.patient,

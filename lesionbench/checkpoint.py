@@ -1,6 +1,6 @@
 """Checkpoints: read them safely, build the method they hold, and start from the weights of another run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,29 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
     Raises:
         SuiteError: a checkpoint without model configuration, a class from a package that is not trusted, weights that do not fit.
     """
-    from hydra.utils import instantiate
-
     checkpoint = read_checkpoint(path)
     own = checkpoint.get("lesionbench")
     if not own or not own.get("model"):
         raise SuiteError(f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it")
     _refuse_strangers(own["model"], path, trust)
     task = Task.from_dict(own["task"])
-    method = instantiate(own["model"], task=task, _convert_="all")
-    method.config = own["model"]
+    method = build_method(own["model"], task)
     try:
         method.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         raise SuiteError(f"{path}: {str(error).splitlines()[0]} {' '.join(str(error).split()[:40])}") from None
     method.on_load_checkpoint(checkpoint)
     return method.eval(), own
+
+
+def build_method(config: Mapping[str, Any], task: Task) -> Any:
+    """Builds a method from its model configuration (plain data), which it keeps for its checkpoints."""
+    from hydra.utils import instantiate
+
+    # partial, so that the task reaches the method as it is: Hydra would turn a dataclass among the arguments into a dict
+    method = instantiate({**config, "_partial_": True}, _convert_="all")(task=task)
+    method.config = dict(config)
+    return method
 
 
 def _refuse_strangers(config: Any, path: str | Path, trust: Sequence[str]) -> None:

@@ -54,7 +54,10 @@ def options(group: str) -> list[str]:
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text = str(error)
-    missing = re.search(r"Could not find '([^']+)'", text) or re.search(r"Could not override '([^']+)'", text) or re.search(r"In '[^']*': Could not find '([^']+)'", text)
+    key = re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if key:
+        return SuiteError(_unknown_key(key.group(1), arguments))
+    missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, name = missing.group(1).rpartition("/")
         while group and not (CONF / group).is_dir():
@@ -65,10 +68,6 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
         if group:
             return SuiteError(f"There is no {group}={name}{nearest(name, options(group))}")
         return SuiteError(f"There is no group '{name}'{nearest(name, [str(d.relative_to(CONF)) for d in _groups()])}")
-    key = re.search(r"Key '([^']+)' is not in struct", text) or re.search(r"Could not override '([^']+)'", text)
-    if key:
-        full = re.search(r"full_key: (\S+)", text)
-        return SuiteError(_unknown_key(full.group(1) if full else key.group(1), arguments))
     return SuiteError(text)
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class Run:
     cost: Record
     rows: list[Record] = field(default_factory=list)
 
-    @property
+    @cached_property
     def cases(self) -> set[str]:
         """Cases that the run was tested on."""
         return {row["case"] for row in self.rows}
@@ -79,6 +80,7 @@ class Comparison:
         folders: group -> the run folders that count.
         left_out: run folder -> why it does not count.
         notes: what the reader has to know.
+        caption: stands under every table; says where the data are simulated.
     """
 
     group_by: list[str]
@@ -89,6 +91,7 @@ class Comparison:
     folders: dict[str, list[str]]
     left_out: dict[str, str]
     notes: list[str]
+    caption: str
 
     def table(self, width: int = 100) -> "RenderableType":
         """Tables for a terminal of `width` columns, for `rich.print`: one per metric with regions as columns, costs, tests, notes."""
@@ -99,12 +102,12 @@ class Comparison:
         parts: list[RenderableType] = []
         for sheet in self.sheets():
             for part in sheet.split(width):
-                table = Table(title=Text(part.title, style="bold"), title_justify="left", show_lines=True)
+                table = Table(show_lines=True)
                 for place, name in enumerate(part.columns):
                     table.add_column(Text(name), no_wrap=place >= part.fixed, overflow="fold", justify="left")
                 for row in part.rows:
                     table.add_row(*(Text(cell) for cell in row))
-                parts.append(table)
+                parts += [Text(part.title, style="bold"), table, Text(f"{self.caption}\n")]
         return Group(*parts, *(Text(line) for line in self._remarks()))
 
     def markdown(self) -> str:
@@ -114,6 +117,7 @@ class Comparison:
             lines = [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
             blocks.append(f"## {sheet.title}")
             blocks.append("\n".join("| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in lines))
+            blocks += [f"*{self.caption}*"] if self.caption else []
         blocks += [_markdown(line) for line in self._remarks()]
         return "\n\n".join(blocks) + "\n"
 
@@ -122,7 +126,7 @@ class Comparison:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         costs = {g["group"]: {name: g[name] for name in COST} for g in self.groups}
-        _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]]} for cell in self.cells])
+        _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
         _write_table(out / "tests.csv", _TEST_COLUMNS, self.tests)
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
         write_json(out / "comparison.json", asdict(self))
@@ -190,6 +194,7 @@ def compare(
         folders={name: [str(run.folder) for run in _runs(seeds)] for name, seeds in groups.items()},
         left_out=left_out,
         notes=_notes(groups, keys),
+        caption=_caption(groups),
     )
     if out is not None:
         comparison.write(out)
@@ -369,7 +374,9 @@ def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[tuple[str, str, str
                         continue
                     values = pool.setdefault((*place, metric), {}).setdefault(seed, {})
                     if case in values:
-                        raise SuiteError(f"{run.folder / 'test' / 'cases.csv'}: case {case} has two rows for member '{place[1]}', region '{place[2]}'")
+                        raise SuiteError(
+                            f"{run.folder / 'test' / 'cases.csv'}: case {case} has two rows for member '{place[1]}', region '{place[2]}'"
+                        )
                     values[case] = float(value)
     return pool, oracle
 
@@ -432,7 +439,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 _CELL_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "median", "q25", "q75", "n_seeds", "n_folds", "n_cases", "missing")
-_CELL_COLUMNS += ("oracle", *COST)
+_CELL_COLUMNS += ("oracle", *COST, "note")
 
 
 def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
@@ -462,15 +469,21 @@ def _group_record(name: str, seeds: Mapping[Any, Sequence[Run]]) -> Record:
     return {"group": name, "runs": len(runs), "seeds": len(seeds), "folds": folds, "cases": cases, **costs}
 
 
+def _data(seeds: Mapping[Any, Sequence[Run]]) -> frozenset[str]:
+    """What the configs of a group call their data."""
+    return frozenset(_text(_setting(run.settings, f"data.{key}")) for run in _runs(seeds) for key in ("name", "_target_"))
+
+
+def _caption(groups: Groups) -> str:
+    return SIMULATED if any("simulated" in text.lower() for seeds in groups.values() for text in _data(seeds)) else ""
+
+
 def _notes(groups: Groups, keys: Sequence[str]) -> list[str]:
-    notes = []
-    data = {name: {_text(_setting(run.settings, f"data.{k}")) for run in _runs(seeds) for k in ("name", "_target_")} for name, seeds in groups.items()}
-    if any("simulated" in text.lower() for texts in data.values() for text in texts):
-        notes.append(SIMULATED)
-    if len({frozenset(texts) for texts in data.values()}) > 1:
-        notes.append("the groups differ in data.name or data._target_; their cases are taken to be the same because their names are")
     absent = [key for key in keys if any(_setting(run.settings, key) is _ABSENT for seeds in groups.values() for run in _runs(seeds))]
-    return [*notes, *(f"some configs have no key {key}; their value stands as {_ABSENT}" for key in absent)]
+    notes = [f"some configs have no key {key}; its value stands as {_ABSENT}" for key in absent]
+    if len({_data(seeds) for seeds in groups.values()}) > 1:
+        notes.append("the groups differ in data.name or data._target_; their cases are taken to be the same because their names are")
+    return notes
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------------------

@@ -180,8 +180,9 @@ class Assembled:
 
             self.data.maps = MapStore(Path(cfg.run_folder) / "maps")
         if method is None:
-            method = instantiate(cfg.model, task=self.data.task, _convert_="all")
-            method.config = OmegaConf.to_container(cfg.model, resolve=True)
+            from lesionbench.checkpoint import build_method
+
+            method = build_method(OmegaConf.to_container(cfg.model, resolve=True), self.data.task)
         self.method = method
         if cfg.compile:
             self.method.compile()

@@ -68,6 +68,13 @@ def test_flat_2018_folder_has_no_grade(tmp_path):
     assert all("grade" not in c.attributes for c in cases)
 
 
+def test_archive_folder_above_the_grades(tmp_path):
+    write_fake_brats(tmp_path / "MICCAI_BraTS_2018_Data_Training", "2018", shape=TINY)
+    cases = find_brats(tmp_path)
+    assert len(cases) == 6
+    assert {"grade", "age"} <= set(cases[0].attributes)
+
+
 def test_2020_survival_strings_grades_and_misnamed_label(tmp_path):
     root = write_fake_brats(tmp_path, "2020", shape=TINY)
     cases = {int(c.id[-3:]): c for c in find_brats(root)}
@@ -83,7 +90,7 @@ def test_2020_survival_strings_grades_and_misnamed_label(tmp_path):
 
 def test_a_survival_string_of_no_known_kind_is_named(tmp_path):
     root = touch(tmp_path, *(f"BraTS20_Training_001/BraTS20_Training_001_{c}.nii" for c in BRATS_CHANNELS))
-    (root / "survival_info.csv").write_text("Brats20ID,Age,Survival_days,Extent_of_Resection\nBraTS20_Training_001,60,two years,GTR\n")
+    (root / "survival_info.csv").write_text("\ufeffBrats20ID,Age,Survival_days\nBraTS20_Training_001,60,two years\n")  # byte order mark
     with pytest.raises(SuiteError, match=r"survival_info.csv, BraTS20_Training_001, survival_days.*'two years'"):
         find_brats(root)
 
@@ -226,6 +233,14 @@ def test_list_file(tmp_path, kind):
     narrowed = find_folder(root, ["my_flair"], path)
     assert [list(c.images) for c in narrowed] == [["my_flair"]] * 2
     assert narrowed[0].attributes == {"age": 61}
+
+
+def test_list_raters_are_ordered_by_number(tmp_path):
+    touch(tmp_path, "a.nii", "r1.nii", "r2.nii", "r10.nii")
+    (tmp_path / "list.csv").write_text("case,rater10,rater2,t1,rater1\n1,r10.nii,r2.nii,a.nii,r1.nii\n")
+    case = find_folder(tmp_path, list_file="list.csv")[0]
+    assert list(case.images) == ["t1"]
+    assert [p.name for p in case.raters] == ["r1.nii", "r2.nii", "r10.nii"]
 
 
 def test_list_file_errors(tmp_path):

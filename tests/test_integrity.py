@@ -259,14 +259,19 @@ def test_empty_labels_and_regions_are_warnings(cases):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "value"), [((1, 1, 2.1), "1 x 1 x 2.1 mm, the set's median is 1 x 1 x 1 mm"), ((1, 1, 1.9), None), ((0.45, 1, 1), "median")]
+    ("sizes", "value"),
+    [
+        ((1, 1, 2.1), "1 x 1 x 2.1 mm, the set's median is 1 x 1 x 1 mm"),
+        ((1, 1, 1.9), None),
+        ((0.45, 1, 1), "0.45 x 1 x 1 mm, the set's median is 1 x 1 x 1 mm"),
+    ],
 )
 def test_a_voxel_size_far_from_the_rest_is_a_warning(cases, sizes, value):
-    for path in cases[1].files:
+    for path in cases[0].files:
         rewrite(path, same, LPS @ np.diag([*sizes, 1.0]))
     findings = check(cases)
     assert [(f.level, f.case, f.file, f.message) for f in findings] == (
-        [("warning", "case_01", cases[1].images["t1"], integrity.ODD_SPACING)] if value else []
+        [("warning", "case_00", cases[0].images["t1"], integrity.ODD_SPACING)] if value else []
     )
     assert not value or value in findings[0].value
 

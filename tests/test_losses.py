@@ -24,7 +24,7 @@ from lightning_modules.losses import (
     TopK,
 )
 
-CONF = Path(__file__).parent.parent / "conf" / "model"
+CONF = Path(__file__).parent.parent / "conf"
 SOFTMAX = {
     "ce": CrossEntropy(),
     "ce_weights": CrossEntropy([0.5, 2, 1]),
@@ -310,6 +310,21 @@ def test_deep_supervision_keeps_ignored_and_region_masks():
     assert (half.grad[0, :, :, 0].sign() == torch.tensor([[-1.0], [1.0]])).all()
 
 
+def test_deep_supervision_never_mixes_target_values():
+    seen = []
+
+    class Record(torch.nn.Module):
+        def forward(self, logits, target):
+            seen.append(target)
+            return logits.sum()
+
+    target = torch.randint(-1, 2, (1, 2, 8, 6), generator=torch.Generator().manual_seed(0)).float()
+    DeepSupervision(Record())({"logits": torch.zeros(1, 2, 8, 6), "deep": [torch.zeros(1, 2, 4, 3)]}, target)
+    assert torch.equal(seen[0], target)
+    corners = [target[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    assert any(torch.equal(seen[1], corner) for corner in corners)
+
+
 def test_deep_supervision_without_heads_is_the_loss():
     for inner in (DiceCE(), RegionBCEDice()):
         logits, target = example(inner)
@@ -320,10 +335,21 @@ def test_deep_supervision_without_heads_is_the_loss():
         loss({"logits": logits, "deep": [logits, logits]}, target)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
-def test_configured_losses(name):
+def configured(name, *overrides):
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(overrides=[f"+loss={name}"]).loss
+        return compose(overrides=[f"+model/loss={name}", *overrides]).model.loss
+
+
+def test_the_deeply_supervised_loss_is_a_choice():
+    loss = instantiate(configured("deep_supervision", "model/loss@model.loss.loss=region_bce_dice", "model.loss.loss.bce_weight=3"))
+    assert isinstance(loss.loss, RegionBCEDice)
+    assert loss.loss.bce_weight == 3
+    assert loss.kind == "sigmoid"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "model" / "loss").glob("*.yaml")))
+def test_configured_losses(name):
+    config = configured(name)
     loss = instantiate(config)
     assert loss.kind == ("sigmoid" if name.startswith("region") else "softmax")
     assert loss(*example(loss)) > 0

@@ -19,7 +19,7 @@ _HOME = {
     "lesion_counts": "lesions",
     "lesion_dice": "lesions",
     "lesion_f1": "lesions",
-    "overlap": "overlap",
+    "overlap_metrics": "overlap",
     "q_dice": "agreement",
     "surface_distances": "surface",
     "surface_metrics": "surface",

@@ -14,7 +14,7 @@ from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
 from lightning_modules.metrics.box import bounding_box
 from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
-from lightning_modules.metrics.overlap import overlap
+from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, surface_metrics
 from lightning_modules.metrics.uncertainty import Ranking, brier_score, calibration_error
 
@@ -42,9 +42,10 @@ class CaseMetrics:
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
         lesion_dilation: for `lesion_dice`, in voxels.
         bins: for `ece`.
+        space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
 
     Raises:
-        SuiteError: an unknown metric or `empty_distance`.
+        SuiteError: an unknown metric, `empty_distance` or `space`.
     """
 
     def __init__(
@@ -55,12 +56,16 @@ class CaseMetrics:
         lesion_min_iou: float = 0.0,
         lesion_dilation: int = 0,
         bins: int = 15,
+        space: str = "native",
     ) -> None:
         for name in names:
             if name not in KNOWN:
                 raise unknown("metric", name, KNOWN)
         if isinstance(empty_distance, str) and empty_distance not in ("diagonal", "nan"):
             raise unknown("empty_distance", empty_distance, ["diagonal", "nan", "<a number>"])
+        if space not in ("native", "network"):
+            raise unknown("space", space, ["native", "network"])
+        self.space = space
         self.names = tuple(names)
         self.empty_distance = empty_distance
         self.surface_tolerance = surface_tolerance
@@ -114,7 +119,7 @@ class CaseMetrics:
 
     def _mask(self, ours: np.ndarray, theirs: np.ndarray, case: "_Truth") -> Values:
         """Everything that compares two masks, in the order of `names`."""
-        unit, found = case.task.unit, overlap(ours, theirs, case.voxels)
+        unit, found = case.task.unit, overlap_metrics(ours, theirs, case.voxels)
         surfaces = [n for n in self.names if n in SURFACE_METRICS]
         if surfaces:
             empty = grid_diagonal(case.shape, case.steps) if self.empty_distance == "diagonal" else float(self.empty_distance)
@@ -188,7 +193,7 @@ class _Truth:
         self.grid = tuple(self.labels.shape)
         self.truth = self.fit(self.labels[None])[0]
         ignored = self.truth == IGNORE
-        self.voxels = ignored.size - np.count_nonzero(ignored)
+        self.voxels = ignored.size - int(np.count_nonzero(ignored))
         self.ignored = ignored if self.voxels < ignored.size else None
 
     def fit(self, maps: torch.Tensor) -> np.ndarray:

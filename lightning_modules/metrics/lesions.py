@@ -60,6 +60,8 @@ def lesion_dice(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0) ->
         dilation: true lesions that touch once both are dilated so many voxels are one, and "into it" means into the dilated lesion
             (BraTS 2023 glioma: 3). The dilated voxels themselves are not scored.
     """
+    if not (prediction.any() or truth.any()):
+        return 1.0
     box = bounding_box(prediction | truth)
     found, n_found = components(np.pad(prediction[box], dilation))  # the padding lets lesions grow as on the whole grid
     truth = np.pad(truth[box], dilation)
@@ -73,8 +75,7 @@ def lesion_dice(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0) ->
         partners = partners[partners > 0]
         reached[partners] = True
         scores.append(2 * np.count_nonzero(here[lesion]) / (np.count_nonzero(lesion) + sizes[partners].sum()))
-    lesions_in_all = len(scores) + n_found - np.count_nonzero(reached)
-    return float(sum(scores) / lesions_in_all) if lesions_in_all else 1.0
+    return float(sum(scores) / (len(scores) + n_found - np.count_nonzero(reached)))
 
 
 def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def overlap(prediction: np.ndarray, truth: np.ndarray, total: int | None = None) -> dict[str, float]:
+def overlap_metrics(prediction: np.ndarray, truth: np.ndarray, total: int | None = None) -> dict[str, float]:
     """Overlap measures of two boolean masks of one shape.
 
     Args:

@@ -358,6 +358,8 @@ def unetr(
         dropout_rate=dropout,
         spatial_dims=dimensions,
     )
+    for block in network.vit.blocks:
+        block.norm_cross_attn = nn.Identity()  # of a cross-attention that is not there
     return describe(network, dimensions, divisor=size, fixed_size=size)
 
 
