@@ -1,0 +1,24 @@
+"""Callbacks and the default logger: what is watched, kept and written while the Trainer runs."""
+
+from callbacks.case_table import CaseTable
+from callbacks.checkpoint import BestAndLast
+from callbacks.cost import Cost
+from callbacks.csv_logger import CurvesLogger
+from callbacks.figures import OverlayFigures, montage
+from callbacks.nan_guard import NanGuard, NonFiniteLoss
+from callbacks.nifti_writer import NiftiWriter
+from callbacks.progress import LineProgress, progress_bar
+
+__all__ = [
+    "BestAndLast",
+    "CaseTable",
+    "Cost",
+    "CurvesLogger",
+    "LineProgress",
+    "NanGuard",
+    "NiftiWriter",
+    "NonFiniteLoss",
+    "OverlayFigures",
+    "montage",
+    "progress_bar",
+]

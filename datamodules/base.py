@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning as pl
@@ -263,6 +264,14 @@ class CaseDataModule(pl.LightningDataModule):
     def predict_ids(self) -> list[str]:
         """Ids of the cases that `predict` will visit, known before it starts."""
         return [c.id for c in (self.cases() if self.predict_cases is None else self.predict_cases)]
+
+    def case_batch(self, case_id: str, task: Task, preprocessing: Preprocessing, statistics: dict | None = None) -> dict[str, Any]:
+        """One raw case as an evaluation batch, preprocessed in another way than this data module's (a member of an ensemble, say)."""
+        case = next(c for c in (self.cases() if self.predict_cases is None else self.predict_cases) if c.id == case_id)
+        with TemporaryDirectory(prefix="lesionbench-") as folder:
+            cache = CaseCache(Path(folder), task, preprocessing)
+            cache.prepare([case], progress=False)
+            return collate([WholeCases([case], cache, task, preprocessing, statistics=statistics)[(0, False)]])
 
     def transfer_batch_to_device(self, batch: Mapping[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
         """Moves tensors (of every stream); lists, such as native labels and geometry, stay where they are."""

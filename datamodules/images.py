@@ -29,9 +29,9 @@ class Images(CaseDataModule):
         return self._task
 
     def find_cases(self) -> list[Case]:
-        return find_images(self.root, list(self._task.channels))
+        return find_images(self.root, list(self._task.channels), self.allow_missing)
 
     def findings(self, cases: Any = None, progress: bool = True) -> list:
         from datamodules.integrity import check_cases
 
-        return check_cases(self.predict_cases, self.task, progress=progress)
+        return check_cases(self.predict_cases, self.task, splits={"predict": self.predict_ids()}, allow_missing=self.allow_missing, progress=progress)

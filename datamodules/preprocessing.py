@@ -247,7 +247,7 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
         volumes.append(_compact(case, path, geometry.to_canonical(array)))
     geometry = replace(geometry, resampled=resampled_shape(geometry, settings))
     whole_bounds = all(bound.is_integer() and abs(bound) < 2**15 for bound in settings.clip or ())
-    small = whole_bounds and geometry.resampled == geometry.canonical and all(v is None or v.dtype == np.int16 for v in volumes)
+    small = whole_bounds and all(v is None or v.dtype == np.int16 for v in volumes)
     image = np.full((len(volumes), *geometry.canonical), settings.background, np.int16 if small else np.float32)
     for target, volume in zip(image, volumes, strict=True):
         if volume is not None:

@@ -88,7 +88,8 @@ class TrainingSamples(Dataset):
         if self.augmentation is not None and self.repeat is None:
             with torch_seeded(self.seed, "augment", self.stream, epoch, position):
                 sample = self._augmented(sample)
-        return {**self._viewed(sample, rng), "case": case.id}
+        known = {"attributes": case.attributes} if self.labeled else {}
+        return {**self._viewed(sample, rng), "case": case.id, **known}
 
     def _cut(self, case: Case, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """One box out of a case: image, label, raters, brain mask, declared maps; all (C, x, y, z)."""
@@ -189,6 +190,7 @@ class WholeCases(Dataset):
         return len(self.cases)
 
     def __getitem__(self, where: tuple[int, bool]) -> dict[str, Any]:
+        """Item (index, whether the case has been dealt to another process already)."""
         index, again = where
         case = self.cases[index]
         cached = self.cache.open(case)

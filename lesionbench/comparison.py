@@ -627,7 +627,7 @@ def _test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
     baseline = tests[0]["baseline"] if tests else ""
     better = tests[0]["better"] if tests else ""
     title = f"{metric} against {baseline} ({better} is better; p corrected by Holm over the {len(tests)} comparisons of this table)"
-    columns = [*names, "difference [95 % CI]", "dz", "win/tie/loss", "pairs", "p Wilcoxon", "p t-test"]
+    columns = [*names, "difference\n[95 % CI]", "dz", "win/\ntie/\nloss", "pairs", "p\nWilcoxon", "p\nt-test"]
     return Sheet(title, columns, rows, len(names))
 
 

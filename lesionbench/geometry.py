@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, io_orientation
+from nibabel.spatialimages import HeaderDataError
 
 from lesionbench.errors import SuiteError
 
@@ -130,7 +131,7 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
         return array.reshape(shape), image.affine, shape
     except FileNotFoundError:
         raise SuiteError(f"{path}: no such file") from None
-    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
         raise SuiteError(
             f"{path}: cannot be read as a NIfTI or Analyze volume ({error or type(error).__name__}); truncated or not an image?"
         ) from None

@@ -66,11 +66,10 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
 
 
 def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> DictConfig:
-    """The configuration of one stage: its `override` merged in, `artefact:<stage>` replaced by what that stage left."""
+    """The configuration of one stage: its `override` put in, `artefact:<stage>` replaced by what that stage left."""
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    if stage.get("override") is not None:
-        cfg = OmegaConf.merge(cfg, stage.override)
+    _override(cfg, OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False))
 
     def filled(node: Any) -> Any:
         if isinstance(node, dict):
@@ -86,6 +85,15 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> Dict
 
     cfg.run_folder = str(folder.path if stage.name in ("fit", "test", "predict") else folder.path / stage.name)
     return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True)))
+
+
+def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> None:
+    """Merges `changes` into `cfg`; a mapping that names a `_target_` replaces what was there, since another class has other arguments."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and "_target_" not in value and OmegaConf.select(cfg, f"{prefix}{key}") is not None:
+            _override(cfg, value, f"{prefix}{key}.")
+        else:
+            OmegaConf.update(cfg, f"{prefix}{key}", value, merge=False)
 
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:

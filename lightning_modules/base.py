@@ -15,6 +15,7 @@ from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
+from lightning_modules.losses import DeepSupervision
 from lightning_modules.metrics import CaseMetrics, PerCaseResults
 
 Batch = Mapping[str, Any]
@@ -260,7 +261,10 @@ class SegmentationMethod(Method):
                 f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {expected}; change one of them"
             )
         self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
-        self.loss, self.inferer = loss, inferer
+        self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
+        self.inferer = inferer
+        if getattr(inferer, "divisor", 0) is None:
+            inferer.divisor = getattr(self.network, "divisor", 1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""

@@ -17,9 +17,9 @@ Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Whole:
-    """The whole volume in one forward pass, padded at the far end to a multiple of `divisor`."""
+    """The whole volume in one forward pass, padded at the far end to a multiple of `divisor`; None = what the network needs."""
 
-    def __init__(self, divisor: int | Sequence[int] = 16) -> None:
+    def __init__(self, divisor: int | Sequence[int] | None = None) -> None:
         self.divisor = divisor
 
     def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
@@ -84,9 +84,9 @@ class Window:
 
 
 class SliceWise:
-    """Every slice (B, C, H, W) of the volume, whole, padded to a multiple of `divisor`; `batch` slices per forward pass."""
+    """Every slice (B, C, H, W) of the volume, whole, padded to a multiple of `divisor` (None = what the network needs); `batch` slices per forward pass."""
 
-    def __init__(self, divisor: int | Sequence[int] = 16, batch: int = 16) -> None:
+    def __init__(self, divisor: int | Sequence[int] | None = None, batch: int = 16) -> None:
         self.divisor, self.batch = divisor, batch
 
     def views(self, image: torch.Tensor, axis: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ class SliceWise:
 class PackWise(SliceWise):
     """Every slice with its neighbors as a window (B, C, H, W, k), end slices repeated; the network answers for the middle slice."""
 
-    def __init__(self, k: int = 3, divisor: int | Sequence[int] = 16, batch: int = 16) -> None:
+    def __init__(self, k: int = 3, divisor: int | Sequence[int] | None = None, batch: int = 16) -> None:
         super().__init__(divisor, batch)
         self.k = k
 
@@ -109,10 +109,10 @@ class PackWise(SliceWise):
         return to_windows(image, axis, self.k)
 
 
-def padded(image: torch.Tensor, divisor: int | Sequence[int], predictor: Predictor, axes: int | None = None) -> dict[str, torch.Tensor]:
+def padded(image: torch.Tensor, divisor: int | Sequence[int] | None, predictor: Predictor, axes: int | None = None) -> dict[str, torch.Tensor]:
     """Pads the first `axes` spatial axes (default: all) to a multiple of `divisor`, predicts, and cuts the padding off."""
     axes = image.ndim - 2 if axes is None else axes
-    divisors = [divisor] * axes if isinstance(divisor, int) else list(divisor)
+    divisors = [divisor or 1] * axes if divisor is None or isinstance(divisor, int) else list(divisor)
     size = image.shape[2 : 2 + axes]
     more = [-s % d for s, d in zip(size, divisors, strict=True)]
     margins = [0, 0] * (image.ndim - 2 - axes) + [m for extra in reversed(more) for m in (0, extra)]

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -168,7 +169,7 @@ def test_key_follows_what_is_stored(tmp_path):
 def test_entry_serves_the_same_case_without_its_label_but_not_the_reverse(cache, cases):
     bare = Case(cases[0].id, cases[0].images)
     cache.prepare([bare])
-    with pytest.raises(SuiteError, match="case0: .*made from other files"):
+    with pytest.raises(SuiteError, match=r"case0: .*made from other files"):
         cache.open(cases[0])
     cache.prepare(cases)
     before = built(cache, cases)
@@ -184,7 +185,7 @@ def test_missing_channel_needs_to_be_allowed(tmp_path, cases):
     assert tolerant.open(partial).channel_mask == (False, True)
     strict = CaseCache(tmp_path / "cache", TASK, Preprocessing())
     for action in (strict.open, lambda case: strict.prepare([case])):
-        with pytest.raises(SuiteError, match="case case0: no file for channel.* t1"):
+        with pytest.raises(SuiteError, match=r"case case0: no file for channel.* t1"):
             action(partial)
     strict.prepare(cases)  # the same id with all its channels is another case
     assert strict.open(cases[0]).channel_mask == (True, True)
@@ -205,7 +206,7 @@ def test_damaged_entry_is_named_on_open_and_rebuilt_by_prepare(cache, cases, dam
     cache.prepare(cases)
     before = built(cache, cases[1:])
     DAMAGE[damage](cache.folder / "case0")
-    with pytest.raises(SuiteError, match="case case0: .*case0: .*job=prepare"):
+    with pytest.raises(SuiteError, match=r"case case0: .*case0: .*job=prepare"):
         cache.open(cases[0])
     cache.prepare(cases)
     assert np.array_equal(cache.open(cases[0]).read(), preprocess(cases[0], TASK, Preprocessing()).image)
@@ -214,7 +215,7 @@ def test_damaged_entry_is_named_on_open_and_rebuilt_by_prepare(cache, cases, dam
 
 
 def test_open_of_an_unprepared_case_says_so(cache, cases):
-    with pytest.raises(SuiteError, match="case case0: .* not in the cache; build it with job=prepare"):
+    with pytest.raises(SuiteError, match=r"case case0: .* not in the cache; build it with job=prepare"):
         cache.open(cases[0])
 
 
@@ -348,7 +349,7 @@ def test_estimate_counts_voxels_and_bounds_what_is_written(tmp_path):
 
 
 def test_short_disk_is_an_error_before_anything_is_written(tmp_path, cases, monkeypatch):
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: (0, 0, 10_000))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     cache = CaseCache(tmp_path / "cache", TASK, Preprocessing(crop="none"))
     with pytest.raises(SuiteError, match=r"0.00 GB .*data.cache"):
         cache.prepare(cases)
@@ -359,7 +360,7 @@ def test_space_saved_by_the_crop_is_measured_before_giving_up(tmp_path, monkeypa
     cases = make_cases(tmp_path / "data", count=4, shape=(40, 40, 40))
     cache = CaseCache(tmp_path / "cache", TASK, Preprocessing())
     assert cache.estimate(cases) > 1_000_000  # the crops are 1200 voxels of 64000
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: (0, 0, 100_000))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     cache.prepare(cases)
     assert cache.open(cases[3]).shape == (10, 10, 12)
 

@@ -1,35 +1,30 @@
 """Metrics: plain NumPy functions on masks and maps, `CaseMetrics` that turns one case into result rows, and `PerCaseResults` that
 collects the rows of all cases on all ranks.
-
-Names are looked up when first used, so that a function on masks does not pay for importing torchmetrics.
 """
 
-from importlib import import_module
-from typing import Any
+from lightning_modules.metrics.agreement import q_dice, volume_recall_rate
+from lightning_modules.metrics.case_metrics import CaseMetrics
+from lightning_modules.metrics.lesions import lesion_counts, lesion_dice, lesion_f1
+from lightning_modules.metrics.overlap import overlap_metrics
+from lightning_modules.metrics.per_case import PerCaseResults
+from lightning_modules.metrics.surface import grid_diagonal, surface_distances, surface_metrics
+from lightning_modules.metrics.uncertainty import Ranking, auroc, average_precision, brier_score, calibration_error
 
-_HOME = {
-    "CaseMetrics": "case_metrics",
-    "PerCaseResults": "per_case",
-    "Ranking": "uncertainty",
-    "auroc": "uncertainty",
-    "average_precision": "uncertainty",
-    "brier_score": "uncertainty",
-    "calibration_error": "uncertainty",
-    "grid_diagonal": "surface",
-    "lesion_counts": "lesions",
-    "lesion_dice": "lesions",
-    "lesion_f1": "lesions",
-    "overlap_metrics": "overlap",
-    "q_dice": "agreement",
-    "surface_distances": "surface",
-    "surface_metrics": "surface",
-    "volume_recall_rate": "agreement",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__all__ = [
+    "CaseMetrics",
+    "PerCaseResults",
+    "Ranking",
+    "auroc",
+    "average_precision",
+    "brier_score",
+    "calibration_error",
+    "grid_diagonal",
+    "lesion_counts",
+    "lesion_dice",
+    "lesion_f1",
+    "overlap_metrics",
+    "q_dice",
+    "surface_distances",
+    "surface_metrics",
+    "volume_recall_rate",
+]

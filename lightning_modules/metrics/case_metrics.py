@@ -76,7 +76,7 @@ class CaseMetrics:
     def __call__(
         self,
         prediction: Prediction,
-        truth: torch.Tensor,
+        truth: torch.Tensor | None,
         task: Task,
         spacing: Sequence[float],
         raters: torch.Tensor | None = None,
@@ -86,7 +86,7 @@ class CaseMetrics:
 
         Args:
             prediction: maps on the grid of `truth`.
-            truth: class indices (X, Y, Z) or (X, Y). Voxels of -1 count nowhere. An axis of length one is dropped, so that a slice has
+            truth: class indices (X, Y, Z) or (X, Y); None leaves only the tables. Voxels of -1 count nowhere. An axis of length one is dropped, so that a slice has
                 in-plane surfaces and an in-plane diagonal.
             spacing: voxel size along the axes of `truth`; not used for distances of a task in voxels.
             raters: class indices (R, X, Y, Z), for `q_dice`; a rater who is -1 throughout is absent, a voxel of -1 does not count.
@@ -95,10 +95,10 @@ class CaseMetrics:
         Raises:
             SuiteError: a map that is not on the grid of `truth`.
         """
-        case = _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask)
+        case = None if truth is None else _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask)
         rows = []
         for member, part in prediction.flat():
-            for region, values in self._regions(part, case).items():
+            for region, values in self._regions(part, case).items() if case else ():
                 rows.append({"member": member, "region": region, **values})
             if part.table:
                 rows.append({"member": member, "region": "", **{k: float(v) for k, v in part.table.items()}})

@@ -1,0 +1,43 @@
+"""Per-case results of a run as tables."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
+
+from lesionbench.results import KEYS, summarize, write_json, write_rows
+
+
+class CaseTable(pl.Callback):
+    """Writes `<folder>/{validation,test}/cases.csv` (validation: of the last epoch) and `<folder>/test/summary.json`.
+
+    Rows come from `pl_module.val_results` and `pl_module.test_results`, whose `compute()` gathers those of all ranks. W&B, where it is
+    one of the loggers, gets the test rows as a table.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rows = pl_module.val_results.compute()
+        if rows and trainer.is_global_zero and not trainer.sanity_checking:
+            write_rows(self.folder / "validation" / "cases.csv", rows)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rows = pl_module.test_results.compute()
+        if not rows or not trainer.is_global_zero:
+            return
+        write_rows(self.folder / "test" / "cases.csv", rows)
+        write_json(self.folder / "test" / "summary.json", summarize(rows))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("test/cases", *_table(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    columns = [*KEYS, *dict.fromkeys(name for row in rows for name in row if name not in KEYS)]
+    return columns, [[row.get(c, "" if c in KEYS else None) for c in columns] for row in rows]

@@ -1,0 +1,84 @@
+"""The default logger: curves as one long CSV table in the run folder."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+HEADER = ("iteration", "epoch", "name", "value")
+
+
+class CurvesLogger(Logger):
+    """Appends rows `iteration,epoch,name,value` to `<folder>/metrics.csv`, from rank zero.
+
+    `iteration` is the value logged under that name, else the step that Lightning gives (which counts optimizer steps). Each call writes
+    and closes the file, so a kill loses nothing that was logged.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.path = self.folder / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return "curves"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
+        iteration = values.pop("iteration", step)
+        epoch = values.pop("epoch", None)
+        head = ["" if n is None else round(n) for n in (iteration, epoch)]
+        self._append([[*head, name, repr(value)] for name, value in values.items()])
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `config.yaml` of the run folder holds them."""
+
+    @rank_zero_only
+    def truncate_after(self, iteration: int) -> None:
+        """Cuts the rows of later iterations, and a torn last line; to be called when a run resumes at `iteration`."""
+        if not self.path.exists():
+            return
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if _whole(row) and (not row[0] or int(row[0]) <= iteration)]
+        temporary = self.path.with_name(f".writing-{self.path.name}")
+        temporary.write_text(_lines([HEADER, *rows]), encoding="utf-8", newline="")
+        os.replace(temporary, self.path)
+
+    def _append(self, rows: list[list[Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            file.write(_lines([HEADER, *rows] if file.tell() == 0 else rows))
+
+
+def _lines(rows: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _whole(row: list[str]) -> bool:
+    """Whether a row of the table is complete; the header is not a row."""
+    try:
+        float(row[3])
+        return row[0].lstrip("-").isdigit() or row[0] == ""
+    except (IndexError, ValueError):
+        return False

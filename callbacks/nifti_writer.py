@@ -1,0 +1,121 @@
+"""Predictions as NIfTI files on the grid and with the label values of the input."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from callbacks.gather import gather
+from lesionbench.errors import SuiteError
+from lesionbench.geometry import write_volume
+from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.results import write_rows
+from lesionbench.task import Task
+
+
+class NiftiWriter(pl.Callback):
+    """Writes `<case>.nii.gz` for every predicted case: label values on disk, native affine and shape.
+
+    On request also `<case>_prob_<region>.nii.gz` and `<case>_uncertainty_<name>.nii.gz` (float32), and `<case>_<member>.nii.gz`.
+    Anomaly scores, where the method has them, go to `<case>_score.nii.gz`; case-level results of all cases to `table.csv`.
+
+    Args:
+        folder: run folder; files go to `<folder>/predictions`.
+        out: a folder of the user's that takes the files instead.
+        labels, probabilities, uncertainty, members: which maps to write.
+        on_test: also write the predictions of test cases.
+        overwrite: replace files that exist in `out`; in the run folder they always are.
+
+    Raises:
+        SuiteError: a file in `out` exists; before any inference where the data module can tell the cases.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        labels: bool = True,
+        probabilities: bool = False,
+        uncertainty: bool = False,
+        members: bool = False,
+        on_test: bool = False,
+        out: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Path(folder) / "predictions" if out is None else Path(out)
+        self.labels, self.probabilities, self.uncertainty, self.members = labels, probabilities, uncertainty, members
+        self.on_test = on_test
+        self.overwrite = overwrite or out is None
+        self._rows: list[dict[str, Any]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._rows = []
+        if stage == "predict" and hasattr(trainer.datamodule, "predict_ids"):
+            for case in trainer.datamodule.predict_ids():
+                self._refuse([f for f in (self._path(case), self._path(case, "_score")) if f.exists()])
+            self._refuse([f for f in [self.folder / "table.csv"] if f.exists()])
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: CaseResult | None, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._write(outputs, pl_module.task)
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: CaseResult | None, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.on_test:
+            self._write(outputs, pl_module.task)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_table(trainer)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.on_test:
+            self._write_table(trainer)
+
+    def _write(self, result: CaseResult | None, task: Task) -> None:
+        if result is None:  # a case that only evens out the ranks
+            return
+        prediction = result.prediction
+        if not result.native:
+            prediction = prediction.map(result.geometry.to_native, partial(result.geometry.to_native, discrete=True))
+        if not self.members:
+            prediction = replace(prediction, members={})
+        files = {self._path(result.case, suffix): array for suffix, array in self._arrays(prediction, task)}
+        self._refuse([path for path in files if path.exists()])
+        for path, array in files.items():
+            write_volume(path, array, np.asarray(result.geometry.affine))
+        who = {"case": result.case, "patient": result.patient, "site": result.site, "region": ""}
+        self._rows += [{**who, "member": name, **part.table} for name, part in prediction.flat() if part.table]
+
+    def _arrays(self, prediction: Prediction, task: Task) -> Iterator[tuple[str, np.ndarray]]:
+        for name, part in prediction.flat():
+            member = f"_{name.replace('/', '_')}" if name else ""
+            if self.labels and part.labels is not None:
+                yield member, task.to_disk(part.labels.cpu().numpy())
+            if self.probabilities and part.regions is not None:
+                yield from ((f"{member}_prob_{r}", _float(p)) for r, p in zip(task.region_names, part.regions, strict=True))
+            if self.uncertainty:
+                yield from ((f"{member}_uncertainty_{n}", _float(u)) for n, u in part.uncertainty.items())
+            if part.scores is not None:
+                yield f"{member}_score", _float(part.scores)
+
+    def _path(self, case: str, suffix: str = "") -> Path:
+        return self.folder / f"{case}{suffix}.nii.gz".replace("/", "_")
+
+    def _refuse(self, existing: list[Path]) -> None:
+        if existing and not self.overwrite:
+            raise SuiteError(f"{existing[0]} exists already; give another out=..., or overwrite=true to replace it")
+
+    def _write_table(self, trainer: pl.Trainer) -> None:
+        rows = [row for rank in gather(self._rows) for row in rank]
+        if rows and trainer.is_global_zero:
+            write_rows(self.folder / "table.csv", sorted(rows, key=lambda row: row["case"]))
+
+
+def _float(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()

@@ -1,0 +1,83 @@
+"""Progress for people at a terminal and for log files."""
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
+
+
+def progress_bar() -> ProgressBar:
+    """A rich progress bar at an interactive terminal, else one line per epoch."""
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else LineProgress()
+
+
+class LineProgress(ProgressBar):
+    """Prints `epoch 3/10  loss 0.4321  val/dice 0.712  4.1 it/s  ETA 0:01:23` at every epoch end, from rank zero.
+
+    The loss is the mean over the epoch's batches; the speed leaves validation out, the remaining time includes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._started = self._evaluated = self._paused = 0.0
+        self._losses: list[torch.Tensor] = []
+        self._batches = self._epochs = 0
+        self._session = 0.0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._enabled:
+            print(*args, **{"flush": True, **kwargs})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._session, self._epochs = time.monotonic(), 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started, self._evaluated, self._batches, self._losses = time.monotonic(), 0.0, 0, []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._batches += 1
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor):
+            self._losses = [sum(self._losses, loss.detach().float())]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluated += time.monotonic() - self._paused
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = time.monotonic()
+        self._epochs += 1
+        parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else "")]
+        parts += [f"loss {float(total) / self._batches:.4f}" for total in self._losses]
+        parts += [f"{name} {float(value):.3f}" for name, value in trainer.callback_metrics.items() if name == "val/dice"]
+        parts.append(f"{self._batches / max(now - self._started - self._evaluated, 1e-9):.1f} it/s")
+        if (trainer.max_epochs or -1) > 0:
+            left = (now - self._session) / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1)
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        self.print("  ".join(parts))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.print(f"test  {sum(trainer.num_test_batches)} cases  {time.monotonic() - self._started:.1f} s")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.print(f"predict  {sum(trainer.num_predict_batches)} cases  {time.monotonic() - self._started:.1f} s")

@@ -1,0 +1,69 @@
+"""Runs jobs inside the test process: composed like on the command line, on tiny data, killed or not."""
+
+import csv
+import multiprocessing
+import os
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from lesionbench.command_line import CONF
+from lesionbench.jobs import run_job
+from lesionbench.resolvers import register
+
+# small enough for seconds, large enough that every part is exercised
+SMALL = [
+    "experiment=supervised/folder", "augmentation=light", "epochs=3", "patch=[8,8,8]", "data.samples_per_epoch=8", "data.batch_size=2", "data.num_workers=0",
+    "data.split.test=2", "data.split.val=1", "data.channels=[t1,flair]", "model/scheduler=poly", "metrics.names=[dice,hd95]", "data.check=false",
+    "model.network={_target_:tests.toys.small_net,_partial_:true}", "model.loss={_target_:tests.toys.MeanCE}", "callbacks.figures=null", "threads=1", "trust=[tests]",
+]  # fmt: skip
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration for these command-line overrides."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides))
+    cfg.experiment_name = cfg.experiment_name or next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated")
+    return cfg
+
+
+def run(*overrides: str) -> float | None:
+    """One job, in this process."""
+    os.environ.pop("LESIONBENCH_RUN_FOLDER", None)
+    return run_job(composed(*overrides))
+
+
+def run_killed(*overrides: str) -> int:
+    """One job in a process of its own that is expected to die; returns its exit code (negative = signal)."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=overrides)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """Every run folder under `runs`."""
+    return sorted(p.parent for p in Path(runs).rglob("config.yaml"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The final weights of a run."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The per-case results of a run."""
+    with (folder / "test" / "cases.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Bit-identical weights."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

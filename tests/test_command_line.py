@@ -1,0 +1,96 @@
+"""The command line: help at once, mistakes answered with what exists, jobs that need something say what."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesionbench.command_line import CONF, JOBS, help_text, options
+from lesionbench.errors import SuiteError
+from tests.harness import run
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """run.py as a user starts it."""
+    return subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_jobs_groups_and_options_without_heavy_imports():
+    code = "import sys; sys.argv=['run.py','--help']; import run; run.main(); assert not {'torch','hydra','monai'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in [*JOBS, "model/loss", "supervised/simulated", "dice_ce", "resume=true"]:
+        assert word in done.stdout
+
+
+def test_jobs_of_help_are_the_jobs_that_exist():
+    from lesionbench import jobs
+
+    assert set(JOBS) == set(jobs.JOBS)
+    assert all(name in help_text() for name in options("experiment"))
+    assert (CONF / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "hint"),
+    [
+        ("experiment=supervised/simulatd", "did you mean 'supervised/simulated'"),
+        ("model/loss=dice_c", "did you mean 'dice_ce'"),
+        ("data.batchsize=3", "data.batch_size"),
+        ("modle.seed=3", "did you mean model"),
+        ("trainer=ddp2", "did you mean 'ddp'"),
+        ("sweep=tpe_x", "There is no sweep=tpe_x"),
+    ],
+)
+def test_mistakes_name_the_nearest(mistake, hint):
+    done = command(mistake)
+    assert done.returncode != 0
+    assert hint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 24
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["job=fitt"], "did you mean 'fit'"),
+        (["job=predict"], "needs ckpt="),
+        (["job=predict", "ckpt=/nowhere.ckpt"], "no such checkpoint"),
+        (["job=simulate"], "needs out="),
+        (["experiment=supervised/brats2020", "trainer=cpu", "data.root=/nowhere"], "/nowhere"),
+        (["data.view=pach"], "did you mean 'patch'"),
+        (["data.sampling.name=forground"], "did you mean 'foreground'"),
+        (["model/loss=region_bce"], "change one of them"),
+        (["metrics.names=[dise]"], "did you mean 'dice'"),
+        (["task.channels=[flare]"], "did you mean 'flair'"),
+    ],
+)
+def test_errors_say_what_and_how(overrides, message, tmp_path):
+    from hydra.errors import InstantiationException
+
+    from run import _suite_error
+
+    with pytest.raises((SuiteError, InstantiationException)) as caught:
+        run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
+    assert message in str(_suite_error(caught.value))
+
+
+def test_foreign_pickle_is_refused(tmp_path):
+    import pickle
+
+    path = tmp_path / "foreign.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": {}, "surprise": print}))
+    with pytest.raises(SuiteError, match="refused"):
+        run("job=predict", f"ckpt={path}", f"out={tmp_path}")
+
+
+def test_checkpoint_that_builds_strangers_is_refused(tmp_path):
+    import torch
+
+    task = {"channels": ["t1"], "classes": {"background": [0], "lesion": [1]}}
+    torch.save({"state_dict": {}, "lesionbench": {"model": {"_target_": "os.system"}, "task": task}}, tmp_path / "evil.ckpt")
+    with pytest.raises(SuiteError, match=r"os\.system"):
+        run("job=predict", f"ckpt={tmp_path / 'evil.ckpt'}", f"out={tmp_path}")
