@@ -6,9 +6,9 @@ import sys
 
 def main() -> None:
     """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
-    from lesionbench.command_line import explain, help_text
+    from lesionbench.command_line import explain, help_text, quoted
 
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] = quoted(sys.argv[1:])
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from callbacks.nan_guard import NonFiniteLoss, advice
+from callbacks.nan_guard import NanGuard, NonFiniteLoss, advice
 from lesionbench.errors import SuiteError, unknown
 
 
@@ -54,19 +54,9 @@ class BestAndLast(Checkpoint):
         self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.every_n_batches, self.every_n_minutes = every_n_batches, every_n_minutes
         self._score: float | None = None
-        self._names: dict[str, str] = {}
+        self.best_model_path, self.last_model_path = "", ""  # Lightning reads both, and sets them after a forked run
         self._saved = 0  # iteration of last.ckpt; 0 = nothing trained yet
         self._since = time.monotonic()
-
-    @property
-    def best_model_path(self) -> str:
-        """Path of the best checkpoint, or ""."""
-        return str(self.folder / self._names["best"]) if "best" in self._names else ""
-
-    @property
-    def last_model_path(self) -> str:
-        """Path of the newest checkpoint, or ""."""
-        return str(self.folder / self._names["last"]) if "last" in self._names else ""
 
     @property
     def best_model_score(self) -> float | None:
@@ -74,16 +64,23 @@ class BestAndLast(Checkpoint):
         return self._score
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self._score, "names": dict(self._names), "saved": self._saved}
+        return {"score": self._score, "saved": self._saved, "best": bool(self.best_model_path), "last": bool(self.last_model_path)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._score, self._names, self._saved = state_dict["score"], dict(state_dict["names"]), state_dict["saved"]
+        self._score, self._saved = state_dict["score"], state_dict["saved"]
+        for kind in ("best", "last"):
+            if state_dict[kind]:
+                setattr(self, f"{kind}_model_path", str(self._path(kind)))
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / "checkpoints" / f"{kind}.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.iteration != self._saved and self._due(trainer, pl_module):
+            _check(trainer, pl_module)
             with _between_batches(trainer):
                 self._save_last(trainer, pl_module)
 
@@ -95,10 +92,12 @@ class BestAndLast(Checkpoint):
         score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if score != score or (self._score is not None and not (score > self._score if self.mode == "max" else score < self._score)):
             return
+        _check(trainer, pl_module)
         self._score = score
         self._save(trainer, pl_module, "best")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _check(trainer, pl_module)
         self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -124,10 +123,8 @@ class BestAndLast(Checkpoint):
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str) -> None:
         if trainer.fast_dev_run:
             return
-        if not _finite(pl_module):
-            raise NonFiniteLoss(f"The weights are not finite after iteration {pl_module.iteration}. {advice(trainer)}")
-        self._names[kind] = f"checkpoints/{kind}.ckpt"
-        path = self.folder / self._names[kind]
+        path = self._path(kind)
+        setattr(self, f"{kind}_model_path", str(path))
         temporary = path.with_name(f".writing-{path.name}")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
@@ -166,6 +163,15 @@ def _rewind_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bo
         if isinstance(callback, WeightAveraging):
             callback.on_validation_epoch_end(trainer, pl_module)
     return True
+
+
+def _check(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raises where the training has become meaningless; a guard, which knows the cases, is asked first."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, NanGuard):
+            callback.read(trainer)
+    if not _finite(pl_module):
+        raise NonFiniteLoss(f"The weights are not finite after iteration {pl_module.iteration}. {advice(trainer)}")
 
 
 def _finite(pl_module: pl.LightningModule) -> bool:

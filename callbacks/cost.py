@@ -1,5 +1,6 @@
 """What a run costs: parameters, iterations, samples, time, memory; and the throughput while it runs."""
 
+import json
 import platform
 import statistics
 import sys
@@ -40,6 +41,7 @@ class Cost(pl.Callback):
         self._phase: str | None = None
         self._since = 0.0
         self._samples, self._waited, self._peak = 0, 0.0, 0.0
+        self._wait = 0.0  # for the current batch
         self._mark = 0.0  # end of the last training batch, or of what came between it and the next
         self._durations: deque[float] = deque(maxlen=1000)
         self._window = (0, 0.0, 0.0)  # samples, seconds, seconds waited since the last log
@@ -110,17 +112,25 @@ class Cost(pl.Callback):
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         (samples, seconds, waited), self._window = self._window, (0, 0.0, 0.0)
         values = {"perf/samples_per_s": samples / seconds, "perf/memory_mb": peak_memory(), "perf/data_wait": waited / seconds}
+        trained = pl_module.iteration + 1  # the module counts this batch after its callbacks
         for logger in trainer.loggers:
-            step = {"iteration": float(pl_module.iteration), "epoch": float(trainer.current_epoch)}
-            logger.log_metrics({**values, **step}, step=pl_module.iteration)
+            logger.log_metrics({**values, "iteration": float(trained), "epoch": float(trainer.current_epoch)}, step=trained)
 
     # result
 
     def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        phase = self._phase
         self._enter(None)
         self._peak = max(self._peak, *gather(peak_memory()))
-        if trainer.is_global_zero:
-            write_json(self.folder / "cost.json", self.report(trainer, pl_module))
+        if not trainer.is_global_zero:
+            return
+        path = self.folder / "cost.json"
+        report = self.report(trainer, pl_module)
+        if phase != "train" and path.exists():  # testing comes after training, maybe in another process
+            before = json.loads(path.read_text())
+            report = {**before, f"{phase}_s": self._seconds[phase], "peak_memory_mb": max(self._peak, before["peak_memory_mb"])}
+            report["wall_s"] = sum(report[f"{p}_s"] for p in PHASES)
+        write_json(path, report)
 
     def report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The cost so far, as plain data; times in seconds."""

@@ -38,13 +38,15 @@ class NanGuard(pl.Callback):
         flag = torch.stack(flags).all() if flags else torch.tensor(True, device=pl_module.device)
         self._pending.append((pl_module.iteration, list(cases_of(batch)), flag))
         if len(self._pending) >= (self.every or (10 if flag.is_cuda else 1)):
-            self._read(trainer)
+            self.read(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._pending:
-            self._read(trainer)
+        self.read(trainer)
 
-    def _read(self, trainer: pl.Trainer) -> None:
+    def read(self, trainer: pl.Trainer) -> None:
+        """Raises if a batch since the last reading had a loss that is not finite. Collective."""
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
         finite = torch.stack([flag for *_, flag in pending])
         bad = (~finite).any().float()
@@ -54,7 +56,9 @@ class NanGuard(pl.Callback):
             return
         found = [(iteration, cases) for (iteration, cases, _), good in zip(pending, finite.tolist(), strict=True) if not good]
         first = min((batch for rank in gather(found) for batch in rank), key=lambda batch: batch[0])
-        raise NonFiniteLoss(f"The loss is not finite in iteration {first[0]}, cases {', '.join(first[1]) or '(unnamed)'}. {advice(trainer)}")
+        raise NonFiniteLoss(
+            f"The loss is not finite in iteration {first[0]}, cases {', '.join(first[1]) or '(unnamed)'}. {advice(trainer)}"
+        )
 
 
 def advice(trainer: pl.Trainer) -> str:

@@ -1,6 +1,6 @@
 """Predictions as NIfTI files on the grid and with the label values of the input."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,12 @@ class NiftiWriter(pl.Callback):
 
     Args:
         folder: run folder; files go to `<folder>/predictions`.
-        out: a folder of the user's that takes the files instead.
         labels, probabilities, uncertainty, members: which maps to write.
-        on_test: also write the predictions of test cases.
-        overwrite: replace files that exist in `out`; in the run folder they always are.
+        on_test: also write the predictions of test cases; those of an earlier test of the run are replaced.
+        overwrite: let prediction replace files.
 
     Raises:
-        SuiteError: a file in `out` exists; before any inference where the data module can tell the cases.
+        SuiteError: prediction would replace a file; raised before any inference where the data module can tell the cases.
     """
 
     def __init__(
@@ -43,32 +42,43 @@ class NiftiWriter(pl.Callback):
         uncertainty: bool = False,
         members: bool = False,
         on_test: bool = False,
-        out: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.folder = Path(folder) / "predictions" if out is None else Path(out)
+        self.folder = Path(folder) / "predictions"
         self.labels, self.probabilities, self.uncertainty, self.members = labels, probabilities, uncertainty, members
         self.on_test = on_test
-        self.overwrite = overwrite or out is None
+        self.overwrite = overwrite
         self._rows: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._rows = []
-        if stage == "predict" and hasattr(trainer.datamodule, "predict_ids"):
-            for case in trainer.datamodule.predict_ids():
-                self._refuse([f for f in (self._path(case), self._path(case, "_score")) if f.exists()])
-            self._refuse([f for f in [self.folder / "table.csv"] if f.exists()])
+        if stage == "predict" and not self.overwrite and hasattr(trainer.datamodule, "predict_ids"):
+            suffixes = ["", "_score", *(f"_prob_{r}" for r in pl_module.task.region_names)]
+            files = [self._path(case, suffix) for case in trainer.datamodule.predict_ids() for suffix in suffixes]
+            self._refuse([*files, self.folder / "table.csv"])
 
     def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: CaseResult | None, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: CaseResult | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._write(outputs, pl_module.task)
+        self._write(outputs, pl_module.task, self.overwrite)
 
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: CaseResult | None, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: CaseResult | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.on_test:
-            self._write(outputs, pl_module.task)
+            self._write(outputs, pl_module.task, overwrite=True)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write_table(trainer)
@@ -77,7 +87,7 @@ class NiftiWriter(pl.Callback):
         if self.on_test:
             self._write_table(trainer)
 
-    def _write(self, result: CaseResult | None, task: Task) -> None:
+    def _write(self, result: CaseResult | None, task: Task, overwrite: bool) -> None:
         if result is None:  # a case that only evens out the ranks
             return
         prediction = result.prediction
@@ -86,7 +96,8 @@ class NiftiWriter(pl.Callback):
         if not self.members:
             prediction = replace(prediction, members={})
         files = {self._path(result.case, suffix): array for suffix, array in self._arrays(prediction, task)}
-        self._refuse([path for path in files if path.exists()])
+        if not overwrite:
+            self._refuse(files)
         for path, array in files.items():
             write_volume(path, array, np.asarray(result.geometry.affine))
         who = {"case": result.case, "patient": result.patient, "site": result.site, "region": ""}
@@ -107,9 +118,10 @@ class NiftiWriter(pl.Callback):
     def _path(self, case: str, suffix: str = "") -> Path:
         return self.folder / f"{case}{suffix}.nii.gz".replace("/", "_")
 
-    def _refuse(self, existing: list[Path]) -> None:
-        if existing and not self.overwrite:
-            raise SuiteError(f"{existing[0]} exists already; give another out=..., or overwrite=true to replace it")
+    def _refuse(self, files: Iterable[Path]) -> None:
+        existing = next((file for file in files if file.exists()), None)
+        if existing is not None:
+            raise SuiteError(f"{existing} exists already; give another out=<folder>, or overwrite=true to replace it")
 
     def _write_table(self, trainer: pl.Trainer) -> None:
         rows = [row for rank in gather(self._rows) for row in rank]

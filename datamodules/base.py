@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -300,6 +301,8 @@ class CaseDataModule(pl.LightningDataModule):
         return {**position, "maps": self.maps.state_dict() if self.maps is not None else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a checkpoint that is only tested must not turn the maps back
+            return
         self._resume = (int(state_dict["epoch"]), int(state_dict["batch"]))
         if self.maps is not None:
             self.maps.load_state_dict(state_dict["maps"])

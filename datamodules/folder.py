@@ -14,7 +14,7 @@ class Folder(CaseDataModule):
     """`images/<case>_<channel>.nii.gz` with `labels/<case>.nii.gz` (raters: `labels/<case>_rater1.nii.gz` ...), or `list_file`.
 
     Args:
-        channels, classes, regions, raters, slice_axis, unit, ignore: the task (see `Task`).
+        channels, classes, regions, raters, slice_axis, unit, ignore: the task (see `Task`); by default one class, `lesion`, of value 1.
         list_file: CSV or JSON list of files instead of the folder layout.
     """
 
@@ -23,7 +23,7 @@ class Folder(CaseDataModule):
         root: str | Path,
         *,
         channels: Sequence[str],
-        classes: Mapping[str, int | Sequence[int]],
+        classes: Mapping[str, int | Sequence[int]] | None = None,
         regions: Mapping[str, Sequence[str]] | None = None,
         raters: int = 0,
         slice_axis: int = 2,
@@ -33,7 +33,7 @@ class Folder(CaseDataModule):
         **options: Any,
     ) -> None:
         self.list_file = None if list_file is None else Path(list_file).expanduser()
-        self._task = Task(tuple(channels), classes, regions or {}, raters, slice_axis, unit, tuple(ignore))
+        self._task = Task(tuple(channels), classes or {"background": 0, "lesion": 1}, regions or {}, raters, slice_axis, unit, tuple(ignore))
         super().__init__(root, **options)
 
     def default_task(self) -> Task:

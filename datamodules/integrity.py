@@ -24,8 +24,8 @@ SHOWN = 4  # findings of one kind that `render` lists
 
 UNREADABLE = "unreadable or truncated file: copy or download it again"
 NOT_FINITE = "NaN or infinite values: export the file again, or leave the case out"
-CONSTANT = "constant image: export it again, or leave the channel out (data.allow_missing=true)"
-NO_CHANNEL = "missing channel: add the file, narrow task.channels, or set data.allow_missing=true"
+CONSTANT = "constant image: export it again, or leave the channel out (data.preprocessing.allow_missing=true)"
+NO_CHANNEL = "missing channel: add the file, narrow task.channels, or set data.preprocessing.allow_missing=true"
 NO_LABEL = "missing label: add it, or take the case out of training, validation and test"
 SHAPE = "shape differs from the case's first image: resample to one grid"
 ORIENTATION = "orientation differs from the case's first image: reorient to one grid"

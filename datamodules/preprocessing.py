@@ -145,7 +145,7 @@ def check_channels(case: Case, task: Task, settings: Preprocessing) -> None:
         has = ", ".join(case.images) or "none"
         raise SuiteError(
             f"case {case.id}: no file for channel(s) {', '.join(missing)} (it has: {has}). Add the file, leave the channel out with "
-            "task.channels=[...], leave the case out, or accept it with data.allow_missing=true (needs one channel at least)."
+            "task.channels=[...], leave the case out, or accept it with data.preprocessing.allow_missing=true (needs one channel at least)."
         )
 
 

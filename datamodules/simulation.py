@@ -9,18 +9,34 @@ A case depends on (settings, index) and on nothing else, to the last bit.
 
 import csv
 import json
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from datamodules.simulation_variants import MIDDLE, ORIGIN, PLANTED, Draw, Lesion, Subject, blob_of, draw_for, grid, soft, spot_map
-from datamodules.simulation_variants import EDEMA as BRIGHT
+from datamodules.simulation_variants import (
+    EDEMA,
+    HABITATS,
+    MIDDLE,
+    ORIGIN,
+    PLANTED,
+    Draw,
+    Lesion,
+    Paint,
+    Subject,
+    blob_of,
+    draw_for,
+    grid,
+    soft,
+    spot_map,
+)  # fmt: skip
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import numpy_generator
@@ -66,7 +82,7 @@ class Difficulty:
     bias: float = 0.09
     noise: float = 0.05
     lesion_contrast: tuple[float, float] = (0.6, 1.1)
-    radius: tuple[float, float] = (8.0, 30.0)
+    radius: tuple[float, float] = (10.0, 36.0)
     irregularity: float = 0.45
     mass_effect: float = 0.25
     caps: float = 1.0
@@ -78,19 +94,25 @@ class Difficulty:
         for part in fields(self):
             value, pair = getattr(self, part.name), part.type == tuple[float, float]
             numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-            if len(numbers) != 1 + pair or not all(isinstance(n, int | float) and n >= 0 for n in numbers) or list(numbers) != sorted(numbers):
+            if (
+                len(numbers) != 1 + pair
+                or not all(isinstance(n, int | float) and n >= 0 for n in numbers)
+                or list(numbers) != sorted(numbers)
+            ):
                 wanted = "[low, high] with 0 <= low <= high" if pair else "a number of 0 or more"
                 raise SuiteError(f"data.difficulty.{part.name}: {wanted}, got {value!r}")
             kind = int if part.type is int else float
             object.__setattr__(self, part.name, tuple(float(n) for n in numbers) if pair else kind(value))
         if self.radius[0] < 3 or self.radius[1] > 45 or self.mass_effect > 0.5:
-            raise SuiteError(f"data.difficulty: radius within 3 to 45 mm and mass_effect at most 0.5; got {self.radius}, {self.mass_effect}")
+            raise SuiteError(
+                f"data.difficulty: radius within 3 to 45 mm and mass_effect at most 0.5; got {self.radius}, {self.mass_effect}"
+            )
 
 
 PRESETS = {  # frozen: every table names the preset, so a change here needs another GENERATOR
-    "easy": Difficulty(2.5, 0.03, 0.03, 0.05, 0.03, (0.9, 1.1), (15.0, 30.0), 0.35, 0.2, 0.4, 4, 1, 0.2),
+    "easy": Difficulty(2.5, 0.03, 0.03, 0.05, 0.03, (0.9, 1.1), (18.0, 36.0), 0.35, 0.2, 0.4, 4, 1, 0.2),
     "default": Difficulty(),
-    "hard": Difficulty(4.5, 0.08, 0.1, 0.15, 0.09, (0.35, 0.9), (5.0, 30.0), 0.6, 0.3, 1.2, 24, 5, 0.6),
+    "hard": Difficulty(4.5, 0.08, 0.1, 0.15, 0.09, (0.35, 0.9), (7.0, 36.0), 0.6, 0.3, 1.2, 24, 5, 0.6),
 }
 
 
@@ -189,7 +211,10 @@ def simulate(settings: Simulation, index: int) -> SimulatedCase:
     grade = "LGG" if draw("grade").random() < 0.25 else "HGG"
     lesion = PLANTED[settings.variant](subject, draw, difficulty, blob, grade)
     channels = task_of(settings.variant).channels
-    images = {c: _image(c, subject, lesion, draw, settings, site) for c in channels}
+    strength = np.float32(draw("lesion contrast").uniform(*difficulty.lesion_contrast))
+    paint = [] if channels == ("t1",) else _distractors(subject, draw, settings)
+    paint += [(strength * weight, signature) for weight, signature in lesion.paint]
+    images = {c: _image(c, subject, paint, lesion.habitats, draw, settings, site) for c in channels}
 
     def volume(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else _volume(values, subject.inside)
@@ -229,22 +254,25 @@ def _affine(spacing: float) -> np.ndarray:
 # images
 
 
-def _image(channel: str, subject: Subject, lesion: Lesion, draw: Draw, settings: Simulation, site: str) -> np.ndarray:
+def _image(
+    channel: str, subject: Subject, paint: Paint, habitats: np.ndarray | None, draw: Draw, settings: Simulation, site: str
+) -> np.ndarray:
     """Brain voxels (N,) of one channel, int16."""
     difficulty = settings.difficulty
     image = _tissue(channel, subject, draw, settings, site)
-    strength = np.float32(draw("lesion contrast").uniform(*difficulty.lesion_contrast))
-    for weight, signature in [*_distractors(channel, subject, draw, settings), *((strength * w, s) for w, s in lesion.paint)]:
-        image += weight * (np.float32(signature[channel]) - image)
-    if lesion.habitats is not None:
-        image *= _habitat_factors(channel, lesion.habitats)
+    for weight, signature in paint:
+        if channel in signature:
+            image += weight * (np.float32(signature[channel]) - image)
+    if habitats is not None:
+        image *= np.array([1.0, *(h[channel] for h in HABITATS)], np.float32)[habitats]
     if difficulty.bias:
         image *= np.exp(np.float32(difficulty.bias) * subject.field(draw(f"bias {channel}"), 70.0))
     if difficulty.noise:
         rng, sd = draw(f"noise {channel}"), np.float32(difficulty.noise)
         real, imaginary = (sd * rng.standard_normal(image.shape, dtype=np.float32) for _ in range(2))
         image = np.sqrt((image + real) ** 2 + imaginary**2)
-    gain = draw(f"gain {channel}").uniform(250, 600) * numpy_generator("simulation", settings.seed, "site gain", site, channel).uniform(0.7, 1.4)
+    scanner = numpy_generator("simulation", settings.seed, "site gain", site, channel)
+    gain = draw(f"gain {channel}").uniform(250, 600) * scanner.uniform(0.7, 1.4)
     return np.clip(np.rint(image * np.float32(gain)), 1, 32000).astype(np.int16)
 
 
@@ -262,22 +290,19 @@ def _tissue(channel: str, subject: Subject, draw: Draw, settings: Simulation, si
     return image
 
 
-def _distractors(channel: str, subject: Subject, draw: Draw, settings: Simulation) -> Iterable[tuple[np.ndarray, dict[str, float]]]:
-    """What is bright and no lesion: (weight, channel -> value)."""
-    difficulty = settings.difficulty
-    if channel == "flair":
-        rng = draw("patches")
-        for _ in range(int(rng.integers(difficulty.patches + 1))):
-            yield _patch(subject, rng) * np.float32(difficulty.patch_contrast), {"flair": 2.0}
-    if channel in ("t1", "t1ce", "tissue") or settings.variant in CHANNELS and "flair" not in CHANNELS[settings.variant]:
-        return
+def _distractors(subject: Subject, draw: Draw, settings: Simulation) -> Paint:
+    """What is bright on FLAIR and no lesion: diffuse patches (on FLAIR alone), ventricle caps and small spots (on T2 as well)."""
+    difficulty, rng = settings.difficulty, draw("patches")
+    patches = [_patch(subject, rng) * np.float32(difficulty.patch_contrast) for _ in range(int(rng.integers(difficulty.patches + 1)))]
+    paint: Paint = [(patch, {"flair": 2.0}) for patch in patches]
     if difficulty.caps:
         strength = np.float32(draw("caps").uniform(0, difficulty.caps))
-        width = np.exp(0.4 * subject.field(draw("cap width"), 30.0)) * np.float32(4)
-        yield np.minimum(strength * np.exp(-((subject.ventricle / width) ** 2)), 1) * (1 - subject.csf), BRIGHT
+        width = 4 * np.exp(0.4 * subject.field(draw("cap width"), 30.0))  # mm
+        paint.append((np.minimum(strength * np.exp(-((subject.ventricle / width) ** 2)), 1) * (1 - subject.csf), EDEMA))
     count = int(draw("distractor count").integers(difficulty.spots + 1))
     if count and settings.variant != "spots":
-        yield spot_map(subject, draw, "distractor", count, (1.5, 4.5), 0.3, near_ventricle=0.3) * (1 - subject.csf), BRIGHT
+        paint.append((spot_map(subject, draw, "distractor", count, (1.5, 4.5), 0.3, near_ventricle=0.3) * (1 - subject.csf), EDEMA))
+    return paint
 
 
 def _patch(subject: Subject, rng: np.random.Generator) -> np.ndarray:
@@ -289,12 +314,6 @@ def _patch(subject: Subject, rng: np.random.Generator) -> np.ndarray:
     return soft(np.float32(size) - distance, 4.0)[subject.inside]
 
 
-def _habitat_factors(channel: str, numbers: np.ndarray) -> np.ndarray:
-    from datamodules.simulation_variants import HABITATS
-
-    return np.array([1.0, *(h[channel] for h in HABITATS)], np.float32)[numbers]
-
-
 def _attributes(variant: str, draw: Draw, lesion: Lesion, grade: str) -> dict[str, Any]:
     """Age, and for tumors grade and survival: exponential with a hazard that grows with age and `Lesion.risk`, independently censored."""
     age = float(np.clip(draw("age").normal(58, 12), 18, 90).round(2))
@@ -304,3 +323,153 @@ def _attributes(variant: str, draw: Draw, lesion: Lesion, grade: str) -> dict[st
     rng = draw("survival")
     death, censored = rng.exponential(450 * np.exp(-risk)), rng.exponential(1500)
     return {"age": age, "grade": grade, "survival": max(int(min(death, censored)), 5), "event": int(death <= censored)}
+
+
+# files
+
+
+def write_folder(out: Path, settings: Simulation, indices: Iterable[int]) -> None:
+    """Writes cases as `images/<case>_<channel>.nii.gz`, `labels/<case>.nii.gz` (raters: `labels/<case>_rater1.nii.gz` ...) and `attributes.csv`.
+
+    Habitat maps go to `habitats/<case>.nii.gz`. A case that is there already is left as it is: its file in `attributes/` is written
+    last. Every file appears whole or not at all, also with several processes at work and after a kill.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [i for i in indices if not (out / "attributes" / f"{case_name(i)}.json").exists()]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda index: _write_case(out, simulate(settings, index)), wanted))
+    if wanted or not (out / "attributes.csv").exists():
+        rows = [json.loads(f.read_text()) for f in sorted((out / "attributes").glob("sim_*.json"))]
+        _place(out, {"attributes.csv": lambda path: _write_table(path, list(rows[0]) if rows else ["case"], rows)})
+
+
+def _write_case(out: Path, case: SimulatedCase) -> None:
+    files = {f"images/{case.id}_{c}.nii.gz": image for c, image in case.images.items()}
+    files |= {f"labels/{case.id}_rater{r}.nii.gz": label for r, label in enumerate(case.raters, start=1)}
+    files |= {} if case.label is None else {f"labels/{case.id}.nii.gz": case.label}
+    files |= {} if case.habitats is None else {f"habitats/{case.id}.nii.gz": case.habitats}
+    row = {"case": case.id, "patient": case.id, "site": case.site, **case.attributes}
+    writers = {name: partial(write_volume, array=array, affine=case.affine) for name, array in files.items()}
+    _place(out, {**writers, f"attributes/{case.id}.json": lambda path: path.write_text(json.dumps(row))})
+
+
+def _place(out: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Writes files into a folder of this process's own, then moves them to `out` in order; the same file of another process is replaced."""
+    with TemporaryDirectory(dir=out, prefix=".writing-") as own:
+        for name, write in writers.items():
+            (Path(own) / name).parent.mkdir(parents=True, exist_ok=True)
+            write(Path(own) / name)
+        for name in writers:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(own) / name).replace(out / name)
+
+
+def _write_table(path: Path, header: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, header, restval="NA")
+        table.writeheader()
+        table.writerows(rows)
+
+
+BRATS_SUFFIXES = {"2023": {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}}
+BRATS_NAMES: dict[str, Callable[[int, SimulatedCase], str]] = {  # (number from 0, case) -> folder below the root
+    "2018": lambda n, case: f"{case.attributes['grade']}/Brats18_{case.site}_{n:03d}_1",
+    "2019": lambda n, case: f"{case.attributes['grade']}/BraTS19_{case.site}_{n:03d}_1",
+    "2020": lambda n, case: f"BraTS20_Training_{n + 1:03d}",
+    "2021": lambda n, case: f"BraTS2021_{n:05d}",
+    "2023": lambda n, case: f"BraTS-GLI-{n:05d}-000",
+}
+BRATS_SURVIVAL = {  # file and header of the year's survival table
+    "2018": ("survival_data.csv", ("Brats18ID", "Age", "Survival", "ResectionStatus")),
+    "2019": ("survival_data.csv", ("BraTS19ID", "Age", "Survival", "ResectionStatus")),
+    "2020": ("survival_info.csv", ("Brats20ID", "Age", "Survival_days", "Extent_of_Resection")),
+}
+NAME_MAPPING = (
+    "Grade",
+    "BraTS_2017_subject_ID",
+    "BraTS_2018_subject_ID",
+    "TCGA_TCIA_subject_ID",
+    "BraTS_2019_subject_ID",
+    "BraTS_2020_subject_ID",
+)
+
+
+def write_brats(out: Path, settings: Simulation, count: int, layout: str = "2020", progress: bool = True) -> Path:
+    """Writes `count` cases under the names, label values and tables of a BraTS year; returns `out`.
+
+    The survival table lists high-grade cases only; a censored one reads `ALIVE (361 days later)`, as in the real tables.
+
+    Args:
+        out: a new or empty folder.
+        settings: variant `tumor` or `habitats` (whose habitat maps are left out).
+        count: number of cases, from index 0.
+        layout: `2018`, `2019`, `2020`, `2021` or `2023`.
+        progress: show a bar.
+
+    Raises:
+        SuiteError: a folder that is not empty, too little free space, an unknown layout, or a variant that has no BraTS layout.
+    """
+    out, layout = Path(out), str(layout)
+    if layout not in BRATS_NAMES:
+        raise unknown("BraTS layout (simulate.layout)", layout, BRATS_NAMES)
+    if settings.variant not in ("tumor", "habitats"):
+        raise SuiteError(f"simulate.variant={settings.variant}: only tumor and habitats have a BraTS layout")
+    _require_room(out, settings, count)
+    rows = []
+    from rich.progress import track
+
+    for number in track(range(count), "Simulating", disable=not progress):
+        case = simulate(settings, number)
+        name = BRATS_NAMES[layout](number, case)
+        _write_brats_case(out, name, layout, case)
+        rows.append((name.rpartition("/")[2], number, case))
+    _write_brats_tables(out, layout, rows, settings.seed)
+    return out
+
+
+def _require_room(out: Path, settings: Simulation, count: int) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SuiteError(f"{out}: not an empty folder; choose a new one with out=<folder>")
+    out.mkdir(parents=True, exist_ok=True)
+    voxels = np.prod([len(axis) for axis in grid(settings.spacing)])
+    need, free = int(count * voxels * 9 * 0.25), shutil.disk_usage(out).free  # four int16 channels and a label; compressed to a quarter
+    if need > free:
+        raise SuiteError(
+            f"{out}: {count} cases need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fewer cases or a larger spacing"
+        )
+
+
+def _write_brats_case(out: Path, name: str, layout: str, case: SimulatedCase) -> None:
+    """The case's folder, made aside and moved into place whole."""
+    joint, suffixes = ("-", BRATS_SUFFIXES[layout]) if layout in BRATS_SUFFIXES else ("_", {c: c for c in BRATS_CHANNELS})
+    label = np.where(case.label == 4, 3, case.label).astype(np.uint8) if layout == "2023" else case.label
+    stem = name.rpartition("/")[2]
+    with TemporaryDirectory(dir=out, prefix=".writing-") as own:
+        folder = Path(own) / stem
+        for suffix, array in [*((suffixes[c], image) for c, image in case.images.items()), ("seg", label)]:
+            write_volume(folder / f"{stem}{joint}{suffix}.nii.gz", array, case.affine)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(out / name)
+
+
+def _write_brats_tables(out: Path, layout: str, rows: list[tuple[str, int, SimulatedCase]], seed: int) -> None:
+    if layout not in BRATS_SURVIVAL:
+        return
+    table, header = BRATS_SURVIVAL[layout]
+    high = [row for row in rows if row[2].attributes["grade"] == "HGG"]
+    values = [(name, case.attributes["age"], survival_text(case.attributes), _resection(seed, number)) for name, number, case in high]
+    _write_table(out / table, list(header), [dict(zip(header, v, strict=True)) for v in values])
+    if layout == "2020":
+        older = [(case.attributes["grade"], BRATS_NAMES["2019"](number, case).rpartition("/")[2], name) for name, number, case in rows]
+        columns = ("Grade", "BraTS_2019_subject_ID", "BraTS_2020_subject_ID")
+        _write_table(out / "name_mapping.csv", list(NAME_MAPPING), [dict(zip(columns, v, strict=True)) for v in older])
+
+
+def survival_text(attributes: Mapping[str, Any]) -> str:
+    """Survival as BraTS tables write it: days to death, or `ALIVE (361 days later)`."""
+    return str(attributes["survival"]) if attributes["event"] else f"ALIVE ({attributes['survival']} days later)"
+
+
+def _resection(seed: int, index: int) -> str:
+    return ("GTR", "STR", "NA")[int(draw_for(seed, index)("resection").integers(3))]

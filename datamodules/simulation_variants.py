@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Draw = Callable[[str], np.random.Generator]  # name of a random part -> its generator
 Axes = Sequence[np.ndarray]  # three vectors of positions in mm
+Paint = list[tuple[np.ndarray, dict[str, float]]]  # (weight (N,) in [0, 1], channel -> value in units of white matter), in order
 
 EXTENT = (197, 233, 189)  # mm, of the template
 ORIGIN = (-98.0, -134.0, -72.0)  # MNI position of the template's first voxel
@@ -165,7 +166,9 @@ class Deformation:
         """Subject position (3,) of a template position, by fixed-point iteration."""
         position = np.array(point, dtype=np.float32)
         for _ in range(8):
-            position += np.array(point, np.float32) - np.array([t.item() for t in self([position[k : k + 1] for k in range(3)])], np.float32)
+            position += np.array(point, np.float32) - np.array(
+                [t.item() for t in self([position[k : k + 1] for k in range(3)])], np.float32
+            )
         return position
 
 
@@ -239,22 +242,22 @@ class Lesion:
 
     Attributes:
         label: values on disk of the subject's voxels (N,), uint8; None where only raters draw.
-        paint: (weight (N,) in [0, 1], channel -> value) in order; a value counts in units of white matter on that channel.
+        paint: what it looks like.
         raters: one label (N,) per rater.
         habitats: habitat numbers (N,), 0 outside the tumor.
         risk: log hazard of death.
     """
 
     label: np.ndarray | None
-    paint: list[tuple[np.ndarray, dict[str, float]]] = field(default_factory=list)
+    paint: Paint = field(default_factory=list)
     raters: list[np.ndarray] = field(default_factory=list)
     habitats: np.ndarray | None = None
     risk: float = 0.0
 
 
-EDEMA = {"t1": 0.78, "t1ce": 0.78, "t2": 1.35, "flair": 1.45}
-RIM = {"t1": 0.72, "t1ce": 1.75, "t2": 1.05, "flair": 1.2}
-NECROSIS = {"t1": 0.45, "t1ce": 0.42, "t2": 1.55, "flair": 0.75}
+EDEMA = {"t1": 0.76, "t1ce": 0.76, "t2": 1.75, "flair": 1.5}
+RIM = {"t1": 0.72, "t1ce": 1.75, "t2": 1.4, "flair": 1.3}
+NECROSIS = {"t1": 0.48, "t1ce": 0.45, "t2": 1.9, "flair": 0.9}
 SCAR = {"t1": 0.42}
 HABITATS = (  # signature of habitat 1, 2 ...: factors on the channels
     {"t1": 0.85, "t1ce": 0.85, "t2": 1.15, "flair": 1.15},
@@ -280,9 +283,10 @@ def tumor(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob, gr
     """Glioma: edema along white matter (2), enhancing rim (4) around necrosis (1). Low grades enhance in patches or not at all."""
     rng, radius = draw("tumor"), np.float32(blob.radius)
     d = subject.distance(draw, "tumor", blob, difficulty.irregularity, 2.6 * blob.radius)
-    size, thickness = rng.uniform(0.42, 0.68), rng.uniform(0.2, 0.45)  # of the radius, of the core
-    core = np.maximum((size - d) * radius, -99)
-    outer = np.maximum((0.72 + 0.36 * subject.wm - d) * radius, -99)
+    size, thickness = rng.uniform(0.35, 0.65), rng.uniform(0.2, 0.45)  # of the radius, of the core
+    lumps = np.clip(subject.field(draw("core"), max(0.5 * blob.radius, 6.0)), -1.5, 1.5)
+    core = np.maximum((size - d * np.exp(np.float32(0.5 * difficulty.irregularity) * lumps)) * radius, -99)
+    outer = np.maximum((0.62 + 0.5 * subject.wm - d) * radius, -99)
     in_core = core > 0
     whole = in_core | subject.connected(in_core | ((outer > 0) & (subject.csf < 0.5)), in_core)
     rim = np.float32(thickness * size) * radius * np.exp(np.clip(0.35 * subject.field(draw("rim"), 9.0), -0.6, 0.4)) - core
@@ -299,7 +303,7 @@ def habitats(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob,
     """A tumor whose tissue falls into 2 to 4 habitats, each with its own intensities; the shares decide the risk of death."""
     lesion = tumor(subject, draw, difficulty, blob, grade)
     count = int(draw("habitat count").integers(2, 5))
-    favor = draw("habitat shares").normal(0, 0.7, count)
+    favor = draw("habitat shares").normal(0, 0.4, count)
     scale = max(0.8 * blob.radius, 8.0)
     fields = [subject.field(draw(f"habitat {h}"), scale) + np.float32(favor[h]) for h in range(count)]
     number = np.where(lesion.label > 0, np.argmax(fields, axis=0) + 1, 0).astype(np.uint8)
@@ -314,7 +318,7 @@ def stroke(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob, g
     d = subject.distance(draw, "stroke", blob, difficulty.irregularity, 2.6 * blob.radius)
     edge = (1 - d) * np.float32(blob.radius)
     if rng.random() < 0.6:
-        edge = np.minimum(edge, _wedge(subject, blob, rng.uniform(0.5, 0.9)))
+        edge = np.minimum(edge, _wedge(subject, blob, rng.uniform(0.5, 0.9)) + 2 * subject.field(draw("wedge"), 9.0))
     edge = np.maximum(edge, -99)
     label = subject.connected(edge > 0, d < 0.7).astype(np.uint8)
     return Lesion(label, [(soft(np.where(label > 0, edge, np.minimum(edge, -2)), 1.2), SCAR)])
@@ -338,7 +342,8 @@ def raters(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob, g
     contours = []
     for rater in range(int(draw("rater count").integers(2, 6))):
         shift = max(RATER_SHIFTS[rater], -0.4 * blob.radius) + 0.8 * subject.field(draw(f"rater {rater}"), 10.0)
-        contours.append(((edge + np.clip(shift, -0.6 * blob.radius, 6) > 0) & (subject.csf < 0.7)).astype(np.uint8))
+        drawn = (edge + np.clip(shift, -0.6 * blob.radius, 6) > 0) & (subject.csf < 0.7)
+        contours.append(subject.connected(drawn, d < 0.5).astype(np.uint8))
     return Lesion(None, [(soft(edge, 3.5) * (subject.csf < 0.7), EDEMA)], raters=contours)
 
 

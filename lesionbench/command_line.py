@@ -44,6 +44,18 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Quotes values that hold an equals sign, as run folders do (`seed=0`); Hydra would take them for a syntax error."""
+
+    def one(argument: str) -> str:
+        key, equals, value = argument.partition("=")
+        if key.startswith("-") or "=" not in value or "'" in value or '"' in value:
+            return argument
+        return key + equals + re.sub(r"[^\[\]{},:]*=[^\[\]{},]*", lambda match: f"'{match.group()}'", value)
+
+    return [one(a) for a in arguments]
+
+
 def options(group: str) -> list[str]:
     """Names that a configuration group offers."""
     root = CONF / group

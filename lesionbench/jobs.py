@@ -84,7 +84,8 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> Dict
         return node
 
     cfg.run_folder = str(folder.path if stage.name in ("fit", "test", "predict") else folder.path / stage.name)
-    return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True)))
+    stages = cfg.pop("stages")
+    return OmegaConf.create({**filled(OmegaConf.to_container(cfg, resolve=True)), "stages": stages})
 
 
 def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> None:
@@ -158,16 +159,11 @@ def _finish(cfg: DictConfig, folder: RunFolder) -> None:
 
 
 def _objective(cfg: DictConfig, path: Path) -> float | None:
-    """Best value of the monitored curve (never a test score, unless objective.name says so by naming one: `test/<region>/<metric>`)."""
-    name, mode = cfg.objective.name, cfg.objective.mode
-    if name.startswith("test/"):
-        _, region, metric = name.split("/")
-        values = [json.loads((path / "test" / "summary.json").read_text())[""][region][metric]["mean"]]
-    else:
-        from lesionbench.report import curve
+    """The best value of the validation curve that the experiment optimizes; a test score never is a sweep's objective."""
+    from lesionbench.report import curve
 
-        values = [v for _, v in curve(path, name) if math.isfinite(v)]
-    return None if not values else max(values) if mode == "max" else min(values)
+    values = [v for _, v in curve(path, cfg.objective.name) if math.isfinite(v)]
+    return None if not values else max(values) if cfg.objective.mode == "max" else min(values)
 
 
 class Assembled:
@@ -205,14 +201,19 @@ class Assembled:
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
         if not self.method.automatic_optimization and isinstance(options.get("strategy"), dict):
             options["strategy"]["find_unused_parameters"] = True  # networks take turns: in each turn the others get no gradient
-        accumulate = cfg.accumulate if self.method.automatic_optimization else 1
-        return instantiate(
-            options,
-            callbacks=[instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c],
-            logger=[instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c],
-            accumulate_grad_batches=accumulate,
-            _convert_="all",
+        from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+
+        callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
+        loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c]
+        trainer = instantiate({**options, "_partial_": True}, _convert_="all")(
+            callbacks=callbacks,
+            logger=loggers,
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+            accumulate_grad_batches=cfg.accumulate if self.method.automatic_optimization else 1,
         )
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
+        return trainer
 
     def load(self, checkpoint: str) -> None:
         """Puts the weights of a checkpoint into the method."""
@@ -238,7 +239,7 @@ def test(cfg: DictConfig) -> float | None:
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
         cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
-        cfg.objective.name = "none"
+        cfg.objective.name = None
     if cfg.ckpt and cfg.from_checkpoint:
         raise SuiteError("from_checkpoint is for job=predict; job=test builds the method from the experiment")
     return fit(cfg)
@@ -255,7 +256,7 @@ def predict(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
         cfg.logger = {}
-        cfg.callbacks = {"writer": {**cfg.writer, "folder": cfg.run_folder, "overwrite": cfg.overwrite}}
+        cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
     data = _prediction_data(cfg, own)
     run = Assembled(cfg, method=method, data=data)
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
@@ -346,7 +347,12 @@ def compare(cfg: DictConfig) -> None:
 
     options = OmegaConf.to_container(cfg.compare, resolve=True)
     result = compare_runs(options.pop("runs") or [cfg.runs], out=Path(cfg.out) if cfg.out else None, **options)
-    result.print()
+    from rich.console import Console
+
+    console = Console()
+    console.print(result.table(console.width))
+    if cfg.out:
+        _say(f"written to {cfg.out}")
 
 
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
@@ -358,6 +364,7 @@ def quiet() -> None:
     """Silences what is known to be harmless: a deprecation inside Lightning, its tips, and advice on worker counts."""
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
 

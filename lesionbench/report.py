@@ -39,7 +39,7 @@ def print_run(folder: Path) -> None:
         console.print(table)
     _baseline(console, folder)
     for line in _paths(folder):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
 

@@ -33,6 +33,7 @@ class Method(pl.LightningModule):
         accumulate: batches whose gradients are summed into one step (of the mean loss), in automatic and manual optimization alike.
         clip: largest norm of the gradient of one optimizer's parameters; None = no clipping.
         seed: of everything random in training.
+        monitor: validation value that a plateau schedule watches.
 
     Attributes:
         streams: the data streams that `training_step` expects.
@@ -52,10 +53,11 @@ class Method(pl.LightningModule):
         accumulate: int = 1,
         clip: float | None = None,
         seed: int = 0,
+        monitor: str | None = "val/dice",
     ) -> None:
         super().__init__()
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
-        self.accumulate, self.clip, self.seed = accumulate, clip, seed
+        self.accumulate, self.clip, self.seed, self.monitor = accumulate, clip, seed, monitor
         self.metrics = metrics or CaseMetrics()
         self.selection = CaseMetrics(names=["dice"])
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
@@ -102,7 +104,7 @@ class Method(pl.LightningModule):
             total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
         schedulers = [self.scheduler(o, total_iterations=int(total)) for o in optimizers]
         plateau = isinstance(schedulers[0], ReduceLROnPlateau)
-        plan = {"interval": "epoch", "monitor": "val/dice", "strict": False} if plateau else {"interval": "step"}
+        plan = {"interval": "epoch", "monitor": self.monitor} if plateau else {"interval": "step"}
         return optimizers, [{"scheduler": s, "name": f"lr/{n}", **plan} for s, n in zip(schedulers, groups, strict=True)]
 
     @contextmanager
@@ -199,14 +201,13 @@ class Method(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         rows = self.val_results.compute()
-        values = [row["dice"] for row in rows if row["member"] == "" and row["region"] and row.get("dice") is not None]
-        for region in dict.fromkeys(row["region"] for row in rows if row["member"] == "" and row["region"]):
-            own = [row["dice"] for row in rows if row["member"] == "" and row["region"] == region]
-            self.log(f"val/dice_{region}", sum(own) / len(own), rank_zero_only=False, sync_dist=False)
-        if values:
-            self.log("val/dice", sum(values) / len(values), prog_bar=True, sync_dist=False)
+        main = [row for row in rows if row["member"] == ""]
+        for region in dict.fromkeys(row["region"] for row in main):
+            for name, value in _means([row for row in main if row["region"] == region]).items():
+                self.log(f"val/{name}_{region}" if region else f"val/{name}", value)
+        for name, value in _means([row for row in main if row["region"]]).items():
+            self.log(f"val/{name}", value, prog_bar=True)
         self.log("iteration", float(self.iteration))
-        self.val_rows = rows
         self.val_results.reset()
 
     # checkpoints
@@ -237,6 +238,13 @@ class Method(pl.LightningModule):
         for name, parameter in self.named_parameters():
             if name in own.get("gradients", {}):
                 parameter.grad = own["gradients"][name].to(parameter)
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every metric over the rows that have it (NaN left out)."""
+    names = dict.fromkeys(k for row in rows for k in row if k not in ("case", "patient", "site", "member", "region"))
+    values = {n: [float(row[n]) for row in rows if row.get(n) is not None and row[n] == row[n]] for n in names}
+    return {n: sum(v) / len(v) for n, v in values.items() if v}
 
 
 class SegmentationMethod(Method):

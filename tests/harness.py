@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from lesionbench.command_line import CONF
+from lesionbench.command_line import CONF, quoted
 from lesionbench.jobs import run_job
 from lesionbench.resolvers import register
 
@@ -18,7 +18,7 @@ from lesionbench.resolvers import register
 SMALL = [
     "experiment=supervised/folder", "augmentation=light", "epochs=3", "patch=[8,8,8]", "data.samples_per_epoch=8", "data.batch_size=2", "data.num_workers=0",
     "data.split.test=2", "data.split.val=1", "data.channels=[t1,flair]", "model/scheduler=poly", "metrics.names=[dice,hd95]", "data.check=false",
-    "model.network={_target_:tests.toys.small_net,_partial_:true}", "model.loss={_target_:tests.toys.MeanCE}", "callbacks.figures=null", "threads=1", "trust=[tests]",
+    "~model.network", "+model.network={_target_:tests.toys.small_net,_partial_:true}", "~model.loss", "+model.loss={_target_:tests.toys.MeanCE}", "callbacks.figures=null", "threads=1", "trust=[tests]",
 ]  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def composed(*overrides: str) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides))
+        cfg = compose("config", overrides=quoted(overrides))
     cfg.experiment_name = cfg.experiment_name or next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated")
     return cfg
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lesionbench.command_line import CONF, JOBS, help_text, options
+from lesionbench.command_line import CONF, JOBS, help_text, options, quoted
 from lesionbench.errors import SuiteError
 from tests.harness import run
 
@@ -76,6 +76,12 @@ def test_errors_say_what_and_how(overrides, message, tmp_path):
     with pytest.raises((SuiteError, InstantiationException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
     assert message in str(_suite_error(caught.value))
+
+
+def test_paths_with_equals_signs_need_no_quotes():
+    given = ["ckpt=runs/a/seed=0/x.ckpt", "compare.runs=[runs/seed=0,b]", "seed=0,1", "a='b=c'", "ckpt=a/seed=0,b/seed=1", "--cfg=job"]
+    expected = ["ckpt='runs/a/seed=0/x.ckpt'", "compare.runs=['runs/seed=0',b]", "seed=0,1", "a='b=c'", "ckpt='a/seed=0','b/seed=1'", "--cfg=job"]
+    assert quoted(given) == expected
 
 
 def test_foreign_pickle_is_refused(tmp_path):

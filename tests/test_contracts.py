@@ -15,12 +15,11 @@ TOYS = {
     "branches": ["model._target_=tests.toys.Branches"],
     "adversarial": ["model._target_=tests.toys.Adversarial", "accumulate=2", "clip=1.0"],
     "teacher": [
-        "model._target_=tests.toys.Teacher", "data.split.labeled=2", "~data.streams.default",
-        "+data.streams={labeled:{cases:labeled,batch_size:1},unlabeled:{cases:unlabeled,batch_size:2}}", "data.extra_maps={pseudo:nearest}", "data.samples_per_epoch=4",
+        "model._target_=tests.toys.Teacher", "data.split.labeled=2", "data.streams={labeled:{cases:labeled,batch_size:1},unlabeled:{cases:unlabeled,batch_size:2}}", "data.extra_maps={pseudo:nearest}", "data.samples_per_epoch=4",
     ],
     "raters": ["model._target_=tests.toys.ManyRaters", "data.raters=3"],
     "classifier": [
-        "model._target_=tests.toys.CaseClassifier", "~model.network", "~model.loss", "~model.target", "~model.inferer", "objective.name=none", "select=last",
+        "model._target_=tests.toys.CaseClassifier", "~model.network", "~model.loss", "~model.target", "~model.inferer", "objective.name=val/accuracy",
     ],
 }  # fmt: skip
 
@@ -73,7 +72,7 @@ def test_pseudo_labels_reach_training(folder, tmp_path):
 def test_training_free_method_only_tests(folder, tmp_path):
     run(
         *SMALL, f"data.root={folder[0]}", f"runs={tmp_path}", "model._target_=tests.toys.Brightness", "~model.network", "~model.loss", "~model.target",
-        "~model.inferer", "stages=[{name:test,run:test}]", "objective.name=none", "metrics.names=[dice,auroc]",
+        "~model.inferer", "stages=[{name:test,run:test}]", "objective.name=null", "metrics.names=[dice,auroc]",
     )  # fmt: skip
     (found,) = run_folders(tmp_path)
     assert {"dice", "auroc"} <= set(rows(found)[0])
@@ -107,7 +106,7 @@ def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
         run(*common, *more, f"runs={tmp_path / name}")
     members = [run_folders(tmp_path / n)[0] / "checkpoints" / "last.ckpt" for n in "ab"]
     run(
-        *common, f"runs={tmp_path / 'both'}", "stages=[{name:test,run:test}]", "objective.name=none", "~model.network", "~model.loss", "~model.target",
+        *common, f"runs={tmp_path / 'both'}", "stages=[{name:test,run:test}]", "objective.name=null", "~model.network", "~model.loss", "~model.target",
         "~model.inferer", "model._target_=tests.toys.Ensemble", f"+model.checkpoints=[{','.join(map(str, members))}]",
     )  # fmt: skip
     (found,) = run_folders(tmp_path / "both")

@@ -1,0 +1,153 @@
+"""Pictures of the best, the median and the worst test case, and of all scores."""
+
+import math
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from callbacks.gather import gather
+from callbacks.overlays import case_figure, masks_of, montage, save, score_figure, slices
+from lesionbench.errors import unknown
+from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.task import Task
+
+__all__ = ["OverlayFigures", "montage"]
+
+
+class OverlayFigures(pl.Callback):
+    """Writes `<folder>/figures/{best,median,worst,summary}.png` after testing and hands them to every logger that takes images.
+
+    Cases are ranked by their mean Dice over the regions of the main prediction; without truth the first three are drawn as
+    `case_1.png` and so on. Only three slices of each case are kept, on disk, until the ranking is known.
+
+    Args:
+        folder: run folder.
+        channels: what is drawn; by default the FLAIR channel, else the first.
+
+    Raises:
+        SuiteError: a channel that the task does not have.
+    """
+
+    def __init__(self, folder: str, channels: list[str] | None = None) -> None:
+        self.folder, self.channels = Path(folder) / "figures", channels
+        self._rows: list[dict[str, Any]] = []
+        self._order: list[tuple[str, int]] = []  # case, position among this rank's cases
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._rows, self._order = [], []
+        self._spill = tempfile.TemporaryDirectory(prefix="lesionbench-figures-")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: CaseResult | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not isinstance(outputs, CaseResult):
+            return
+        rows = [row for row in outputs.rows if row["member"] == "" and row["region"]]
+        channels = self._channels(pl_module.task)
+        title, subtitle = f"{outputs.case}", "   ".join(f"{row['region']} {_shown(row)}" for row in rows if "dice" in row)
+        payload = (title, subtitle and f"Dice   {subtitle}", case_slices(outputs, pl_module.task, channels), channels)
+        with open(Path(self._spill.name) / str(len(self._order)), "wb") as file:
+            pickle.dump(payload, file)
+        self._order.append((outputs.case, len(self._order)))
+        self._rows += rows
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ranks = gather((self._order, self._rows))
+        rows = sorted((row for _, own in ranks for row in own), key=lambda row: row["case"])  # the same on any number of ranks
+        places = {case: (rank, place) for rank, (order, _) in enumerate(ranks) for case, place in order}
+        chosen = selected(rows, list(places))
+        for name, case in chosen.items():
+            rank, place = places[case]
+            if rank == trainer.global_rank:
+                self._draw(name, place, pl_module.task)
+        if trainer.is_global_zero and _scored(rows):
+            save(score_figure(rows, pl_module.task.region_names), self.folder / "summary.png")
+        trainer.strategy.barrier("figures")
+        self._spill.cleanup()
+        if trainer.is_global_zero:
+            self._send(trainer, pl_module, [*chosen, *(["summary"] if _scored(rows) else [])])
+
+    def _channels(self, task: Task) -> list[str]:
+        for name in self.channels or ():
+            if name not in task.channels:
+                raise unknown("figures.channels", name, task.channels)
+        return self.channels or [next((c for c in task.channels if "flair" in c.lower()), task.channels[0])]
+
+    def _draw(self, name: str, place: int, task: Task) -> None:
+        with open(Path(self._spill.name) / str(place), "rb") as file:
+            title, subtitle, views, channels = pickle.load(file)
+        label = "" if name.startswith("case_") else f" ({name} case)"
+        save(case_figure(title + label, subtitle, views, channels, task.region_names, task.unit == "mm"), self.folder / f"{name}.png")
+
+    def _send(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
+        from matplotlib.image import imread
+
+        for logger in trainer.loggers:
+            for name in names:
+                path = self.folder / f"{name}.png"
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(f"figures/{name}", imread(path)[..., :3], pl_module.iteration, dataformats="HWC")
+                elif hasattr(logger, "log_image"):
+                    logger.log_image(key=f"figures/{name}", images=[str(path)])
+
+
+def case_slices(result: CaseResult, task: Task, channels: list[str]) -> list[Any]:
+    """The slices of one case that a figure needs, on canonical axes."""
+    geometry = result.geometry
+    image = result.image[[task.channels.index(c) for c in channels]].float()
+    image = geometry.to_native(image) if result.native else image
+
+    def canonical(maps: torch.Tensor | np.ndarray | None) -> np.ndarray | None:
+        """(C, *grid of the prediction) -> (C, X, Y, Z)."""
+        if maps is None:
+            return None
+        maps = maps.cpu().numpy() if isinstance(maps, torch.Tensor) else maps
+        return np.stack([geometry.to_canonical(m) for m in maps]) if result.native else maps
+
+    prediction = result.prediction
+    spacing = geometry.spacing if result.native else geometry.network_spacing
+    truth = None if result.truth is None else masks_of(result.truth.cpu(), task)
+    extra = {**prediction.uncertainty, **({} if prediction.scores is None else {"score": prediction.scores})}
+    maps = {name: canonical(values[None].float())[0] for name, values in extra.items()}
+    return slices(canonical(image), canonical(truth), canonical(_regions(prediction, task)), maps, spacing)
+
+
+def _regions(prediction: Prediction, task: Task) -> np.ndarray | None:
+    if prediction.labels is not None:
+        return masks_of(prediction.labels.cpu(), task)
+    return None if prediction.regions is None else (prediction.regions > 0.5).cpu().numpy()
+
+
+def selected(rows: list[dict[str, Any]], cases: list[str]) -> dict[str, str]:
+    """Figure name -> case: the best, median and worst by mean Dice over regions; the first three where no case has a Dice."""
+    scores: dict[str, list[float]] = {}
+    for row in _scored(rows):
+        scores.setdefault(row["case"], []).append(row["dice"])
+    ranked = sorted(scores, key=lambda case: (-sum(scores[case]) / len(scores[case]), case))
+    if not ranked:
+        return {f"case_{i + 1}": case for i, case in enumerate(sorted(cases)[:3])}
+    places = {"best": 0, "worst": len(ranked) - 1, "median": (len(ranked) - 1) // 2}
+    chosen: dict[int, str] = {}
+    for name, place in places.items():
+        chosen.setdefault(place, name)
+    return {name: ranked[place] for place, name in chosen.items()}
+
+
+def _scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("dice") is not None and not math.isnan(row["dice"])]
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return "-" if row["dice"] is None or math.isnan(row["dice"]) else f"{row['dice']:.3f}"
