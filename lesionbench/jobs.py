@@ -240,8 +240,6 @@ def test(cfg: DictConfig) -> float | None:
         cfg.run_folder = str(folder.path)
         cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
         cfg.objective.name = None
-    if cfg.ckpt and cfg.from_checkpoint:
-        raise SuiteError("from_checkpoint is for job=predict; job=test builds the method from the experiment")
     return fit(cfg)
 
 

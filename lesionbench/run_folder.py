@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError
 
@@ -28,6 +28,9 @@ _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 
 def config_hash(cfg: DictConfig) -> str:
     """Eight characters that tell what is computed: the resolved config less paths, loggers, devices, seed and resume."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.seed = 0  # data and model refer to it
     data = OmegaConf.to_container(cfg, resolve=True)
     for dotted in _INCIDENTAL:
         *parents, last = dotted.split(".")
