@@ -4,6 +4,7 @@ from callbacks.case_table import CaseTable
 from callbacks.checkpoint import BestAndLast
 from callbacks.cost import Cost
 from callbacks.csv_logger import CurvesLogger
+from callbacks.flair_baseline import FlairBaseline
 from callbacks.figures import OverlayFigures, montage
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
@@ -14,6 +15,7 @@ __all__ = [
     "CaseTable",
     "Cost",
     "CurvesLogger",
+    "FlairBaseline",
     "LineProgress",
     "NanGuard",
     "NiftiWriter",

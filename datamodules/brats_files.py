@@ -108,7 +108,7 @@ def require_channels(cases: list[Case], channels: Sequence[str], allow_missing: 
         lines = "\n".join(f"  {case}: {', '.join(gaps)}" for case, gaps in refused.items())
         raise SuiteError(
             f"{len(refused)} of {len(cases)} cases lack channels:\n{lines}\n"
-            "Add the files, narrow the task (task.channels=[...]), or accept cases with at least one channel (data.allow_missing=true)."
+            "Add the files, narrow the task (task.channels=[...]), or accept cases with at least one channel (data.preprocessing.allow_missing=true)."
         )
     return cases
 
@@ -132,7 +132,7 @@ def _scan(root: Path) -> tuple[list[Path], list[Path]]:
     """Case folders and tables under `root`, at most three folders deep (archive folder, grade, case)."""
     cases, tables, level = [], [], [root]
     for _ in range(3):
-        children = sorted(child for folder in level for child in folder.iterdir())
+        children = sorted(child for folder in level for child in folder.iterdir() if not child.name.startswith("."))
         tables += [c for c in children if c.name in (*_SURVIVAL_TABLES, "name_mapping.csv")]
         folders = [c for c in children if c.is_dir()]
         cases += [f for f in folders if _layout_of(f.name)]

@@ -39,7 +39,7 @@ TWO_SPLITS = "patient in two splits: split by patient"
 NOT_FOUND = "split names a case that was not found: correct the split"
 EMPTY_LABEL = "empty label: make sure that the case has no lesion"
 EMPTY_REGION = "empty region: fine for some cases, else check its values in task.classes"
-ODD_SPACING = "odd voxel size: check the header, or resample (data.spacing)"
+ODD_SPACING = "odd voxel size: check the header, or resample (data.preprocessing.spacing)"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Datasets behind the data module: keyed training samples, and whole cases for evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ class TrainingSamples(Dataset):
         linear = {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
         spatial = {k: v for k, v in sample.items() if v.ndim == 4}
         make = {True: torchio.ScalarImage, False: torchio.LabelMap}
-        subject = torchio.Subject({k: make[k in linear](tensor=v.float() if k in linear else v.short()) for k, v in spatial.items()})
+        subject = torchio.Subject({k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()})
         changed = self.augmentation(subject)
         return {**sample, **{k: changed[k].data.to(v.dtype) for k, v in spatial.items()}}
 
@@ -167,6 +168,13 @@ class TrainingSamples(Dataset):
                 moved = value.movedim(axis, -1)
                 result[name] = moved if name == "image" else moved[..., self.window // 2]
         return {k: v.contiguous() for k, v in result.items()}
+
+
+def _as_torchio(values: torch.Tensor, linear: bool) -> torch.Tensor:
+    """The smallest type that TorchIO can resample and that holds every value: labels fit 16 bits, supervoxel numbers do not."""
+    if linear or values.is_floating_point():
+        return values.float()
+    return values.short() if values.dtype in (torch.bool, torch.int8, torch.uint8, torch.int16) else values.int()
 
 
 class WholeCases(Dataset):
@@ -208,8 +216,9 @@ class WholeCases(Dataset):
         }
         if case.label is not None:
             item["label"] = torch.from_numpy(np.array(cached.label(None)))[None]
-            item["native_label"] = torch.from_numpy(self._native(case))
+            item["native_label"] = torch.from_numpy(self._native(case, case.label))
         if case.raters:
+            item["native_raters"] = torch.from_numpy(np.stack([self._native(case, path) for path in case.raters]))
             item["raters"] = torch.from_numpy(np.array(cached.raters(None)))
         for name in self.maps:
             if self.store.has(name, case.id):
@@ -217,12 +226,12 @@ class WholeCases(Dataset):
                 item[name] = torch.from_numpy(array if array.ndim == 4 else array[None])
         return item
 
-    def _native(self, case: Case) -> np.ndarray:
-        values, _, _ = read_volume(case.label)
+    def _native(self, case: Case, path: Path) -> np.ndarray:
+        values, _, _ = read_volume(path)
         try:
             return self.task.from_disk(values)
         except SuiteError as error:
-            raise SuiteError(f"case {case.id}, {case.label}: {error}") from None
+            raise SuiteError(f"case {case.id}, {path}: {error}") from None
 
 
 class WholeCaseSampler(Sampler):
@@ -239,7 +248,18 @@ class WholeCaseSampler(Sampler):
         return iter(self.items)
 
 
-_LISTED = ("case", "patient", "site", "attributes", "geometry", "native_label")
+def _padded_raters(values: Sequence[torch.Tensor], axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raters of the cases of a batch, filled up with -1 along `axis` and stacked, and which of them are real (B, R)."""
+    counts = [v.shape[axis] for v in values]
+    most = max(counts)
+    filler = [list(v.shape) for v in values]
+    for shape, count in zip(filler, counts, strict=True):
+        shape[axis] = most - count
+    stacked = torch.stack([torch.cat([v, v.new_full(shape, -1)], dim=axis) for v, shape in zip(values, filler, strict=True)])
+    return stacked, torch.tensor([[r < count for r in range(most)] for count in counts])
+
+
+_LISTED = ("case", "patient", "site", "attributes", "geometry", "native_label", "native_raters")
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -256,9 +276,8 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if k in _LISTED or not torch.is_tensor(values[0]):
             batch[k] = values
         elif k == "raters":
-            most = max(v.shape[0] for v in values)
-            batch[k] = torch.stack([torch.cat([v, v.new_full((most - v.shape[0], *v.shape[1:]), -1)]) for v in values])
-            batch["rater_mask"] = torch.tensor([[r < v.shape[0] for r in range(most)] for v in values])
+            batch[k], batch["rater_mask"] = _padded_raters(values, axis=1 if voxels else 0)
+            batch[k] = batch[k].flatten(0, 1) if voxels else batch[k]
         elif voxels and k != "channel_mask":
             batch[k] = torch.cat(values)
         else:

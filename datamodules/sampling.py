@@ -17,7 +17,8 @@ class Sampling:
         case has, as nnU-Net does with 0.33); `per_class` (a class is drawn by `weights`, then one of its voxels); `positive_slice` (for
         slices and windows: with probability `share` a slice that holds foreground, else one that holds none).
     share: probability of a foreground draw.
-    weights: class name -> relative weight, for `per_class`; classes that a case lacks drop out.
+    weights: class name -> relative weight, for `per_class`; classes that a case lacks drop out; `background` is a uniform draw. Without
+        weights all foreground classes weigh the same.
     """
 
     name: str = "foreground"
@@ -75,12 +76,11 @@ def _per_class(
     for name in policy.weights:
         if name not in classes:
             raise unknown("class in data.sampling.weights", name, classes)
-    weights = {c: float(policy.weights.get(classes[c], 0.0 if policy.weights else 1.0)) for c in sorted(foreground) if len(foreground[c])}
-    total = sum(weights.values())
-    if not total:
-        return None
-    voxels = foreground[int(rng.choice(list(weights), p=[w / total for w in weights.values()]))]
-    return voxels[rng.integers(len(voxels))]
+    present = [0, *(c for c in sorted(foreground) if c > 0 and len(foreground[c]))]
+    weights = [float(policy.weights.get(classes[c], 0.0 if policy.weights else c > 0)) for c in present]
+    total = sum(weights)
+    drawn = present[rng.choice(len(present), p=[w / total for w in weights])] if total else 0
+    return foreground[drawn][rng.integers(len(foreground[drawn]))] if drawn else None
 
 
 def _positive_slice(

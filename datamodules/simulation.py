@@ -79,16 +79,16 @@ class Difficulty:
     deformation: float = 3.5
     contrast: float = 0.05
     site: float = 0.06
-    bias: float = 0.09
-    noise: float = 0.05
-    lesion_contrast: tuple[float, float] = (0.6, 1.1)
-    radius: tuple[float, float] = (10.0, 36.0)
+    bias: float = 0.08
+    noise: float = 0.045
+    lesion_contrast: tuple[float, float] = (0.8, 1.2)
+    radius: tuple[float, float] = (14.0, 36.0)
     irregularity: float = 0.45
     mass_effect: float = 0.25
-    caps: float = 1.0
-    spots: int = 12
-    patches: int = 3
-    patch_contrast: float = 0.4
+    caps: float = 0.8
+    spots: int = 10
+    patches: int = 2
+    patch_contrast: float = 0.3
 
     def __post_init__(self) -> None:
         for part in fields(self):
@@ -110,9 +110,9 @@ class Difficulty:
 
 
 PRESETS = {  # frozen: every table names the preset, so a change here needs another GENERATOR
-    "easy": Difficulty(2.5, 0.03, 0.03, 0.05, 0.03, (0.9, 1.1), (18.0, 36.0), 0.35, 0.2, 0.4, 4, 1, 0.2),
+    "easy": Difficulty(2.5, 0.03, 0.03, 0.05, 0.03, (1.0, 1.2), (18.0, 36.0), 0.35, 0.2, 0.4, 4, 1, 0.2),
     "default": Difficulty(),
-    "hard": Difficulty(4.5, 0.08, 0.1, 0.15, 0.09, (0.35, 0.9), (7.0, 36.0), 0.6, 0.3, 1.2, 24, 5, 0.6),
+    "hard": Difficulty(4.5, 0.08, 0.1, 0.15, 0.09, (0.5, 1.0), (8.0, 36.0), 0.6, 0.3, 1.0, 20, 4, 0.4),
 }
 
 

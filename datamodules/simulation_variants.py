@@ -288,12 +288,12 @@ def tumor(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob, gr
     core = np.maximum((size - d * np.exp(np.float32(0.5 * difficulty.irregularity) * lumps)) * radius, -99)
     outer = np.maximum((0.62 + 0.5 * subject.wm - d) * radius, -99)
     in_core = core > 0
-    whole = in_core | subject.connected(in_core | ((outer > 0) & (subject.csf < 0.5)), in_core)
+    reached = subject.connected(in_core | ((outer > -2) & (subject.csf < 0.5)), in_core)  # fluid stops edema
+    whole = in_core | ((outer > 0) & (subject.csf < 0.5) & reached)
     rim = np.float32(thickness * size) * radius * np.exp(np.clip(0.35 * subject.field(draw("rim"), 9.0), -0.6, 0.4)) - core
     if grade == "LGG":
         rim = np.minimum(rim, 4 * (subject.field(draw("patchy rim"), 12.0) - (0.3 if rng.random() < 0.5 else 99)))
-    apart = (outer > 0) & ~whole  # cut off by fluid
-    edema = soft(outer, 2.0) * np.where(in_core, 1, 1 - subject.csf) * ~apart
+    edema = soft(outer, 1.5) * np.where(in_core, 1, 1 - subject.csf) * reached
     label = np.where(in_core, np.where(rim > 0, 4, 1), np.where(whole, 2, 0)).astype(np.uint8)
     paint = [(edema, EDEMA), (soft(core, 0.8), NECROSIS), (soft(core, 0.8) * soft(rim, 0.8), RIM)]
     return Lesion(label, paint, risk=float((blob.radius - 19) / 10))
@@ -308,7 +308,7 @@ def habitats(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob,
     fields = [subject.field(draw(f"habitat {h}"), scale) + np.float32(favor[h]) for h in range(count)]
     number = np.where(lesion.label > 0, np.argmax(fields, axis=0) + 1, 0).astype(np.uint8)
     shares = np.bincount(number[number > 0], minlength=5)[1:] / max((number > 0).sum(), 1)
-    lesion.habitats, lesion.risk = number, float(3 * (shares @ np.array(HABITAT_RISK)) - 0.6)
+    lesion.habitats, lesion.risk = number, float(4 * (shares @ np.array(HABITAT_RISK)) - 0.8)
     return lesion
 
 

@@ -76,7 +76,7 @@ class Split:
         try:
             lists = json.loads(path.read_text())
             return {part: list(lists.get(part, [])) for part in ("train", "val", "test")}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise SuiteError(f"data.split.file={path}: expected a JSON object with lists train, val, test ({error})") from None
 
     def _listed(self, cases: Sequence[Case]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +240,7 @@ def read_run(folder: Path) -> Run:
         SuiteError: a file that cannot be read; names it.
     """
     summary = _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
-    config = _parsed(folder / "config.yaml", lambda text: yaml.load(text, _Loader))
+    config = _parsed(folder / "config.yaml", _config)
     status = str(summary.get("status"))
     table = folder / "test" / "cases.csv"
     if status == "finished" and not table.exists():
@@ -250,6 +250,20 @@ def read_run(folder: Path) -> Run:
     if status == "finished" and not run.rows:
         run.status = "no case in test/cases.csv"
     return run
+
+
+def _config(text: str) -> Any:
+    """Parses a config block by block (a top-level key with what belongs to it): the runs of a sweep share most blocks, each is read once."""
+    try:
+        blocks = [_block(block) for block in re.split(r"^(?=[^\s#-])", text, flags=re.MULTILINE) if block.strip()]
+        return {key: value for block in blocks for key, value in (block or {}).items()}
+    except (yaml.YAMLError, AttributeError):  # blocks that refer to each other, or another style of writing
+        return yaml.load(text, _Loader)
+
+
+@lru_cache(maxsize=4096)
+def _block(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _parsed(path: Path, parse: Any) -> Record:

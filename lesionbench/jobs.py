@@ -314,7 +314,7 @@ def simulate(cfg: DictConfig) -> None:
     count, layout = options.pop("count"), options.pop("layout")
     settings = get_class("datamodules.simulation.Simulation")(**options)
     path = get_method("datamodules.simulation.write_brats")(Path(cfg.out), settings, count, str(layout))
-    _say(f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats{layout} data.root={path}")
+    _say(f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}")
 
 
 def show(cfg: DictConfig) -> None:

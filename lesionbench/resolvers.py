@@ -1,8 +1,9 @@
-"""What configuration files can compute: `${cap:sizes,limit}` and `${offline_without_key:}`."""
+"""What configuration files can compute: `${cap:sizes,limit}`, `${either:value,default}` and `${offline_without_key:}`."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 def register() -> None:
     """Makes the resolvers known to OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("cap", cap, replace=True)
+    OmegaConf.register_new_resolver("either", either, replace=True)
     OmegaConf.register_new_resolver("offline_without_key", offline_without_key, replace=True)
 
 
@@ -18,6 +20,11 @@ def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
     if limit is None:
         return None if sizes is None else list(sizes)
     return [limit] * 3 if sizes is None else [min(s, limit) for s in sizes]
+
+
+def either(chosen: Any, default: Any) -> Any:
+    """`chosen`, or `default` where it is null."""
+    return default if chosen is None else chosen
 
 
 def offline_without_key() -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,8 +22,10 @@ _INCIDENTAL = (
     "job", "seed", "resume", "logger", "runs", "run_folder", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "show",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
-    "callbacks",
+    # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
+    *(f"callbacks.{c}" for c in ("checkpoint", "nan_guard", "cost", "table", "figures", "writer", "learning_rate", "progress", "baseline")),
 )  # fmt: skip
+_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 
 
@@ -58,7 +61,7 @@ class RunFolder:
         if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return cls(Path(told))
         base = Path(cfg.runs).absolute() / cfg.experiment_name / config_hash(cfg)
-        launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+        launch = "-".join(os.environ[v] for v in _LAUNCH_VARIABLES if v in os.environ)
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
         if launch and rank > 0:
             return cls(_announced(base / f".launch-{launch}"))
@@ -139,8 +142,8 @@ def _made(base: Path, seed: int, number: int) -> Path:
 
 
 def _announced(path: Path, patience: float = 120.0) -> Path:
-    deadline = time.monotonic() + patience
-    while not path.exists():
+    deadline, oldest = time.monotonic() + patience, time.time() - patience
+    while not (path.exists() and path.stat().st_mtime > oldest):  # an older one is from an earlier launch of the same name
         if time.monotonic() > deadline:
             raise SuiteError(f"{path}: the first process has not announced the run folder within {patience:.0f} s; is the file system shared?")
         time.sleep(0.2)

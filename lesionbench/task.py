@@ -29,7 +29,8 @@ class Task:
         ignore: values on disk that are left out of losses and metrics.
 
     Raises:
-        SuiteError: classes without background, shared disk values, unknown classes in a region, or regions that overlap without nesting.
+        SuiteError: classes without background, shared disk values, unknown classes in a region, a region that is empty or holds
+            background, or regions that overlap without nesting.
     """
 
     channels: tuple[str, ...]
@@ -54,6 +55,8 @@ class Task:
             for member in members:
                 if member not in classes:
                     raise unknown(f"class in region {region}", member, classes)
+            if not members or BACKGROUND in members:
+                raise SuiteError(f"task.regions.{region}: expected one foreground class or more, got {list(members)}")
         for a, first in regions.items():
             for b, second in regions.items():
                 if set(first) & set(second) and not (set(first) <= set(second) or set(second) <= set(first)):

@@ -78,7 +78,8 @@ class Method(pl.LightningModule):
         """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
         if truth is None and not prediction.table:
             return []
-        return metrics(prediction, truth, self.task, spacing)
+        raters = batch.get("native_raters", [None])[0] if metrics.space == "native" else batch.get("raters", [None])[0]
+        return metrics(prediction, truth, self.task, spacing, raters=raters)
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""

@@ -233,6 +233,13 @@ def test_best_score_survives_a_resume(tmp_path):
     assert read(tmp_path / "checkpoints/best.ckpt")["iteration"] == EPOCH
 
 
+def test_all_ranks_decide_by_the_score_of_rank_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(pl.strategies.SingleDeviceStrategy, "broadcast", lambda self, value, src=0: 0.9 if value == 0.5 else value)
+    callback = BestAndLast(str(tmp_path))
+    fit(tmp_path, Tiny([0.5]), callback, epochs=1)
+    assert callback.best_model_score == 0.9
+
+
 class KillAfter(BestAndLast):
     """Stops the process' work, as kill -9 does, right after `last.ckpt` was written for this iteration."""
 
@@ -333,13 +340,13 @@ def test_minutes(tmp_path):
 # not a number
 
 
-@pytest.mark.parametrize("every", [None, 4])
-def test_nan_loss_names_the_cases_and_keeps_the_last_good_checkpoint(tmp_path, every):
+@pytest.mark.parametrize(("every", "at"), [(None, 5), (4, 5), (4, 2)])  # read at once; by the checkpoint; with a later bad batch
+def test_nan_loss_names_the_cases_and_keeps_the_last_good_checkpoint(tmp_path, every, at):
     callback = BestAndLast(str(tmp_path), every_n_batches=2)
-    with pytest.raises(NonFiniteLoss, match=r"iteration 5, cases case0-5.*last\.ckpt"):
-        fit(tmp_path, Tiny([0.1, 0.2], nan_at=EPOCH - 1), NanGuard(every), callback)
+    with pytest.raises(NonFiniteLoss, match=rf"iteration {at}, cases case0-{at}\..*last\.ckpt"):
+        fit(tmp_path, Tiny([0.1, 0.2], nan_at=at), NanGuard(every), callback)
     checkpoint = read(tmp_path / "checkpoints/last.ckpt")
-    assert checkpoint["iteration"] == 4
+    assert checkpoint["iteration"] == at // 2 * 2
     assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from lesionbench.comparison import SIMULATED, compare, find_runs
+from lesionbench.comparison import SIMULATED, compare, find_runs, read_run
 from lesionbench.errors import SuiteError
 from lesionbench.results import write_json, write_rows
 from lesionbench.statistics import bootstrap_interval, differences, holm, paired_tests
@@ -302,6 +302,21 @@ def test_runs_are_found_by_folder_parent_and_pattern(tmp_path):
     (two / "config.yaml").write_text("a: [1")
     with pytest.raises(SuiteError, match=r"config\.yaml: cannot be read"):
         compare(two)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# by hand\nmodel:\n  lr: 1  # rate\n\n# more\nsizes:\n- 1\n- k: 2\nnote: |\n  a: 1\n\n  b\nlong: 'one\n  two'\n",
+        "---\nbase: &b {lr: 1}\nmodel: *b\n",
+        "{model: {lr: 1},\nother: 2\n}\n",
+        "'quoted key': 1\nmodel:\n  lr: 1\nempty:\n",
+    ],
+)
+def test_config_by_blocks_is_the_whole_config(tmp_path, text):
+    folder = make_run(tmp_path, values={"c0": 0.5})
+    (folder / "config.yaml").write_text(text)
+    assert read_run(folder).settings == {**yaml.safe_load(text), "experiment": "a", "seed": 0}
 
 
 # --- tests against a baseline

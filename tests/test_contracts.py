@@ -36,7 +36,7 @@ def test_kill_and_resume_is_bit_identical(toy, folder, tmp_path):
     common = [*SMALL, f"data.root={root}", *TOYS[toy]]
     run(*common, f"runs={tmp_path / 'whole'}")
     killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
-    assert run_killed(*killed, "+callbacks.kill={_target_:tests.toys.KillAt,iteration:6}") == -signal.SIGKILL
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=6") == -signal.SIGKILL
     run(*killed, "resume=true")
     whole, resumed = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
     assert len(whole) == len(resumed) == 1
@@ -126,7 +126,7 @@ def test_resume_in_other_seeded_process_with_workers(folder, tmp_path):
     common = [*SMALL, f"data.root={folder[0]}"]
     run(*common, f"runs={tmp_path / 'whole'}", "data.num_workers=1")
     killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=3", "data.num_workers=2"]
-    assert run_killed(*killed, "+callbacks.kill={_target_:tests.toys.KillAt,iteration:5}") == -signal.SIGKILL
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=5") == -signal.SIGKILL
     torch.rand(3)
     run(*killed, "resume=true", "data.num_workers=0")
     assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(run_folders(tmp_path / "killed")[0]))

@@ -51,7 +51,7 @@ def test_full_size_builds_on_meta(experiment, tmp_path):
 def test_runs_tiny(experiment, roots, tmp_path):
     root = roots(data_set(composed(f"experiment={experiment}")))
     more = ["data.channels=[t1,flair]"] if experiment.endswith("/folder") else []
-    common = [f"experiment={experiment}", "debug=tiny", "trainer=cpu", f"data.root={root}", f"runs={tmp_path}", "threads=1", "data.split.folds=2", "data.split.val=1"]
+    common = [f"experiment={experiment}", "debug=tiny", "trainer=cpu", f"data.root={root}", f"runs={tmp_path}", "threads=1"]
     run(*common, *more)
     (folder,) = run_folders(tmp_path)
     assert rows(folder)

@@ -263,10 +263,10 @@ def test_lesions_of_empty_masks(measure):
 
 def test_calibration_by_hand():
     probability = np.array([0.1, 0.1, 0.1, 0.1, 0.8, 0.8, 1.0])
-    truth = np.array([0, 0, 0, 1, 1, 0, 1], bool)
-    # bins of 0.2: four voxels |0.1 - 0.25|; bin of 0.8 to 1: three voxels |2.6/3 - 2/3|
+    truth = np.array([0, 0, 0, 1, 1, 1, 0], bool)
+    # bins of 0.2: four voxels |0.1 - 0.25|; the last, 1 included: three voxels |2.6/3 - 2/3|
     assert calibration_error(probability, truth, bins=5) == pytest.approx((4 * 0.15 + 0.6) / 7)
-    assert brier_score(probability, truth) == pytest.approx((3 * 0.01 + 0.81 + 0.04 + 0.64 + 0) / 7)
+    assert brier_score(probability, truth) == pytest.approx((3 * 0.01 + 0.81 + 0.04 + 0.04 + 1) / 7)
     chosen = np.array([1, 1, 0, 0, 0, 0, 0], bool)
     assert calibration_error(probability, truth, chosen) == pytest.approx(0.1)
     assert brier_score(probability, truth, chosen) == pytest.approx(0.01)

@@ -19,8 +19,8 @@ from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, su
 from lightning_modules.metrics.uncertainty import Ranking, brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
-KNOWN = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "ece", "brier", "q_dice", "q_dice_paper")
-KNOWN += ("auroc", "ap", "error_auroc")
+MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1")
+KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", "auroc", "ap", "error_auroc")
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
 
 Values = dict[str, float]

@@ -1,0 +1,263 @@
+"""The documentation: its commands compose and build, its examples run, its links lead somewhere."""
+
+import itertools
+import re
+import shlex
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import datamodules
+import lightning_modules
+from lesionbench.checkpoint import build_method
+from lesionbench.command_line import CONF, JOBS, options
+from lesionbench.jobs import _stage_config
+from lesionbench.run_folder import RunFolder
+from tests import harness
+from tests.fake_data import LPS, fake_case
+from tests.harness import composed
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = ("noise_consistency/simulated", "supervised/wmh", "supervised/simulated_two_stage")  # experiments that the pages add
+FLAGS = {"-m", "--multirun", "--help", "--cfg", "job", "--info", "all"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced code of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Arguments of every call of run.py in the page's shell blocks."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines() if "run.py" in line]
+    return [shlex.split(line.partition("run.py")[2], comments=True) for line in lines]
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """The overrides of a call; of a sweep the first choice of each."""
+    words = [a for a in arguments if a not in FLAGS]
+    if not {"-m", "--multirun"} & set(arguments):
+        return words
+    parsed = OverridesParser.create().parse_overrides(words)
+    return [
+        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else word
+        for o, word in zip(parsed, words, strict=True)
+    ]
+
+
+CALLS = sorted({tuple(c) for page in PAGES for c in commands(page)})
+
+
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_command_composes_and_builds(call, tmp_path):
+    cfg = composed(*overrides(list(call)))
+    cfg.run_folder = str(tmp_path)
+    assert cfg.job in JOBS
+    assert OmegaConf.to_container(cfg, resolve=True)
+    if cfg.job not in ("fit", "test"):
+        return
+    data = instantiate(cfg.data, _convert_="all")
+    with torch.device("meta"):
+        method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
+    window, view = getattr(method.network, "window", None), cfg.data.view
+    assert window == (cfg.data.window if view == "window" else None)
+    assert method.network.dimensions == (3 if view == "patch" else 2)
+    assert all(size % by == 0 for size, by in zip(cfg.data.patch, method.network.divisor, strict=True))
+    for part in [*cfg.callbacks.values(), *cfg.logger.values()]:
+        if part and "wandb" not in part._target_.lower():
+            instantiate(part, _convert_="all")
+
+
+def test_there_are_commands_on_every_page_that_should_have_some():
+    bare = {page.stem for page in PAGES if not commands(page)}
+    assert bare == {"adding_a_method", "adding_a_dataset"}
+
+
+def keys(node, prefix: str = "") -> set[str]:
+    """Dotted keys of a configuration."""
+    if not isinstance(node, dict):
+        return set()
+    return {f"{prefix}{k}" for k in node} | set(itertools.chain.from_iterable(keys(v, f"{prefix}{k}.") for k, v in node.items()))
+
+
+def test_keys_and_choices_in_the_text_exist():
+    variants = [
+        [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
+        ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
+    ]  # fmt: skip
+    known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
+    known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
+    known |= {"use_distributed_sampler", "lesion_min_iou", "lesion_dilation", "bins"}  # arguments in Python
+    wrong = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for key, value in re.findall(r"`([a-z_]+(?:[./][a-z_]+)*)=([^`\s]*)`", text):
+            if (CONF / key).is_dir():
+                wrong += [f"{page.name}: {key}={v}" for v in value.strip("[]").split(",") if v and v not in [*options(key), *EXAMPLES]]
+            elif key not in known:
+                wrong.append(f"{page.name}: {key}")
+    assert wrong == []
+
+
+def test_links_lead_to_files_and_headings():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if target.startswith("http"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.is_file(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE) if file.suffix == ".md" else []
+            assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, (
+                f"{page.name}: {target}"
+            )
+
+
+def test_files_named_in_the_text_exist():
+    made = {"conf/model/noise_consistency.yaml", "lightning_modules/noise_consistency.py", "datamodules/wmh.py", "conf/data/wmh.yaml"}
+    for page in PAGES:
+        for name in re.findall(r"`((?:tests|datamodules|lightning_modules|lesionbench|callbacks|conf)/[\w/]+\.\w+)`", page.read_text()):
+            assert name in made or (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """Puts the example files of the pages where they say they belong: YAML into a copy of conf/, Python into importable modules."""
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    monkeypatch.setattr(harness, "CONF", conf)
+    for page in PAGES:
+        for text in blocks(page, "yaml"):
+            place = re.match(r"# conf/(\S+\.yaml)\n", text)
+            assert place, f"{page.name}: a YAML block that does not say where it belongs"
+            (conf / place[1]).parent.mkdir(parents=True, exist_ok=True)
+            (conf / place[1]).write_text(text.partition("\n")[2])
+        for text in blocks(page, "python"):
+            if place := re.match(r"# (\w+)/(\w+)\.py\n", text):
+                name = f"{place[1]}.{place[2]}"
+                module = types.ModuleType(name)
+                monkeypatch.setitem(sys.modules, name, module)
+                monkeypatch.setattr(
+                    {"lightning_modules": lightning_modules, "datamodules": datamodules}[place[1]], place[2], module, raising=False
+                )
+                exec(compile(text, f"{page.name}:{name}", "exec"), vars(module))
+
+
+def loose_python(page: Path) -> list[str]:
+    """Python blocks that are no file of their own."""
+    return [b for b in blocks(page, "python") if not re.match(r"# \w+/\w+\.py\n", b)]
+
+
+def built(cfg) -> tuple:
+    """Data module and method of a configuration."""
+    data = instantiate(cfg.data, _convert_="all")
+    return data, build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+def test_example_of_a_method(examples, tmp_path):
+    cfg = composed(
+        "experiment=noise_consistency/simulated",
+        "debug=tiny",
+        f"run_folder={tmp_path}",
+        "model.network.features=[4,4,4,4,4,4]",
+        "model.sigma=0.5",
+    )
+    _, method = built(cfg)
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(1, 4, 32, 32, 32), "label": torch.randint(0, 4, (1, 1, 32, 32, 32))}
+    loss = method.training_step(batch, 0)
+    assert loss > method.compute_loss(batch)  # the consistency term adds
+    assert torch.equal(loss, method.training_step(batch, 0))  # keyed noise
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    with torch.no_grad():
+        prediction = method.predict_case({"image": torch.randn(1, 4, 40, 32, 32)})
+    assert prediction.labels.shape == prediction.uncertainty["entropy"].shape == (40, 32, 32)
+    assert prediction.uncertainty["entropy"].min() >= 0
+
+
+def test_example_without_hydra(examples, tmp_path, monkeypatch):
+    import pytorch_lightning as pl
+
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(pl.Trainer, "fit", lambda trainer, method, datamodule: calls.append(("fit", method, datamodule)))
+    monkeypatch.setattr(pl.Trainer, "test", lambda trainer, method, datamodule: calls.append(("test", method, datamodule)))
+    (code,) = loose_python(ROOT / "docs" / "adding_a_method.md")
+    names = {}
+    exec(code, names)
+    assert [c[0] for c in calls] == ["fit", "test"]
+    assert calls[0][1].network(torch.zeros(1, 4, 48, 48, 48)).shape == (1, 4, 48, 48, 48)
+    assert names["rows"] == []
+
+
+def test_example_of_a_data_set(examples, tmp_path):
+    from lesionbench.geometry import write_volume
+
+    names = {}
+    (code,) = loose_python(ROOT / "docs" / "adding_a_dataset.md")
+    exec(code, names)
+    assert names["data"].task.region_names == ("WMH",)
+    root = tmp_path / "wmh"
+    for number, place in enumerate(["Utrecht/0", "Utrecht/2", "Amsterdam/GE3T/100", "Singapore/50"]):
+        images, label = fake_case(("FLAIR", "T1"), (1, 2), (12, 12, 8), (0, number))
+        for name, image in images.items():
+            write_volume(root / place / "pre" / f"{name}.nii.gz", image, LPS)
+        write_volume(root / place / "wmh.nii.gz", label, LPS)
+    cfg = composed("experiment=supervised/wmh", f"data.root={root}", f"run_folder={tmp_path}", "data.split.test=1", "data.split.val=1")
+    data, method = built(cfg)
+    assert method.network.dimensions == 3
+    cases = data.cases()
+    assert [(c.id, c.site) for c in cases] == [
+        ("Amsterdam_100", "Amsterdam"),
+        ("Singapore_50", "Singapore"),
+        ("Utrecht_0", "Utrecht"),
+        ("Utrecht_2", "Utrecht"),
+    ]
+    assert not [f for f in data.findings(progress=False) if f.level == "error"]
+    (root / "Utrecht/2/pre/T1.nii.gz").unlink()
+    with pytest.raises(Exception, match="Utrecht_2: t1"):
+        data.cases()
+
+
+def test_example_of_two_stages(examples, tmp_path):
+    cfg = composed("experiment=supervised/simulated_two_stage")
+    folder = RunFolder(tmp_path)
+    folder.mark_done("warm", {"run": "fit", "artefact": "warm.ckpt"})
+    warm, fit, test = (_stage_config(cfg, stage, folder) for stage in cfg.stages)
+    assert warm.model.loss == {"_target_": "lightning_modules.losses.CrossEntropy"}
+    assert (warm.trainer.max_epochs, fit.trainer.max_epochs) == (4, cfg.epochs)
+    assert (warm.init_from, fit.init_from, test.init_from) == (None, "warm.ckpt", None)
+    assert fit.model.loss._target_.endswith("DiceCE")
+    assert (warm.run_folder, test.run_folder) == (str(tmp_path / "warm"), str(tmp_path))
+
+
+def test_nothing_names_a_machine():
+    """Paths of the machine that this was written on have no place here; the runner of the checks may look beside the repository."""
+    forbidden = re.compile("(?<![\\w.:])/" + "work" + "(?![\\w-])|\\.\\./" + "shared")
+    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".cfg", ".txt", ""}
+    folders = ["conf", "lesionbench", "lightning_modules", "datamodules", "callbacks", "tests", "benchmarks", "docs"]
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file() and f.suffix in kinds]
+    files += [ROOT / name for name in ("README.md", "Makefile", "run.py", "pyproject.toml", "CITATION.cff", ".gitignore")]
+    assert len(files) > 100
+    assert [f"{f}: {hit}" for f in files for hit in forbidden.findall(f.read_text(errors="ignore"))] == []
+
+
+def test_license_and_citation():
+    import yaml
+
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "Apache-2.0"
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
