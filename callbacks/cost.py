@@ -1,7 +1,6 @@
 """What a run costs: parameters, iterations, samples, time, memory; and the throughput while it runs."""
 
 import json
-import json
 import platform
 import statistics
 import sys
@@ -83,13 +82,6 @@ class Cost(pl.Callback):
         self._close(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        path = self.folder / "cost.json"
-        if self._samples == 0 and path.exists():  # a test after training, in a Trainer of its own: training's cost stays in the account
-            before = json.loads(path.read_text())
-            self._seconds |= {phase: before[f"{phase}_s"] for phase in ("train", "validation")}
-            self._samples, self._peak = before["samples"], before["peak_memory_mb"]
-            self._durations.extend([before["iteration_s"]] if before["iteration_s"] else [])
-            self._waited = (before["data_wait"] or 0) * before["train_s"]
         self._enter("test")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -49,5 +49,10 @@ class FlairBaseline(pl.Callback):
         if not cases or not trainer.is_global_zero:
             return
         threshold, dice = flair_threshold_baseline([c[0].astype(np.float32) for c in cases.values()], [c[1] for c in cases.values()])
-        found = {"region": pl_module.task.region_names[0], "threshold": threshold, "dice": float(np.mean(dice)), "cases": dict(zip(cases, dice, strict=True))}
+        found = {
+            "region": pl_module.task.region_names[0],
+            "threshold": threshold,
+            "dice": float(np.mean(dice)),
+            "cases": dict(zip(cases, dice, strict=True)),
+        }
         write_json(self.folder / "test" / "baseline.json", found)

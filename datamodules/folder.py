@@ -33,7 +33,9 @@ class Folder(CaseDataModule):
         **options: Any,
     ) -> None:
         self.list_file = None if list_file is None else Path(list_file).expanduser()
-        self._task = Task(tuple(channels), classes or {"background": 0, "lesion": 1}, regions or {}, raters, slice_axis, unit, tuple(ignore))
+        self._task = Task(
+            tuple(channels), classes or {"background": 0, "lesion": 1}, regions or {}, raters, slice_axis, unit, tuple(ignore)
+        )
         super().__init__(root, **options)
 
     def default_task(self) -> Task:

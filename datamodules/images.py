@@ -34,4 +34,6 @@ class Images(CaseDataModule):
     def findings(self, cases: Any = None, progress: bool = True) -> list:
         from datamodules.integrity import check_cases
 
-        return check_cases(self.predict_cases, self.task, splits={"predict": self.predict_ids()}, allow_missing=self.allow_missing, progress=progress)
+        return check_cases(
+            self.predict_cases, self.task, splits={"predict": self.predict_ids()}, allow_missing=self.allow_missing, progress=progress
+        )

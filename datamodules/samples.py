@@ -71,7 +71,14 @@ class TrainingSamples(Dataset):
         statistics: dict | None = None,
         repeat: int | None = None,
     ) -> None:
-        self.stream, self.cases, self.cache, self.task, self.preprocessing, self.sampling = stream, list(cases), cache, task, preprocessing, sampling
+        self.stream, self.cases, self.cache, self.task, self.preprocessing, self.sampling = (
+            stream,
+            list(cases),
+            cache,
+            task,
+            preprocessing,
+            sampling,
+        )
         self.seed, self.labeled, self.view, self.patch, self.window, self.voxels = seed, labeled, view, patch, window, voxels
         self.augmentation, self.maps, self.store, self.statistics, self.repeat = augmentation, dict(maps or {}), store, statistics, repeat
 

@@ -62,7 +62,9 @@ def _uniform(policy: Sampling, rng: np.random.Generator, *_: object) -> np.ndarr
     return None
 
 
-def _foreground(policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], *_: object) -> np.ndarray | None:
+def _foreground(
+    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], *_: object
+) -> np.ndarray | None:
     present = [c for c in sorted(foreground) if c > 0 and len(foreground[c])]
     if rng.random() >= policy.share or not present:
         return None
@@ -71,7 +73,12 @@ def _foreground(policy: Sampling, rng: np.random.Generator, shape: Sequence[int]
 
 
 def _per_class(
-    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], classes: Sequence[str], *_: object
+    policy: Sampling,
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    foreground: Mapping[int, np.ndarray],
+    classes: Sequence[str],
+    *_: object,
 ) -> np.ndarray | None:
     for name in policy.weights:
         if name not in classes:
@@ -84,7 +91,12 @@ def _per_class(
 
 
 def _positive_slice(
-    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], classes: Sequence[str], axis: int
+    policy: Sampling,
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    foreground: Mapping[int, np.ndarray],
+    classes: Sequence[str],
+    axis: int,
 ) -> np.ndarray | None:
     if not foreground:
         return None

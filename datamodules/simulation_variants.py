@@ -165,7 +165,7 @@ class Deformation:
     def place(self, point: Sequence[float]) -> np.ndarray:
         """Subject position (3,) of a template position, by fixed-point iteration."""
         position = np.array(point, dtype=np.float32)
-        for _ in range(8):
+        for _ in range(5):
             position += np.array(point, np.float32) - np.array(
                 [t.item() for t in self([position[k : k + 1] for k in range(3)])], np.float32
             )
@@ -303,12 +303,12 @@ def habitats(subject: Subject, draw: Draw, difficulty: "Difficulty", blob: Blob,
     """A tumor whose tissue falls into 2 to 4 habitats, each with its own intensities; the shares decide the risk of death."""
     lesion = tumor(subject, draw, difficulty, blob, grade)
     count = int(draw("habitat count").integers(2, 5))
-    favor = draw("habitat shares").normal(0, 0.4, count)
-    scale = max(0.8 * blob.radius, 8.0)
-    fields = [subject.field(draw(f"habitat {h}"), scale) + np.float32(favor[h]) for h in range(count)]
-    number = np.where(lesion.label > 0, np.argmax(fields, axis=0) + 1, 0).astype(np.uint8)
+    favor = draw("habitat shares").normal(0, 0.6, count)
+    number, tumorous = np.zeros(len(lesion.label), np.uint8), lesion.label > 0
+    fields = [subject.field(draw(f"habitat {h}"), max(0.5 * blob.radius, 6.0))[tumorous] for h in range(count)]
+    number[tumorous] = np.argmax([(f - f.mean()) / f.std() + np.float32(b) for f, b in zip(fields, favor, strict=True)], axis=0) + 1
     shares = np.bincount(number[number > 0], minlength=5)[1:] / max((number > 0).sum(), 1)
-    lesion.habitats, lesion.risk = number, float(4 * (shares @ np.array(HABITAT_RISK)) - 0.8)
+    lesion.habitats, lesion.risk = number, float(5 * (shares @ np.array(HABITAT_RISK)) - 1.0)
     return lesion
 
 

@@ -60,7 +60,9 @@ class Split:
         n = len(patients)
         if self.folds is not None:
             if not 0 <= self.fold < self.folds or self.folds > n:
-                raise SuiteError(f"data.split.fold={self.fold} of data.split.folds={self.folds} with {n} patients: need 0 <= fold < folds <= patients")
+                raise SuiteError(
+                    f"data.split.fold={self.fold} of data.split.folds={self.folds} with {n} patients: need 0 <= fold < folds <= patients"
+                )
             test = patients[self.fold :: self.folds]
         else:
             test = patients[: _count(self.test, n)]
@@ -68,7 +70,9 @@ class Split:
         val = rest[: _count(self.val, n)]
         train = rest[len(val) :]
         if not train:
-            raise SuiteError(f"too few cases: {n} patient(s) leave none to train on after {len(test)} for test and {len(val)} for validation (data.split)")
+            raise SuiteError(
+                f"too few cases: {n} patient(s) leave none to train on after {len(test)} for test and {len(val)} for validation (data.split)"
+            )
         return {"train": train, "val": val, "test": test}
 
     def _ids(self) -> dict[str, list[str]]:

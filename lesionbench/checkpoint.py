@@ -10,7 +10,7 @@ from torch import nn
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
 
-_TRUSTED = ("lesionbench.", "lightning_modules.", "datamodules.", "torch.optim.", "torch.nn.", "monai.networks.", "monai.losses.")
+_TRUSTED = ("lesionbench.target.", "lightning_modules.", "torch.optim.", "torch.nn.", "monai.networks.", "monai.losses.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
     checkpoint = read_checkpoint(path)
     own = checkpoint.get("lesionbench")
     if not own or not own.get("model"):
-        raise SuiteError(f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it")
+        raise SuiteError(
+            f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it"
+        )
     _refuse_strangers(own["model"], path, trust)
     task = Task.from_dict(own["task"])
     method = build_method(own["model"], task)
@@ -66,15 +68,31 @@ def build_method(config: Mapping[str, Any], task: Task) -> Any:
 
 
 def _refuse_strangers(config: Any, path: str | Path, trust: Sequence[str]) -> None:
-    if isinstance(config, dict):
-        target = config.get("_target_")
-        allowed = (*_TRUSTED, *(f"{t}." for t in trust))
-        if target is not None and not str(target).startswith(allowed):
-            raise SuiteError(f"{path}: would build '{target}', which is not of this suite; if you trust it, say trust=[{str(target).split('.')[0]}]")
+    if isinstance(config, str) and "${" in config:  # Hydra would compute it, and it could compute another class to build
+        raise SuiteError(f"{path}: its model configuration holds '{config}' where a plain value is expected; refused")
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            _refuse_stranger(str(config["_target_"]), path, (*_TRUSTED, *(f"{t}." for t in trust)))
         config = list(config.values())
-    if isinstance(config, list):
+    if isinstance(config, list | tuple):
         for value in config:
             _refuse_strangers(value, path, trust)
+
+
+def _refuse_stranger(target: str, path: str | Path, allowed: tuple[str, ...]) -> None:
+    """Refuses a target that has a strange name, or that a trusted module has only imported from elsewhere (`lightning_modules.x.os.system`)."""
+    home = target
+    if target.startswith(allowed):
+        from hydra.utils import get_object
+
+        try:
+            home = f"{getattr(get_object(target), '__module__', None)}.{target.rpartition('.')[2]}"
+        except Exception as error:
+            raise SuiteError(
+                f"{path}: would build '{target}', which this installation does not have ({str(error).splitlines()[0]})"
+            ) from None
+    if not home.startswith(allowed):
+        raise SuiteError(f"{path}: would build '{home}', which is not of this suite; if you trust it, say trust=[{home.split('.')[0]}]")
 
 
 def initialize_from(module: nn.Module, path: str | Path) -> str:
@@ -93,7 +111,11 @@ def initialize_from(module: nn.Module, path: str | Path) -> str:
         raise SuiteError(f"init_from={path}: none of its {len(weights)} weights match this model's {len(own)}")
     module.load_state_dict(fitting, strict=False)
     lines = [f"init_from {path}: loaded {len(fitting)} of {len(own)} tensors"]
-    for title, names in [("other shape, kept as initialized", other_shape), ("not in the checkpoint", absent), ("only in the checkpoint", unused)]:
+    for title, names in [
+        ("other shape, kept as initialized", other_shape),
+        ("not in the checkpoint", absent),
+        ("only in the checkpoint", unused),
+    ]:
         if names:
             lines.append(f"  {title} ({len(names)}): {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}")
     return "\n".join(lines)

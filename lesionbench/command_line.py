@@ -35,11 +35,23 @@ OPTIONS = {
 
 def help_text() -> str:
     """What `run.py --help` prints; made from the folder of configurations, so it is never out of date."""
-    lines = ["lesionbench: experiments in brain-lesion and medical-MRI segmentation", "", "  python run.py [job=JOB] [experiment=NAME] [key=value ...]", ""]
+    lines = [
+        "lesionbench: experiments in brain-lesion and medical-MRI segmentation",
+        "",
+        "  python run.py [job=JOB] [experiment=NAME] [key=value ...]",
+        "",
+    ]
     lines += ["Jobs", *_columns(JOBS), "", "Options people change", *_columns(OPTIONS), "", "Groups (group=name)"]
     groups = {str(d.relative_to(CONF)): ", ".join(options(str(d.relative_to(CONF)))) for d in _groups()}
     lines += [*_columns(groups), "", "Examples"]
-    lines += [f"  {e}" for e in ("python run.py", "python run.py -m seed=0,1,2 model/loss=dice_ce,focal", "python run.py job=compare compare.group_by=[model.loss._target_]")]
+    lines += [
+        f"  {e}"
+        for e in (
+            "python run.py",
+            "python run.py -m seed=0,1,2 model/loss=dice_ce,focal",
+            "python run.py job=compare compare.group_by=[model.loss._target_]",
+        )
+    ]
     lines += ["", "Flags: -m multirun (sweep over comma-separated values), --cfg job prints the configuration, --info all, --hydra-help"]
     return "\n".join(lines)
 
@@ -66,7 +78,11 @@ def options(group: str) -> list[str]:
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text = str(error)
-    key = re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    key = (
+        re.search(r"full_key: (\S+)", text)
+        or re.search(r"Could not override '([^']+)'", text)
+        or re.search(r"Key '([^']+)' is not in struct", text)
+    )
     if key:
         return SuiteError(_unknown_key(key.group(1), arguments))
     missing = re.search(r"Could not find '([^']+)'", text)
@@ -108,7 +124,11 @@ def _unknown_key(full: str, arguments: Sequence[str]) -> str:
     beside = [k for k in known if k.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(full, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
-    return f"There is no key '{full}'{hint}" + (f" Beside it: {', '.join(beside)}" if beside else "") + f"\nTo add a key all the same, write +{full}=..."
+    return (
+        f"There is no key '{full}'{hint}"
+        + (f" Beside it: {', '.join(beside)}" if beside else "")
+        + f"\nTo add a key all the same, write +{full}=..."
+    )
 
 
 def _groups() -> list[Path]:

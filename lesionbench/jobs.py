@@ -101,18 +101,19 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run = Assembled(cfg)
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
+    iteration = -1
     if resumed:
         from lesionbench.checkpoint import read_checkpoint
 
         iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
         _say(f"continuing {cfg.run_folder} after iteration {iteration}")
-        for logger in run.trainer.loggers:
-            if hasattr(logger, "truncate_after"):
-                logger.truncate_after(iteration)
     elif cfg.init_from:
         from lesionbench.checkpoint import initialize_from
 
         _say(initialize_from(run.method, cfg.init_from))
+    for logger in run.trainer.loggers:
+        if hasattr(logger, "truncate_after"):
+            logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
     trains = any(p.requires_grad for p in run.method.parameters())
     if not trains:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
@@ -267,7 +268,9 @@ def _prediction_data(cfg: DictConfig, own: dict[str, Any]) -> Any:
 
     preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
     if cfg.input:
-        return get_class("datamodules.images.Images")(cfg.input, task=own["task"], preprocessing=preprocessing, statistics=own["statistics"])
+        return get_class("datamodules.images.Images")(
+            cfg.input, task=own["task"], preprocessing=preprocessing, statistics=own["statistics"]
+        )
     data = instantiate(cfg.data, _convert_="all")
     data.preprocessing, data.statistics = preprocessing, own["statistics"]
     return data
@@ -314,7 +317,9 @@ def simulate(cfg: DictConfig) -> None:
     count, layout = options.pop("count"), options.pop("layout")
     settings = get_class("datamodules.simulation.Simulation")(**options)
     path = get_method("datamodules.simulation.write_brats")(Path(cfg.out), settings, count, str(layout))
-    _say(f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}")
+    _say(
+        f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}"
+    )
 
 
 def show(cfg: DictConfig) -> None:
@@ -335,7 +340,9 @@ def show(cfg: DictConfig) -> None:
         stream = (loader if not hasattr(loader, "flattened") else loader.flattened[0]).dataset
         samples = [stream[(0, position)] for position in range(cfg.show.samples)]
         spacing = items[0]["geometry"].network_spacing
-        montage([(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png")
+        montage(
+            [(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png"
+        )
     _say(f"written to {out}")
 
 

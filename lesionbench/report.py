@@ -27,7 +27,11 @@ def print_run(folder: Path) -> None:
     console = Console()
     cost, test = summary.get("cost") or {}, summary.get("test") or {}
     done = f"{config['model']['_target_'].rsplit('.', 1)[-1]} on {config['data']['_target_'].rsplit('.', 1)[-1]}"
-    trained = f", {cost['iterations']} iterations in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters" if cost.get("iterations") else ""
+    trained = (
+        f", {cost['iterations']} iterations in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters"
+        if cost.get("iterations")
+        else ""
+    )
     console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
     for member, regions in test.items():
         table = Table(title=f"test cases{f', {member}' if member else ''}: mean ± std (median)")
@@ -35,7 +39,11 @@ def print_run(folder: Path) -> None:
         for column in ("region", *metrics, "cases"):
             table.add_column(column, justify="left" if column == "region" else "right")
         for region, values in regions.items():
-            table.add_row(region or "case", *(_cell(values.get(m)) for m in metrics), str(max((v["n"] + v["missing"] for v in values.values()), default=0)))
+            table.add_row(
+                region or "case",
+                *(_cell(values.get(m)) for m in metrics),
+                str(max((v["n"] + v["missing"] for v in values.values()), default=0)),
+            )
         console.print(table)
     _baseline(console, folder)
     for line in _paths(folder):
@@ -55,7 +63,9 @@ def _baseline(console: Any, folder: Path) -> None:
     path = folder / "test" / "baseline.json"
     if path.exists():
         found = json.loads(path.read_text())
-        console.print(f"For scale: the best single FLAIR threshold, chosen on these very cases, has a {found['region']} Dice of {found['dice']:.3f}.")
+        console.print(
+            f"For scale: the best single FLAIR threshold, chosen on these very cases, has a {found['region']} Dice of {found['dice']:.3f}."
+        )
 
 
 def _paths(folder: Path) -> list[str]:

@@ -65,14 +65,11 @@ class RunFolder:
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
         if launch and rank > 0:
             return cls(_announced(base / f".launch-{launch}"))
-        existing = sorted(base.glob(f"seed={cfg.seed}*"), key=_number) if base.exists() else []
-        existing = [e for e in existing if e.name == f"seed={cfg.seed}" or e.name.startswith(f"seed={cfg.seed}-")]
-        if resume and existing:
-            folder = cls(existing[-1])
-        else:
-            folder = cls(_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
+        named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
+        existing = sorted(named, key=_number)
+        folder = cls(existing[-1]) if resume and existing else cls(_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
         if launch:
-            (base / f".launch-{launch}").write_text(str(folder.path))
+            _write(base / f".launch-{launch}", str(folder.path))
         os.environ[_FOLDER_VARIABLE] = str(folder.path)
         return folder
 
@@ -145,7 +142,9 @@ def _announced(path: Path, patience: float = 120.0) -> Path:
     deadline, oldest = time.monotonic() + patience, time.time() - patience
     while not (path.exists() and path.stat().st_mtime > oldest):  # an older one is from an earlier launch of the same name
         if time.monotonic() > deadline:
-            raise SuiteError(f"{path}: the first process has not announced the run folder within {patience:.0f} s; is the file system shared?")
+            raise SuiteError(
+                f"{path}: the first process has not announced the run folder within {patience:.0f} s; is the file system shared?"
+            )
         time.sleep(0.2)
     return Path(path.read_text())
 

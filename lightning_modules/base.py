@@ -74,7 +74,9 @@ class Method(pl.LightningModule):
         """What the method says about the one whole case of `batch`, on the network grid."""
         raise TypeError(f"{type(self).__name__} must define predict_case()")
 
-    def measure(self, prediction: Prediction, truth: torch.Tensor | None, batch: Batch, metrics: CaseMetrics, spacing: tuple[float, ...]) -> list[dict]:
+    def measure(
+        self, prediction: Prediction, truth: torch.Tensor | None, batch: Batch, metrics: CaseMetrics, spacing: tuple[float, ...]
+    ) -> list[dict]:
         """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
         if truth is None and not prediction.table:
             return []
@@ -141,7 +143,20 @@ class Method(pl.LightningModule):
             if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's hook; a plateau schedule is stepped in `on_train_epoch_end`, before the checkpoint of that epoch is written."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        schedulers = self.lr_schedulers() or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if isinstance(scheduler, ReduceLROnPlateau) and self.monitor in self.trainer.callback_metrics:
+                scheduler.step(self.trainer.callback_metrics[self.monitor])
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
         """Clips by `clip`, as manual optimization does; the Trainer's own option stays unused."""
         if self.clip is not None:
             self._clip(optimizer)
@@ -165,7 +180,7 @@ class Method(pl.LightningModule):
 
     def log_terms(self, **terms: torch.Tensor) -> None:
         """Logs loss terms of the current batch under `train/`."""
-        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()} | {"iteration": float(self.iteration)}, batch_size=1)
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()} | {"iteration": float(self.iteration + 1)}, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
         return self._evaluate(batch, self.val_results, self.selection)
@@ -259,7 +274,14 @@ class SegmentationMethod(Method):
     """
 
     def __init__(
-        self, task: Task, *, network: Callable[..., nn.Module], loss: nn.Module, inferer: Callable, target: Callable = ClassSoftmax, **training: Any
+        self,
+        task: Task,
+        *,
+        network: Callable[..., nn.Module],
+        loss: nn.Module,
+        inferer: Callable,
+        target: Callable = ClassSoftmax,
+        **training: Any,
     ) -> None:
         super().__init__(task, **training)
         self.target: Target = target(task)

@@ -109,7 +109,9 @@ class PackWise(SliceWise):
         return to_windows(image, axis, self.k)
 
 
-def padded(image: torch.Tensor, divisor: int | Sequence[int] | None, predictor: Predictor, axes: int | None = None) -> dict[str, torch.Tensor]:
+def padded(
+    image: torch.Tensor, divisor: int | Sequence[int] | None, predictor: Predictor, axes: int | None = None
+) -> dict[str, torch.Tensor]:
     """Pads the first `axes` spatial axes (default: all) to a multiple of `divisor`, predicts, and cuts the padding off."""
     axes = image.ndim - 2 if axes is None else axes
     divisors = [divisor or 1] * axes if divisor is None or isinstance(divisor, int) else list(divisor)

@@ -28,7 +28,9 @@ def composed(*overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=quoted(overrides))
-    cfg.experiment_name = cfg.experiment_name or next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated")
+    cfg.experiment_name = cfg.experiment_name or next(
+        (o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated"
+    )
     return cfg
 
 

@@ -80,7 +80,14 @@ def test_errors_say_what_and_how(overrides, message, tmp_path):
 
 def test_paths_with_equals_signs_need_no_quotes():
     given = ["ckpt=runs/a/seed=0/x.ckpt", "compare.runs=[runs/seed=0,b]", "seed=0,1", "a='b=c'", "ckpt=a/seed=0,b/seed=1", "--cfg=job"]
-    expected = ["ckpt='runs/a/seed=0/x.ckpt'", "compare.runs=['runs/seed=0',b]", "seed=0,1", "a='b=c'", "ckpt='a/seed=0','b/seed=1'", "--cfg=job"]
+    expected = [
+        "ckpt='runs/a/seed=0/x.ckpt'",
+        "compare.runs=['runs/seed=0',b]",
+        "seed=0,1",
+        "a='b=c'",
+        "ckpt='a/seed=0','b/seed=1'",
+        "--cfg=job",
+    ]
     assert quoted(given) == expected
 
 

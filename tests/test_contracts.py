@@ -27,7 +27,9 @@ TOYS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return partial(write_fake_folder, count=8, shape=(14, 12, 10))(root / "plain"), write_fake_folder(root / "raters", 8, raters=3, shape=(14, 12, 10))
+    return partial(write_fake_folder, count=8, shape=(14, 12, 10))(root / "plain"), write_fake_folder(
+        root / "raters", 8, raters=3, shape=(14, 12, 10)
+    )
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -102,7 +104,10 @@ def test_two_stage_procedure_skips_what_is_done(folder, tmp_path):
 
 def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
     common = [*SMALL, f"data.root={folder[0]}", "epochs=1"]
-    for name, more in {"a": ["data.preprocessing.normalize=zscore"], "b": ["data.preprocessing.normalize=minmax", "data.preprocessing.spacing=[2,2,2]"]}.items():
+    for name, more in {
+        "a": ["data.preprocessing.normalize=zscore"],
+        "b": ["data.preprocessing.normalize=minmax", "data.preprocessing.spacing=[2,2,2]"],
+    }.items():
         run(*common, *more, f"runs={tmp_path / name}")
     members = [run_folders(tmp_path / n)[0] / "checkpoints" / "last.ckpt" for n in "ab"]
     run(

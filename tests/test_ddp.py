@@ -11,7 +11,14 @@ from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, rows, run, run_folders, weights
 
 ROOT = Path(__file__).parent.parent
-PLAIN = [*SMALL, "augmentation=none", "model.network._target_=tests.toys.plain_net", "epochs=1", "data.samples_per_epoch=6", "model/optimizer=sgd"]
+PLAIN = [
+    *SMALL,
+    "augmentation=none",
+    "model.network._target_=tests.toys.plain_net",
+    "epochs=1",
+    "data.samples_per_epoch=6",
+    "model/optimizer=sgd",
+]
 AUTOMATIC = ["model._target_=lightning_modules.Supervised"]
 MANUAL = ["model._target_=tests.toys.Adversarial"]
 

@@ -95,6 +95,7 @@ class Teacher(SegmentationMethod):
             slow.lerp_(fast.detach(), 0.1)
 
     def on_train_epoch_end(self):
+        super().on_train_epoch_end()
         data = self.trainer.datamodule
         for batch in data._whole(data.parts["unlabeled"]):
             with torch.no_grad():
@@ -127,7 +128,9 @@ class Brightness(Method):
 
     def predict_case(self, batch):
         score = batch["image"][0, 0]
-        return Prediction(scores=score, labels=(score > self.threshold).to(torch.int8), table={"bright": float((score > self.threshold).sum())})
+        return Prediction(
+            scores=score, labels=(score > self.threshold).to(torch.int8), table={"bright": float((score > self.threshold).sum())}
+        )
 
 
 def fit_threshold(cfg, folder: Path) -> Path:
@@ -158,7 +161,9 @@ class Ensemble(Method):
 
         predictions = []
         for method, own in self.loaded:
-            view = self.trainer.datamodule.case_batch(batch["case"][0], method.task, Preprocessing.from_dict(own["preprocessing"]), own["statistics"])
+            view = self.trainer.datamodule.case_batch(
+                batch["case"][0], method.task, Preprocessing.from_dict(own["preprocessing"]), own["statistics"]
+            )
             with torch.no_grad():
                 predictions.append(method.to_native(method.predict_case(view), view["geometry"][0]))
         mean = sum(p.regions for p in predictions) / len(predictions)

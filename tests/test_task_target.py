@@ -1,0 +1,238 @@
+"""Tasks narrow and merge consistently, labels survive every target's round trip, and disk values survive reading and writing."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from lesionbench.errors import SuiteError
+from lesionbench.target import ClassSoftmax, RegionSigmoid, atoms, nesting
+from lesionbench.task import IGNORE, Task
+
+BRATS = Task(
+    ("t1", "t1ce", "t2", "flair"),
+    {"background": 0, "ncr": 1, "ed": 2, "et": (4, 3)},
+    {"WT": ("ncr", "ed", "et"), "TC": ("ncr", "et"), "ET": ("et",)},
+    ignore=(9,),
+)
+TISSUE = Task(("t1",), {"background": 0, "csf": 10, "gm": 150, "wm": 250})
+MIXED = Task(  # two trees side by side, the first filled completely by its inner regions
+    ("ct",),
+    {"background": 0, "core": 1, "rim": 2, "vessel": 3, "clot": 5},
+    {"LESION": ("core", "rim"), "CORE": ("core",), "RIM": ("rim",), "VESSEL": ("vessel", "clot"), "CLOT": ("clot",)},
+)
+TASKS = {"brats": BRATS, "tissue": TISSUE, "mixed": MIXED}
+
+
+def every_label(task: Task) -> torch.Tensor:
+    """(1, 1, C, 2, 1): every class twice."""
+    return torch.arange(len(task.classes)).repeat_interleave(2).reshape(1, 1, -1, 2, 1)
+
+
+def logits_for(target, label: torch.Tensor, strength: float = 20.0) -> torch.Tensor:
+    """Confident logits of a network that knows the answer."""
+    encoded = target.encode(label)
+    if isinstance(target, ClassSoftmax):
+        encoded = torch.nn.functional.one_hot(encoded[:, 0], target.out_channels).movedim(-1, 1)
+    return (encoded.float() * 2 - 1) * strength
+
+
+# task
+
+
+def test_region_masks_of_every_class_by_hand():
+    masks = BRATS.region_masks(torch.tensor([[0, 1, 2, 3, IGNORE]]))
+    expected = [[0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 0]]
+    assert masks.dtype == torch.bool
+    assert masks.tolist() == [[[bool(v) for v in row]] for row in expected]
+
+
+def test_regions_default_to_the_foreground_classes():
+    assert TISSUE.regions == {"csf": ("csf",), "gm": ("gm",), "wm": ("wm",)}
+    assert TISSUE.region_matrix.tolist() == [[False, True, False, False], [False, False, True, False], [False, False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": {"lesion": 1, "background": 0}}, "must begin with 'background: 0'"),
+        ({"classes": {"background": 1, "lesion": 0}}, "must begin with 'background: 0'"),
+        ({"classes": {}}, "must begin with 'background: 0'"),
+        ({"classes": {"background": 0, "a": 1, "b": (2, 1)}}, "belongs to two classes"),
+        ({"ignore": (1,)}, "belongs to two classes"),
+        ({"regions": {"X": ("lesoin",)}}, "did you mean 'lesion'"),
+        ({"regions": {"X": ()}}, "task.regions.X"),
+        ({"regions": {"X": ("background", "lesion")}}, "task.regions.X"),
+        ({"classes": {"background": 0, "a": 1, "b": 2, "c": 3}, "regions": {"X": ("a", "b"), "Y": ("b", "c")}}, "X and Y overlap"),
+        ({"unit": "cm"}, "Unknown task.unit 'cm'"),
+    ],
+)
+def test_impossible_tasks_are_refused(changes, message):
+    with pytest.raises(SuiteError, match=message):
+        Task(**{"channels": ("t1",), "classes": {"background": 0, "lesion": 1}, **changes})
+
+
+def test_disk_values_round_trip():
+    disk = np.array([[0, 1, 2, 4, 3, 9]], dtype=np.int16)
+    labels = BRATS.from_disk(disk)
+    assert labels.dtype == np.int8
+    assert labels.tolist() == [[0, 1, 2, 3, 3, IGNORE]]
+    back = BRATS.to_disk(labels)
+    assert back.dtype == np.uint8
+    assert back.tolist() == [[0, 1, 2, 4, 4, 0]]  # the first value of a class is the one written; ignored voxels become background
+    assert np.array_equal(BRATS.from_disk(disk.astype(np.float32)), labels)
+
+
+def test_large_and_negative_disk_values_keep_their_value():
+    task = Task(("ct",), {"background": 0, "a": -3, "b": 1000})
+    written = task.to_disk(np.array([0, 1, 2], np.int8))
+    assert written.tolist() == [0, -3, 1000]
+    assert task.from_disk(written).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("strange", "named"), [(7, "7"), (1.5, "1.5"), (-1, "-1"), (np.nan, "nan")])
+def test_unknown_disk_values_are_named(strange, named):
+    with pytest.raises(SuiteError, match=rf"\[{named}\].*ncr"):
+        BRATS.from_disk(np.array([0, 1, strange]))
+
+
+def test_task_survives_json():
+    for task in TASKS.values():
+        assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+def test_narrowing_to_one_region_merges_classes_and_their_disk_values():
+    narrow = BRATS.narrowed(regions=["WT"])
+    assert narrow.class_names == ("background", "ncr+ed+et")
+    assert narrow.classes["ncr+ed+et"] == (1, 2, 4, 3)
+    assert narrow.regions == {"WT": ("ncr+ed+et",)}
+    assert narrow.from_disk(np.array([0, 1, 2, 3, 4, 9])).tolist() == [0, 1, 1, 1, 1, IGNORE]
+
+
+def test_narrowing_to_an_inner_region_makes_the_rest_background():
+    narrow = BRATS.narrowed(regions=["ET"])
+    assert narrow.classes == {"background": (0, 1, 2), "et": (4, 3)}
+    assert narrow.to_disk(narrow.from_disk(np.array([2, 1, 3]))).tolist() == [0, 0, 4]
+
+
+def test_narrowing_keeps_order_whatever_the_order_asked_for():
+    narrow = BRATS.narrowed(regions=["TC", "WT"])
+    assert narrow.region_names == ("WT", "TC")
+    assert narrow.class_names == ("background", "ncr+et", "ed")
+    assert narrow.regions == {"WT": ("ncr+et", "ed"), "TC": ("ncr+et",)}
+    assert BRATS.narrowed(channels=["flair", "t1"]).channels == ("flair", "t1")  # channels: as asked, that is the image's order
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_narrowing_leaves_the_masks_of_the_kept_regions_as_they_were(name):
+    task = TASKS[name]
+    disk = np.array([v for values in task.classes.values() for v in values])
+    whole = dict(zip(task.region_names, task.region_masks(torch.from_numpy(task.from_disk(disk))), strict=True))
+    for chosen in product([False, True], repeat=len(task.regions)):
+        kept = [r for r, keep in zip(task.region_names, chosen, strict=True) if keep]
+        if kept:
+            narrow = task.narrowed(regions=kept)
+            masks = narrow.region_masks(torch.from_numpy(narrow.from_disk(disk)))
+            assert narrow.region_names == tuple(kept)
+            assert all(torch.equal(mask, whole[r]) for r, mask in zip(kept, masks, strict=True))
+            assert narrow.narrowed(regions=kept) == narrow
+            atoms(narrow)  # a narrowed task tells its classes apart
+
+
+def test_narrowing_to_unknown_names_says_what_exists():
+    with pytest.raises(SuiteError, match="did you mean 'flair'"):
+        BRATS.narrowed(channels=["flare"])
+    with pytest.raises(SuiteError, match="Known: ET, TC, WT"):
+        BRATS.narrowed(regions=["whole"])
+    assert BRATS.narrowed() == BRATS
+
+
+# targets
+
+
+@pytest.mark.parametrize("kind", [ClassSoftmax, RegionSigmoid])
+@pytest.mark.parametrize("name", TASKS)
+def test_labels_survive_encode_activate_decode(kind, name):
+    task = TASKS[name]
+    target, label = kind(task), every_label(task)
+    logits = logits_for(target, label)
+    assert logits.shape[1] == target.out_channels
+    regions = target.decode(target.activate(logits))
+    assert regions.shape == (1, len(task.regions), *label.shape[2:])
+    assert torch.equal(regions[0] > 0.5, task.region_masks(label[0, 0]))
+    decoded = target.labels(regions)
+    assert decoded.dtype == torch.int8
+    assert torch.equal(decoded, label[:, 0].to(torch.int8))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_softmax_labels_are_the_largest_class_whatever_the_logits(name):
+    task = TASKS[name]
+    target = ClassSoftmax(task)
+    logits = torch.randn(2, len(task.classes), 6, 5, 4, generator=torch.Generator().manual_seed(0))
+    regions = target.decode(target.activate(logits))
+    assert torch.equal(target.labels(regions), logits.argmax(dim=1).to(torch.int8))
+
+
+def test_softmax_region_probability_is_the_sum_over_its_classes():
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4]).reshape(1, 4, 1)
+    target = ClassSoftmax(BRATS)
+    regions = target.decode(target.activate(probabilities.log()))
+    assert regions.flatten().tolist() == pytest.approx([0.9, 0.6, 0.4])
+
+
+def test_softmax_ties_go_to_the_class_named_first():
+    target = ClassSoftmax(TISSUE)
+    half, quarter = 0.5, 0.25
+    maps = torch.tensor([[half, half, 0, 0], [0, half, half, 0], [0, 0, half, half], [quarter] * 4]).T[None]
+    assert target.labels(target.decode(maps)).tolist() == [[0, 1, 2, 0]]
+
+
+def test_sigmoid_at_the_threshold_is_outside():
+    regions = torch.tensor([[0.5, 0.5, 0.5], [0.51, 0.5, 0.5], [0.51, 0.51, 0.5], [0.51, 0.51, 0.51]]).T[None]
+    assert RegionSigmoid(BRATS).labels(regions).tolist() == [[0, 2, 1, 3]]
+    assert RegionSigmoid(BRATS, threshold=0.505).labels(regions - 0.01).tolist() == [[0, 0, 0, 0]]
+
+
+def test_sigmoid_inner_regions_count_only_inside_their_holders():
+    regions = torch.tensor([[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.1, 0.1, 0.9], [0.9, 0.9, 0.1]]).T[None]
+    assert RegionSigmoid(BRATS).labels(regions).tolist() == [[0, 2, 0, 1]]
+
+
+def test_sigmoid_order_of_regions_does_not_matter():
+    shuffled = Task(BRATS.channels, BRATS.classes, {r: BRATS.regions[r] for r in ("ET", "WT", "TC")}, ignore=BRATS.ignore)
+    regions = torch.rand(1, 3, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(RegionSigmoid(BRATS).labels(regions), RegionSigmoid(shuffled).labels(regions[:, [2, 0, 1]]))
+
+
+def test_a_region_filled_by_its_inner_regions_falls_back_to_its_first_class():
+    regions = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1]).reshape(1, 5, 1)
+    assert RegionSigmoid(MIXED).labels(regions).tolist() == [[1]]
+    assert nesting(BRATS) == [(0, None, 2), (1, 0, 1), (2, 1, 3)]
+
+
+def test_ignored_voxels_stay_ignored_in_every_target():
+    label = torch.tensor([0, 3, IGNORE]).reshape(1, 1, 3)
+    assert ClassSoftmax(BRATS).encode(label).tolist() == [[[0, 3, IGNORE]]]
+    encoded = RegionSigmoid(BRATS).encode(label)
+    assert encoded.shape == (1, 3, 3)
+    assert encoded[0].tolist() == [[0, 1, -1], [0, 1, -1], [0, 1, -1]]
+
+
+def test_softmax_needs_regions_that_tell_classes_apart():
+    vague = Task(("t1",), {"background": 0, "a": 1, "b": 2}, {"ALL": ("a", "b")})
+    with pytest.raises(SuiteError, match="tell every class apart"):
+        ClassSoftmax(vague)
+    assert ClassSoftmax(vague.narrowed(regions=["ALL"])).out_channels == 2
+    assert RegionSigmoid(vague).out_channels == 1
+
+
+def test_activation_is_float32_under_autocast_and_differentiable():
+    for kind in (ClassSoftmax, RegionSigmoid):
+        logits = torch.zeros(1, kind(BRATS).out_channels, 2, dtype=torch.bfloat16, requires_grad=True)
+        maps = kind(BRATS).activate(logits)
+        assert maps.dtype == torch.float32
+        maps[:, 0].sum().backward()
+        assert logits.grad.abs().sum() > 0
