@@ -4,8 +4,8 @@ from callbacks.case_table import CaseTable
 from callbacks.checkpoint import BestAndLast
 from callbacks.cost import Cost
 from callbacks.csv_logger import CurvesLogger
-from callbacks.flair_baseline import FlairBaseline
 from callbacks.figures import OverlayFigures, montage
+from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar

@@ -369,6 +369,7 @@ def quiet() -> None:
     """Silences what is known to be harmless: a deprecation inside Lightning, its tips, and advice on worker counts."""
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*of metric PerCaseResults was called before.*")  # a process without cases
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

@@ -82,7 +82,8 @@ class Teacher(SegmentationMethod):
 
     def training_step(self, batch, batch_idx):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        assert "label" not in unlabeled and "attributes" not in unlabeled
+        assert "label" not in unlabeled
+        assert "attributes" not in unlabeled
         loss = self.loss(self(labeled["image"]), self.target.encode(labeled["label"]))
         if "pseudo" in unlabeled:
             loss = loss + self.loss(self(unlabeled["image"]), unlabeled["pseudo"].long())
