@@ -131,7 +131,7 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
         return array.reshape(shape), image.affine, shape
     except FileNotFoundError:
         raise SuiteError(f"{path}: no such file") from None
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, OverflowError, MemoryError, zlib.error) as error:
         raise SuiteError(
             f"{path}: cannot be read as a NIfTI or Analyze volume ({error or type(error).__name__}); truncated or not an image?"
         ) from None

@@ -35,7 +35,8 @@ def print_run(folder: Path) -> None:
     console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
     for member, regions in test.items():
         table = Table(title=f"test cases{f', {member}' if member else ''}: mean ± std (median)")
-        metrics = list(dict.fromkeys(m for values in regions.values() for m in values))
+        measured = list(dict.fromkeys(m for values in regions.values() for m in values))
+        metrics = [m for m in measured if m.startswith(("dice", "hd95"))] or measured  # the rest is in summary.json
         for column in ("region", *metrics, "cases"):
             table.add_column(column, justify="left" if column == "region" else "right")
         for region, values in regions.items():

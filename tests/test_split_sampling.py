@@ -1,0 +1,298 @@
+"""Who is trained on and where samples are cut: patients stay together, seeds do not leak, every policy keeps its promised shares."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.sampling import Sampling
+from datamodules.split import Split
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError
+from lesionbench.keyed import key, numpy_generator, torch_generator, torch_seeded
+
+PARTS = ("train", "val", "test")
+
+
+def cases(patients: int = 20, visits: int = 2) -> list[Case]:
+    """Every patient `visits` times; ids do not tell whose they are."""
+    return [Case(id=f"c{(7 * n) % (patients * visits):03d}", images={}, patient=f"p{n % patients}") for n in range(patients * visits)]
+
+
+def ids(part: list[Case]) -> set[str]:
+    return {c.id for c in part}
+
+
+def patients(part: list[Case]) -> set[str]:
+    return {c.patient for c in part}
+
+
+# split
+
+
+@pytest.mark.parametrize(
+    "split", [Split(), Split(seed=3, test=5, val=4), Split(folds=4, fold=2), Split(test=0.5, val=0, labeled=3), Split(test=0)]
+)
+def test_parts_are_disjoint_by_patient_and_complete(split):
+    found = cases()
+    parts = split.divide(found)
+    assert sum(len(parts[p]) for p in PARTS) == len(found)
+    assert ids(parts["train"]) | ids(parts["val"]) | ids(parts["test"]) == ids(found)
+    for a, b in [("train", "val"), ("train", "test"), ("val", "test"), ("labeled", "unlabeled")]:
+        assert not patients(parts[a]) & patients(parts[b])
+    assert parts["labeled"] + parts["unlabeled"] == parts["train"]
+
+
+def test_shares_and_numbers_count_patients():
+    parts = Split(test=0.2, val=0.1).divide(cases())
+    assert [len(patients(parts[p])) for p in PARTS] == [14, 2, 4]
+    parts = Split(test=3, val=1).divide(cases())
+    assert [len(patients(parts[p])) for p in PARTS] == [16, 1, 3]
+    assert [len(Split(test=0.01, val=0.01).divide(cases(5, 1))[p]) for p in PARTS] == [3, 1, 1]  # a share is at least one patient
+
+
+def test_a_split_depends_on_its_seed_and_on_nothing_else():
+    first = Split(seed=1).divide(cases())
+    np.random.seed(5)
+    torch.manual_seed(5)
+    again = Split(seed=1).divide(list(reversed(cases())))
+    assert all(ids(again[p]) == ids(first[p]) for p in first)
+    assert any(ids(Split(seed=s).divide(cases())["test"]) != ids(first["test"]) for s in (2, 3))
+
+
+def test_folds_partition_the_patients():
+    folds = [Split(folds=5, fold=f).divide(cases(23)) for f in range(5)]
+    tested = [c.id for parts in folds for c in parts["test"]]
+    assert len(tested) == len(set(tested)) == len(cases(23))
+    assert {len(patients(parts["test"])) for parts in folds} == {4, 5}
+    assert all(parts["val"] and not patients(parts["val"]) & patients(parts["test"]) for parts in folds)
+
+
+def test_labeled_sets_are_nested_and_leave_the_other_parts_alone():
+    parts = {n: Split(labeled=n).divide(cases()) for n in (0, 1, 4, 8, 14)}
+    for small, large in [(0, 1), (1, 4), (4, 8), (8, 14)]:
+        assert ids(parts[small]["labeled"]) < ids(parts[large]["labeled"])
+        assert ids(parts[small]["test"]) == ids(parts[large]["test"])
+    assert len(patients(parts[4]["labeled"])) == 4
+    assert parts[14]["unlabeled"] == []
+    assert Split().divide(cases())["labeled"] == Split().divide(cases())["train"]
+
+
+def test_fewer_training_patients_are_the_first_ones():
+    whole, few = Split().divide(cases()), Split(train=5).divide(cases())
+    assert few["train"] == whole["train"][: len(few["train"])]
+    assert len(patients(few["train"])) == 5
+    assert ids(few["test"]) == ids(whole["test"])
+
+
+def test_a_file_decides_alone(tmp_path):
+    found = cases(6, 1)
+    lists = {"train": ["c001", "c003"], "val": ["c002"], "test": ["c000", "c005"]}
+    (tmp_path / "split.json").write_text(json.dumps(lists))
+    parts = Split(file=str(tmp_path / "split.json"), seed=4, test=0.9, folds=2).divide(found)
+    assert {p: ids(parts[p]) for p in PARTS} == {p: set(v) for p, v in lists.items()}  # c004 is in no list
+    assert len(Split(file=str(tmp_path / "split.json"), labeled=1).divide(found)["unlabeled"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": ["c000", "c999"]}', "not found: .*c999"),
+        ('{"train": ["c000"], "test": ["c000"]}', "in both train and test"),
+        ('{"test": ["c000"]}', "'train' is empty"),
+        ("[1, 2]", "expected a JSON object"),
+        ('{"train": null}', "expected a JSON object"),
+        ("{train", "expected a JSON object"),
+        (None, "expected a JSON object"),
+    ],
+)
+def test_wrong_files_are_refused(content, message, tmp_path):
+    path = tmp_path / "split.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SuiteError, match=message):
+        Split(file=str(path)).divide(cases(6, 1))
+
+
+def test_a_patient_listed_on_both_sides_by_different_cases_is_refused(tmp_path):
+    found = [Case("a1", {}, patient="a"), Case("a2", {}, patient="a"), Case("b", {}, patient="b")]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["a1", "b"], "test": ["a2"]}))
+    with pytest.raises(SuiteError, match="patient a is in both"):
+        Split(file=str(tmp_path / "split.json")).divide(found)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (Split(test=4, val=1), "too few cases"),
+        (Split(test=0.6, val=0.6), "too few cases"),
+        (Split(folds=5, fold=5), "fold=5"),
+        (Split(folds=5, fold=-1), "fold=-1"),
+        (Split(folds=9), "folds=9"),
+        (Split(labeled=99), "labeled=99"),
+    ],
+)
+def test_impossible_splits_are_refused(split, message):
+    with pytest.raises(SuiteError, match=message):
+        split.divide(cases(5))
+
+
+# sampling: one voxel of class 1, a plane of class 2, everything else background
+
+SHAPE, CLASSES = (10, 12, 14), ("background", "one", "plane")
+FOREGROUND = {
+    1: np.array([[1, 2, 3]], np.int16),
+    2: np.argwhere(np.ones((1, 12, 14), bool)).astype(np.int16) + np.array([7, 0, 0], np.int16),
+}
+DRAWS = 1500
+
+
+def hits(policy: Sampling, patch=(1, 1, 1), foreground=FOREGROUND, axis: int = 2) -> Counter:
+    """How often the middle voxel of a drawn box belongs to each class."""
+    label = np.zeros(SHAPE, int)
+    for c, voxels in FOREGROUND.items():
+        label[tuple(voxels.T)] = c
+    counts: Counter = Counter()
+    for n in range(DRAWS):
+        box = policy.box(numpy_generator("test", n), SHAPE, patch, foreground, CLASSES, axis)
+        assert all(stop - start == p and 0 <= start and stop <= s for (start, stop), p, s in zip(box, patch, SHAPE, strict=True))
+        counts[int(label[tuple(start + p // 2 for (start, _), p in zip(box, patch, strict=True))])] += 1
+    return counts
+
+
+def share(counts: Counter, *classes: int) -> float:
+    return sum(counts[c] for c in classes) / DRAWS
+
+
+def test_uniform_draws_every_place():
+    assert share(hits(Sampling("uniform")), 1, 2) == pytest.approx(0.1, abs=0.03)
+    boxes = [Sampling("uniform").box(numpy_generator(n), SHAPE, (3, 3, 3), {}, CLASSES, 2) for n in range(300)]
+    assert {box[0][0] for box in boxes} == set(range(8))  # both ends included
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.33, 1.0])
+def test_foreground_keeps_its_share_and_treats_classes_alike(wanted):
+    counts = hits(Sampling("foreground", share=wanted))
+    by_chance = (1 - wanted) * 0.1
+    assert share(counts, 1) == pytest.approx(wanted / 2, abs=0.04)  # one voxel against 168
+    assert share(counts, 2) == pytest.approx(wanted / 2 + by_chance, abs=0.04)
+    if wanted == 1:
+        assert counts[0] == 0
+    if wanted == 0:
+        assert counts == hits(Sampling("foreground", share=0.0), foreground={})  # no voxel is ever asked for
+
+
+def test_foreground_patches_hold_the_voxel_also_at_the_border():
+    for n in range(200):
+        box = Sampling("foreground", share=1.0).box(numpy_generator(n), SHAPE, (4, 5, 6), {1: FOREGROUND[1]}, CLASSES, 2)
+        assert all(start <= v < stop for (start, stop), v in zip(box, (1, 2, 3), strict=True))
+
+
+def test_per_class_draws_by_weight():
+    counts = hits(Sampling("per_class", weights={"one": 3, "plane": 1}))
+    assert share(counts, 1) == pytest.approx(0.75, abs=0.04)
+    assert counts[0] == 0
+    assert hits(Sampling("per_class", weights={"one": 1, "plane": 0})) == {1: DRAWS}
+    assert share(hits(Sampling("per_class")), 1) == pytest.approx(0.5, abs=0.04)  # no weights: all foreground classes alike
+    assert (
+        share(hits(Sampling("per_class", weights={"one": 9, "plane": 1}), foreground={2: FOREGROUND[2]}), 2) == 1
+    )  # an absent class drops out
+
+
+def test_per_class_background_is_a_uniform_draw():
+    counts = hits(Sampling("per_class", weights={"background": 1, "one": 1}))
+    assert share(counts, 1) == pytest.approx(0.5, abs=0.04)
+    assert share(counts, 0) == pytest.approx(0.45, abs=0.04)
+    assert hits(Sampling("per_class", weights={"background": 1}))[1] < 20
+
+
+def test_per_class_names_an_unknown_class():
+    with pytest.raises(SuiteError, match="did you mean 'plane'"):
+        Sampling("per_class", weights={"plain": 1}).box(numpy_generator(0), SHAPE, (1, 1, 1), FOREGROUND, CLASSES, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("wanted", [0.0, 0.4, 1.0])
+def test_positive_slices_have_exactly_the_share_asked_for(wanted, axis):
+    foreground = {1: np.array([[1, 2, 3], [1, 2, 4]], np.int16), 2: np.array([[4, 2, 9]], np.int16)}
+    positive = {0: {1, 4}, 2: {3, 4, 9}}[axis]
+    patch = [10, 12, 14]
+    patch[axis] = 1
+    policy = Sampling("positive_slice", share=wanted)
+    drawn = [policy.box(numpy_generator("slice", n), SHAPE, patch, foreground, CLASSES, axis)[axis][0] for n in range(DRAWS)]
+    rate = sum(s in positive for s in drawn) / DRAWS
+    assert rate == wanted if wanted in (0, 1) else rate == pytest.approx(wanted, abs=0.04)
+    if 0 < wanted < 1:
+        assert set(drawn) == set(range(SHAPE[axis]))  # each of both kinds is drawn
+
+
+def slices(wanted: float, foreground: dict[int, np.ndarray], draws: int = 300) -> set[int]:
+    """Every slice that `positive_slice` draws."""
+    policy = Sampling("positive_slice", share=wanted)
+    return {policy.box(numpy_generator(n), SHAPE, (10, 12, 1), foreground, CLASSES, 2)[2][0] for n in range(draws)}
+
+
+def test_positive_slice_without_lesion_or_without_gap():
+    assert slices(1.0, {}) == set(range(14))
+    assert slices(1.0, {1: np.zeros((0, 3), np.int16)}) == set(range(14))
+    assert slices(0.0, {2: FOREGROUND[2]}) == set(range(14))  # the plane meets every slice
+
+
+def test_positive_slice_is_uniform_within_the_slice():
+    policy = Sampling("positive_slice", share=1.0)
+    boxes = [policy.box(numpy_generator(n), SHAPE, (4, 4, 1), {1: FOREGROUND[1]}, CLASSES, 2) for n in range(300)]
+    assert {box[0][0] for box in boxes} == set(range(7))
+    assert {box[2] for box in boxes} == {(3, 4)}
+
+
+@pytest.mark.parametrize("name", ["uniform", "foreground", "per_class", "positive_slice"])
+def test_a_patch_larger_than_the_case_is_centered(name):
+    for n in range(20):
+        box = Sampling(name, share=1.0).box(numpy_generator(n), SHAPE, (15, 12, 4), FOREGROUND, CLASSES, 2)
+        assert box[0] == (-3, 12)  # ten voxels in fifteen: three before, two after
+        assert box[1] == (0, 12)
+        assert 0 <= box[2][0] <= 10
+        assert box[2][1] - box[2][0] == 4
+
+
+def test_wrong_policies_are_refused():
+    with pytest.raises(SuiteError, match="did you mean 'foreground'"):
+        Sampling("forground")
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(SuiteError, match="expected 0..1"):
+            Sampling(share=wrong)
+
+
+# keyed randomness
+
+
+def test_keys_are_the_same_in_every_process_and_on_every_machine():
+    code = "from lesionbench.keyed import key; print(key(0, 'order', 1.5, None))"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7", "PATH": ""}
+    )
+    assert int(other.stdout) == key(0, "order", 1.5, None) == 8544971173155592378
+    assert key("a", "bc") != key("ab", "c")
+    assert len({key(n) for n in range(1000)}) == 1000
+    assert all(0 <= key(n) < 2**63 for n in range(100))
+
+
+def test_generators_belong_to_their_key():
+    assert numpy_generator(1, "a").random() == numpy_generator(1, "a").random() != numpy_generator(2, "a").random()
+    assert torch.equal(torch.rand(3, generator=torch_generator(1)), torch.rand(3, generator=torch_generator(1)))
+
+
+def test_seeding_torch_for_a_library_leaves_its_own_stream_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with torch_seeded("augment", 1):
+        first = torch.rand(2)
+    with pytest.raises(ValueError, match="x"), torch_seeded("augment", 1):
+        assert torch.equal(torch.rand(2), first)
+        raise ValueError("x")
+    assert torch.equal(torch.rand(4), expected)
