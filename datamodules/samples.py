@@ -151,10 +151,16 @@ class TrainingSamples(Dataset):
 
         linear = {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
         spatial = {k: v for k, v in sample.items() if v.ndim == 4}
+        thin = [axis for axis in (1, 2, 3) if sample["image"].shape[axis] == 1]
+        for axis in thin:  # TorchIO cannot flip an axis of length one; two equal slices it can
+            spatial = {k: v.repeat_interleave(2, dim=axis) for k, v in spatial.items()}
         make = {True: torchio.ScalarImage, False: torchio.LabelMap}
         subject = torchio.Subject({k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()})
-        changed = self.augmentation(subject)
-        return {**sample, **{k: changed[k].data.to(v.dtype) for k, v in spatial.items()}}
+        augmented = self.augmentation(subject)
+        changed = {k: augmented[k].data.to(v.dtype) for k, v in spatial.items()}
+        for axis in thin:
+            changed = {k: v.narrow(axis, 0, 1) for k, v in changed.items()}
+        return {**sample, **changed}
 
     def _viewed(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         axis = 1 + self.task.slice_axis

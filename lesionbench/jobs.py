@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -45,9 +46,11 @@ def fit(cfg: DictConfig) -> float | None:
     try:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
-    except BaseException:
+    except BaseException as error:
         if _first_process():
             folder.update_summary(status="interrupted")
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
+            raise SystemExit(128 + signal.SIGTERM) from None
         raise
     if _first_process():
         _finish(cfg, folder)
@@ -370,6 +373,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*of metric PerCaseResults was called before.*")  # a process without cases
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation part, on purpose
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

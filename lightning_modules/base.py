@@ -63,6 +63,7 @@ class Method(pl.LightningModule):
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
         self.iteration = 0
         self.config: dict[str, Any] | None = None
+        self._open_gradients: dict[str, torch.Tensor] = {}  # of a window of accumulation that a stop cut in two
 
     # what a method answers
 
@@ -174,6 +175,11 @@ class Method(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # dropout and every other draw from the global generator belongs to this iteration, whatever was drawn before
         torch.manual_seed(key(self.seed, "step", self.iteration, self.global_rank))
+        if self._open_gradients:
+            for name, parameter in self.named_parameters():
+                if name in self._open_gradients:
+                    parameter.grad = self._open_gradients[name].to(parameter)
+            self._open_gradients = {}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.iteration += 1
@@ -251,9 +257,7 @@ class Method(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lesionbench", {})
         self.iteration = int(own.get("iteration", 0))
-        for name, parameter in self.named_parameters():
-            if name in own.get("gradients", {}):
-                parameter.grad = own["gradients"][name].to(parameter)
+        self._open_gradients = own.get("gradients", {})
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -296,6 +300,18 @@ class SegmentationMethod(Method):
         self.inferer = inferer
         if getattr(inferer, "divisor", 0) is None:
             inferer.divisor = getattr(self.network, "divisor", 1)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        patch = getattr(self.trainer.datamodule, "patch", None)
+        if patch is None or not hasattr(self.network, "min_size"):
+            return
+        flat = len(patch) == 3 and self.network.dimensions == 2
+        sides = [s for axis, s in enumerate(patch) if not (flat and axis == self.task.slice_axis)]
+        fits = all(s >= m and s % d == 0 for s, m, d in zip(sides, self.network.min_size, self.network.divisor, strict=True))
+        if not fits or self.network.fixed_size not in (None, tuple(sides)):
+            needs = self.network.fixed_size or f"at least {self.network.min_size}, each side divisible by {self.network.divisor}"
+            raise SuiteError(f"patch={list(patch)} does not fit {type(self.network).__name__}, which needs {needs}")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""

@@ -1,0 +1,197 @@
+"""A checkpoint alone is enough to build its method, and it can make the suite build nothing else."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lesionbench.checkpoint import _refuse_strangers, build_method, initialize_from, load_method, read_checkpoint
+from lesionbench.command_line import CONF
+from lesionbench.errors import SuiteError
+from lesionbench.task import Task
+
+TASK = Task(("t1", "flair"), {"background": 0, "core": 1, "edema": 2}, {"WT": ("core", "edema"), "CORE": ("core",)}, ignore=(9,))
+MODEL = {
+    "_target_": "lightning_modules.Supervised",
+    "network": {"_target_": "tests.toys.small_net", "_partial_": True, "width": 3},
+    "loss": {"_target_": "lightning_modules.losses.DiceCE"},
+    "target": {"_target_": "lesionbench.target.ClassSoftmax", "_partial_": True},
+    "inferer": {"_target_": "lightning_modules.inferers.Window", "patch": [4, 4, 4], "overlap": 0.25},
+    "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.1},
+}
+
+
+def saved(path: Path, model: dict | None = None, **changes) -> Path:
+    """A checkpoint as a run writes it, with random weights."""
+    torch.manual_seed(1)
+    method = build_method(MODEL, TASK)
+    method.iteration = 17
+    checkpoint = {"state_dict": method.state_dict()}
+    method.on_save_checkpoint(checkpoint)
+    if model is not None:
+        checkpoint["lesionbench"]["model"] = model
+    torch.save({**checkpoint, **changes}, path)
+    return path
+
+
+def test_a_checkpoint_builds_its_method_with_its_weights(tmp_path):
+    path = saved(tmp_path / "x.ckpt")
+    method, own = load_method(path, trust=["tests"])
+    torch.manual_seed(1)
+    original = build_method(MODEL, TASK).eval()
+    assert method.task == TASK
+    assert method.iteration == own["iteration"] == 17
+    assert method.config == MODEL
+    assert method.inferer.overlap == 0.25
+    assert not method.training
+    image = torch.randn(1, 2, 6, 5, 7)
+    with torch.no_grad():
+        assert torch.equal(method.predict_case({"image": image}).regions, original.predict_case({"image": image}).regions)
+
+
+def test_a_moved_checkpoint_is_the_same(tmp_path):
+    path = saved(tmp_path / "x.ckpt")
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "y.ckpt")
+    assert load_method(moved, trust=["tests"])[0].iteration == 17
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.95, 0.999])
+def test_truncated_checkpoints_are_refused(kept, tmp_path):
+    path = saved(tmp_path / "x.ckpt")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    for read in (read_checkpoint, load_method, lambda p: initialize_from(nn.Linear(1, 1), p)):
+        with pytest.raises(SuiteError, match=r"x\.ckpt: .*refused"):
+            read(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(SuiteError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "gone.ckpt")
+    with pytest.raises(SuiteError, match="no such checkpoint"):
+        read_checkpoint(tmp_path)
+    for name, content in {"list.ckpt": [1, 2], "other.ckpt": {"weights": torch.zeros(1)}}.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(SuiteError, match=rf"{name}: .*no 'state_dict'"):
+            read_checkpoint(tmp_path / name)
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(SuiteError, match="refused"):
+        read_checkpoint(tmp_path / "text.ckpt")
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_in_a_checkpoint_is_executed(legacy, tmp_path):
+    path, trap = tmp_path / "x.ckpt", tmp_path / "sprung"
+    content = {"state_dict": {}, "extra": Trap(trap)}
+    if legacy:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+        assert zipfile.is_zipfile(path)
+    with pytest.raises(SuiteError, match="refused"):
+        read_checkpoint(path)
+    assert not trap.exists()
+
+
+def strangers(marker: str) -> dict[str, dict]:
+    """Model configurations that would make a folder named `marker` if they were built."""
+    make = {"_target_": "os.mkdir", "path": marker}
+    return {
+        "at the top": make,
+        "nested": {**MODEL, "network": {**MODEL["network"], "extra": make}},
+        "in a list": {**MODEL, "network": {"_target_": "torch.nn.Sequential", "_args_": [[make]]}},
+        "in a tuple": {**MODEL, "network": {"_target_": "torch.nn.Sequential", "_args_": (make,)}},
+        "computed": {**MODEL, "network": {"_target_": "torch.nn.Sequential", "x": "${oc.create:{_target_:os.mkdir,path:" + marker + "}}"}},
+        "imported by a trusted module": {**MODEL, "loss": {"_target_": "lightning_modules.metrics.case_metrics.os.mkdir", "path": marker}},
+        "imported by this suite": {**MODEL, "loss": {"_target_": "lesionbench.target.np.ndarray.tofile", "path": marker}},
+        "the suite's own loader": {**MODEL, "loss": {"_target_": "lesionbench.checkpoint.load_method", "path": "x", "trust": ["os"]}},
+        "a name that begins alike": {**MODEL, "loss": {"_target_": "torch.nnx.Loss"}},
+        "built in": {**MODEL, "loss": {"_target_": "builtins.eval", "_args_": [f"__import__('os').mkdir('{marker}')"]}},
+        "missing here": {**MODEL, "loss": {"_target_": "lightning_modules.losses.Vanished"}},
+    }
+
+
+@pytest.mark.parametrize("where", strangers(""))
+def test_strangers_are_not_built(where, tmp_path):
+    marker = tmp_path / "made"
+    path = saved(tmp_path / "x.ckpt", model=strangers(str(marker))[where])
+    with pytest.raises(SuiteError, match=r"x\.ckpt: (would build|its model configuration)"):
+        load_method(path, trust=["tests"])
+    assert not marker.exists()
+
+
+def test_an_untrusted_package_is_named_with_the_remedy(tmp_path):
+    path = saved(tmp_path / "x.ckpt")
+    with pytest.raises(SuiteError, match=r"'tests\.toys\.small_net'.*trust=\[tests\]"):
+        load_method(path)
+
+
+def test_an_import_of_a_trusted_module_is_named_by_where_it_comes_from(tmp_path):
+    path = saved(tmp_path / "x.ckpt", model={**MODEL, "network": {"_target_": "tests.toys.deepcopy", "_partial_": True}})
+    with pytest.raises(SuiteError, match=r"'copy\.deepcopy'"):
+        load_method(path, trust=["tests"])
+
+
+def test_every_target_of_the_suite_is_trusted():
+    files = sorted((CONF / "model").rglob("*.yaml"))
+    targets = {t for f in files for t in re.findall(r"_target_:\s*([\w.]+)", f.read_text())}
+    assert len(targets) > 20
+    for target in targets:
+        _refuse_strangers({"_target_": target}, "x", [])
+
+
+def test_weights_without_configuration_and_weights_that_do_not_fit_are_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    with pytest.raises(SuiteError, match="no model configuration"):
+        load_method(tmp_path / "bare.ckpt")
+    wider = {**MODEL, "network": {**MODEL["network"], "width": 5}}
+    with pytest.raises(SuiteError, match=r"x\.ckpt: .*network\.0\.weight"):
+        load_method(saved(tmp_path / "x.ckpt", model=wider), trust=["tests"])
+
+
+# init_from
+
+
+def test_initialization_loads_what_matches_and_reports_the_rest(tmp_path):
+    source = nn.ModuleDict({"stem": nn.Linear(2, 3), "head": nn.Linear(3, 4), "old": nn.Linear(1, 1)})
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "x.ckpt")
+    model = nn.ModuleDict({"stem": nn.Linear(2, 3), "head": nn.Linear(3, 5), "new": nn.Linear(1, 1)})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = initialize_from(model, tmp_path / "x.ckpt").splitlines()
+    assert report[0] == f"init_from {tmp_path / 'x.ckpt'}: loaded 2 of 6 tensors"
+    assert report[1] == "  other shape, kept as initialized (2): head.weight (4, 3) -> (5, 3), head.bias (4,) -> (5,)"
+    assert report[2] == "  not in the checkpoint (2): new.weight, new.bias"
+    assert report[3] == "  only in the checkpoint (2): old.weight, old.bias"
+    for name, value in model.state_dict().items():
+        expected = source.state_dict()[name] if name.startswith("stem") else before[name]
+        assert torch.equal(value, expected), name
+
+
+def test_initialization_from_the_same_model_says_only_that(tmp_path):
+    model = nn.Linear(2, 2)
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "x.ckpt")
+    assert initialize_from(model, tmp_path / "x.ckpt") == f"init_from {tmp_path / 'x.ckpt'}: loaded 2 of 2 tensors"
+
+
+def test_initialization_from_a_stranger_is_an_error(tmp_path):
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "x.ckpt")
+    with pytest.raises(SuiteError, match="none of its 2 weights match this model's 3"):
+        initialize_from(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.PReLU()}), tmp_path / "x.ckpt")

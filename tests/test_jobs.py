@@ -1,0 +1,278 @@
+"""Every job and first-class option, run on tiny data as a user would."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lesionbench.errors import SuiteError
+from tests.fake_data import write_fake_brats, write_fake_folder
+from tests.harness import SMALL, assert_same, composed, rows, run, run_folders, run_killed, weights
+
+ROOT = Path(__file__).parent.parent
+SHORT = [*SMALL, "epochs=1", "data.samples_per_epoch=4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_fake_folder(tmp_path_factory.mktemp("data"), 8, shape=(20, 18, 16))
+
+
+def test_returned_value_is_the_best_of_the_objective(folder, tmp_path):
+    value = run(*SMALL, f"data.root={folder}", f"runs={tmp_path}")
+    (found,) = run_folders(tmp_path)
+    curve = [float(line.split(",")[-1]) for line in (found / "metrics.csv").read_text().splitlines() if ",val/dice," in line]
+    assert len(curve) == 3
+    assert value == max(curve) == json.loads((found / "summary.json").read_text())["objective"]
+
+
+def test_same_command_again_makes_a_new_folder_and_resume_skips_a_finished_one(folder, tmp_path):
+    common = [*SHORT, f"data.root={folder}", f"runs={tmp_path}"]
+    first = run(*common)
+    run(*common)
+    assert [f.name for f in run_folders(tmp_path)] == ["seed=0", "seed=0-2"]
+    stamp = (run_folders(tmp_path)[1] / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    assert run(*common, "resume=true") == first
+    assert (run_folders(tmp_path)[1] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
+    assert len(run_folders(tmp_path)) == 2
+
+
+def test_sweep_resumes_by_skipping_finished_runs(folder, tmp_path):
+    common = [*SHORT, f"data.root={folder}", f"runs={tmp_path}"]
+    run(*common, "seed=0")
+    stamp = (run_folders(tmp_path)[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    arguments = [sys.executable, "run.py", "-m", *common, "seed=0,1", "resume=true"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+    assert [f.name for f in run_folders(tmp_path)] == ["seed=0", "seed=1"]
+    assert (run_folders(tmp_path)[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
+
+
+def test_sigterm_writes_a_checkpoint_first(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder}"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    stopped = [*common, f"runs={tmp_path / 'stopped'}"]
+    assert (
+        run_killed(
+            *stopped,
+            "callbacks.progress._target_=tests.toys.KillAt",
+            "+callbacks.progress.iteration=6",
+            f"+callbacks.progress.how={int(signal.SIGTERM)}",
+        )
+        == 143
+    )
+    (found,) = run_folders(tmp_path / "stopped")
+    assert torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)["lesionbench"]["iteration"] == 6
+    assert json.loads((found / "summary.json").read_text())["status"] == "interrupted"
+    run(*stopped, "resume=true")
+    assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(found))
+
+
+def test_kill_within_an_accumulation_window(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder}", "accumulate=3", "model/scheduler=plateau"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=6") == -signal.SIGKILL
+    run(*killed, "resume=true")
+    assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(run_folders(tmp_path / "killed")[0]))
+
+
+def test_kill_with_averaged_weights(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder}", "callbacks=[default,ema]", "callbacks.ema.decay=0.9"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=6") == -signal.SIGKILL
+    run(*killed, "resume=true")
+    whole, killed = (run_folders(tmp_path / n)[0] for n in ("whole", "killed"))
+    assert_same(weights(whole), weights(killed))
+    checkpoint = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(
+        not torch.equal(checkpoint["state_dict"][k], v)
+        for k, v in checkpoint["current_model_state"].items()
+        if k in checkpoint["state_dict"]
+    )
+
+
+NETWORKS = {
+    "2d": ["data.view=slice", "model/inferer=slice", "model/network=basic_unet", "model.network.dimensions=2", "model.network.features=[4,4,4,4,4,4]", "patch=[32,32]"],
+    "2.5d": ["data.view=window", "model/inferer=pack", "model/network=window", "model.network.window=3", "model.network.network.features=[4,4,4,4,4,4]", "patch=[32,32]"],
+    "regions": ["model/network=basic_unet", "model.network.features=[4,4,4,4,4,4]", "patch=[32,32,32]", "model/target=regions", "model/loss=region_bce_dice"],
+    "deep": ["model/network=unet_plus_plus", "model.network.features=[4,4,4,4,4,4]", "model.network.deep_supervision=true", "patch=[32,32,32]", "model/loss=topk"],
+    "vae": ["model/network=segresnet_vae", "model.network.features=8", "patch=[32,32,32]", "model/loss=focal"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_views_networks_and_targets(kind, folder, tmp_path):
+    plain = [o for o in SHORT if "model.network" not in o and "model.loss" not in o and not o.startswith("patch")]
+    run(*plain, f"data.root={folder}", f"runs={tmp_path}", *NETWORKS[kind])
+    (found,) = run_folders(tmp_path)
+    assert len(rows(found)) == 2
+    run(
+        "job=predict",
+        f"ckpt={found / 'checkpoints' / 'last.ckpt'}",
+        f"input={folder / 'images'}",
+        f"out={tmp_path / 'out'}",
+        "writer.probabilities=true",
+    )
+    assert len(list((tmp_path / "out" / "predictions").glob("*_prob_lesion.nii.gz"))) == 8
+
+
+def test_patch_that_does_not_fit_the_network_is_refused_before_training(folder, tmp_path):
+    plain = [o for o in SHORT if "model.network" not in o and not o.startswith("patch")]
+    with pytest.raises(SuiteError, match="divisible by"):
+        run(*plain, f"data.root={folder}", f"runs={tmp_path}", "model/network=small_unet", "patch=[24,24,24]")
+
+
+def test_loggers_together(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true", "+callbacks.figures._target_=callbacks.OverlayFigures", "+callbacks.figures.folder=${run_folder}")  # fmt: skip
+    (found,) = run_folders(tmp_path)
+    assert (found / "metrics.csv").exists()
+    assert list(found.rglob("events.out.tfevents*"))
+    assert list(found.rglob("*.wandb"))
+    assert {p.name for p in (found / "figures").iterdir()} >= {"best.png", "worst.png", "summary.png"}
+
+
+@pytest.mark.parametrize("debug", ["fast", "overfit", "profile"])
+def test_debug_modes(debug, folder, tmp_path):
+    run(*SMALL, f"data.root={folder}", f"runs={tmp_path}", f"debug={debug}", "epochs=1")
+    (found,) = run_folders(tmp_path)
+    assert rows(found)
+    if debug == "profile":
+        assert list(found.glob("*profile*"))
+
+
+def test_overfit_repeats_the_same_samples(folder):
+    from hydra.utils import instantiate
+
+    data = instantiate(composed(*SMALL, f"data.root={folder}", "debug=overfit").data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    samples = data._stream("default", {}).dataset
+    assert torch.equal(samples[(0, 0)]["image"], samples[(7, 4)]["image"])
+    assert not torch.equal(samples[(0, 0)]["image"], samples[(0, 1)]["image"])
+
+
+def test_init_from_loads_what_matches(folder, tmp_path, capsys):
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'a'}")
+    checkpoint = run_folders(tmp_path / "a")[0] / "checkpoints" / "last.ckpt"
+    run(
+        *SHORT,
+        f"data.root={folder}",
+        f"runs={tmp_path / 'b'}",
+        f"init_from={checkpoint}",
+        "+model.network.width=6",
+        "stages=[{name:fit,run:fit}]",
+    )
+    assert "other shape" in capsys.readouterr().out
+    run(
+        *SHORT,
+        f"data.root={folder}",
+        f"runs={tmp_path / 'c'}",
+        f"init_from={checkpoint}",
+        "model.optimizer.lr=0",
+        "stages=[{name:fit,run:fit}]",
+    )
+    assert_same(weights(run_folders(tmp_path / "c")[0]), weights(run_folders(tmp_path / "a")[0]))
+
+
+def test_precision_deterministic_and_compile(folder, tmp_path):
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'bf16'}", "precision=bf16-mixed", "deterministic=true")
+    torch.use_deterministic_algorithms(False)
+    assert all(v.dtype == torch.float32 for v in weights(run_folders(tmp_path / "bf16")[0]).values())
+
+
+@pytest.mark.slow
+def test_compile(folder, tmp_path):
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "compile=true")
+    assert all("_orig_mod" not in name for name in weights(run_folders(tmp_path)[0]))
+
+
+def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp_path):
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}")
+    checkpoint = run_folders(tmp_path / "runs")[0] / "checkpoints" / "last.ckpt"
+    predict = ["job=predict", f"ckpt={checkpoint}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}", "trust=[tests]"]
+    run(*predict)
+    before = (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes()
+    with pytest.raises(SuiteError, match=r"case_00\.nii\.gz"):
+        run(*predict)
+    assert (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes() == before
+    run(*predict, "overwrite=true")
+    image = nib.load(next((folder / "images").glob("case_00_*")))
+    mask = nib.load(tmp_path / "out" / "predictions" / "case_00.nii.gz")
+    assert mask.shape == image.shape
+    assert np.array_equal(mask.affine, image.affine)
+    assert not list((folder / "images").glob(".*"))
+
+
+def test_check_names_everything_at_once_and_training_refuses(tmp_path):
+    root = write_fake_brats(tmp_path / "data", "2020", 4)
+    broken = sorted(root.rglob("*_flair.nii.gz"))
+    broken[0].write_bytes(broken[0].read_bytes()[:200])
+    image = nib.load(broken[1])
+    values = image.get_fdata().astype(np.float32)
+    values[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(values, image.affine), broken[1])
+    common = ["experiment=supervised/brats2020", "trainer=cpu", f"data.root={root}", "debug=tiny", f"runs={tmp_path / 'runs'}"]
+    with pytest.raises(SuiteError, match=r"2 error"):
+        run(*common, "job=check")
+    with pytest.raises(SuiteError) as caught:
+        run(*common)
+    assert broken[0].name in str(caught.value)
+    assert broken[1].name in str(caught.value)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_prepare_and_show(folder, tmp_path, capsys):
+    run(*SMALL, f"data.root={folder}", "job=prepare", f"data.cache={tmp_path / 'cache'}")
+    assert "8 cases ready" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").rglob("image.npy"))) == 8
+    run(*SMALL, f"data.root={folder}", "job=show", f"out={tmp_path / 'show'}", "show.cases=2", "show.samples=2")
+    assert {p.name for p in (tmp_path / "show").iterdir()} == {"cases.png", "samples.png"}
+
+
+def test_simulated_cases_in_brats_layout_train_through_the_real_path(tmp_path):
+    out = tmp_path / "brats"
+    run("job=simulate", f"out={out}", "simulate.count=4", "simulate.spacing=6", "simulate.layout=2021")
+    with pytest.raises(SuiteError):
+        run("job=simulate", f"out={out}", "simulate.count=1", "simulate.spacing=6")
+    run("job=check", "experiment=supervised/brats2021", "trainer=cpu", f"data.root={out}", "debug=tiny")
+    run(
+        "experiment=supervised/brats2021",
+        "trainer=cpu",
+        f"data.root={out}",
+        "debug=tiny",
+        f"runs={tmp_path / 'runs'}",
+        "threads=1",
+        "model/network=small_unet",
+    )
+    assert {r["region"] for r in rows(run_folders(tmp_path / "runs")[0])} == {"WT", "TC", "ET"}
+
+
+def test_resampled_network_grid_and_narrowed_task(tmp_path):
+    root = write_fake_brats(tmp_path / "data", "2018", 4)
+    common = [
+        "experiment=supervised/brats2018",
+        "trainer=cpu",
+        f"data.root={root}",
+        "debug=tiny",
+        f"runs={tmp_path / 'runs'}",
+        "threads=1",
+        "model/network=small_unet",
+    ]
+    run(*common, "task.channels=[flair]", "task.regions=[WT]", "data.preprocessing.spacing=[2,2,2]", "metrics.space=native")
+    (found,) = run_folders(tmp_path / "runs")
+    assert {r["region"] for r in rows(found)} == {"WT"}
+    written = nib.load(next((found / "predictions").glob("*.nii.gz")))
+    source = nib.load(next(root.rglob("*_seg.nii.gz")))
+    assert written.shape == source.shape
+    assert set(np.unique(written.get_fdata())) <= {0, 1}
