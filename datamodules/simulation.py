@@ -81,7 +81,7 @@ class Difficulty:
     site: float = 0.06
     bias: float = 0.08
     noise: float = 0.045
-    lesion_contrast: tuple[float, float] = (0.8, 1.2)
+    lesion_contrast: tuple[float, float] = (0.75, 1.2)
     radius: tuple[float, float] = (14.0, 36.0)
     irregularity: float = 0.45
     mass_effect: float = 0.25

@@ -69,7 +69,7 @@ def test_sigterm_writes_a_checkpoint_first(folder, tmp_path):
         == 143
     )
     (found,) = run_folders(tmp_path / "stopped")
-    assert torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)["lesionbench"]["iteration"] == 6
+    assert torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)["lesionbench"]["iteration"] == 7
     assert json.loads((found / "summary.json").read_text())["status"] == "interrupted"
     run(*stopped, "resume=true")
     assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(found))
