@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fake_data import BRATS_CHANNELS, LPS, WRITERS, write_fake_brats, write_fake_folder
+from tests.fake_data import BRATS_CHANNELS, LPS, WRITERS, write_fake_brats, write_fake_folder
 
 from datamodules.brats_files import brats_task, detect_layout, find_brats
 from datamodules.folder_files import find_folder, find_images

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_data import LPS, WRITERS, write_fake_brats, write_fake_folder
+from tests.fake_data import LPS, WRITERS, write_fake_brats, write_fake_folder
 
 from datamodules import integrity
 from datamodules.brats_files import brats_task, find_brats
