@@ -212,10 +212,11 @@ class CaseDataModule(pl.LightningDataModule):
         return batches
 
     def train_dataloader(self) -> DataLoader | CombinedLoader:
-        loaders = {name: self._stream(name, spec) for name, spec in self.streams.items()}
+        loaders = {name: self.stream_loader(name, spec) for name, spec in self.streams.items()}
         return next(iter(loaders.values())) if len(loaders) == 1 else CombinedLoader(loaders, mode="min_size")
 
-    def _stream(self, name: str, spec: Mapping[str, Any]) -> DataLoader:
+    def stream_loader(self, name: str, spec: Mapping[str, Any]) -> DataLoader:
+        """Training batches of one stream, `spec` as in `streams`."""
         rank, world = self._rank_world
         which = spec.get("cases", "train")
         batch_size = spec.get("batch_size", self.batch_size)
@@ -245,22 +246,23 @@ class CaseDataModule(pl.LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
-    def _whole(self, cases: Sequence[Case]) -> DataLoader:
+    def case_loader(self, cases: Sequence[Case]) -> DataLoader:
+        """Whole cases, each once over all processes."""
         data = WholeCases(
             cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
         )
         return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._whole(self.parts["val"]) if self.parts["val"] else []
+        return self.case_loader(self.parts["val"]) if self.parts["val"] else []
 
     def test_dataloader(self) -> DataLoader:
         if not self.parts["test"]:
             raise SuiteError("too few cases: the test part is empty; set data.split.test or data.split.folds")
-        return self._whole(self.parts["test"])
+        return self.case_loader(self.parts["test"])
 
     def predict_dataloader(self) -> DataLoader:
-        return self._whole(self.parts["predict"] if self.predict_cases is None else self.predict_cases)
+        return self.case_loader(self.parts["predict"] if self.predict_cases is None else self.predict_cases)
 
     def predict_ids(self) -> list[str]:
         """Ids of the cases that `predict` will visit, known before it starts."""

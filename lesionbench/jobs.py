@@ -284,9 +284,9 @@ def _prediction_data(cfg: DictConfig, own: dict[str, Any]) -> Any:
 
 def check(cfg: DictConfig) -> None:
     """Checks every case of the data set and prints all findings at once."""
-    from hydra.utils import instantiate
+    from hydra.utils import get_method, instantiate
 
-    render = __import__("datamodules.integrity", fromlist=["render"]).render
+    render = get_method("datamodules.integrity.render")
     data = instantiate(cfg.data, _convert_="all")
     data.materialize()
     findings = data.findings()
@@ -334,7 +334,7 @@ def show(cfg: DictConfig) -> None:
     data.setup("fit")
     out = Path(cfg.out or "show")
     montage = get_method("callbacks.figures.montage")
-    whole = data._whole(data.parts["train"][: cfg.show.cases]).dataset
+    whole = data.case_loader(data.parts["train"][: cfg.show.cases]).dataset
     items = [whole[(i, False)] for i in range(len(whole))]
     cases = [(i["case"], i["image"], i["label"][0] if "label" in i else None, data.task, i["geometry"].network_spacing) for i in items]
     montage(cases, out / "cases.png")

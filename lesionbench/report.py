@@ -47,7 +47,7 @@ def print_run(folder: Path) -> None:
             )
         console.print(table)
     _baseline(console, folder)
-    for line in _paths(folder):
+    for line in _paths(folder, config["runs"]):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
@@ -69,7 +69,7 @@ def _baseline(console: Any, folder: Path) -> None:
         )
 
 
-def _paths(folder: Path) -> list[str]:
+def _paths(folder: Path, runs: str) -> list[str]:
     wanted = {
         "results per case": folder / "test" / "cases.csv",
         "summary": folder / "summary.json",
@@ -80,7 +80,7 @@ def _paths(folder: Path) -> list[str]:
     }
     lines = [f"  {title:17s} {path}" for title, path in wanted.items() if path.exists()]
     best = next((p for p in (folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt") if p.exists()), None)
-    follow = ["What next:", "  python run.py job=compare compare.runs=[runs]"]
+    follow = ["What next:", f"  python run.py job=compare compare.runs=[{runs}]"]
     if best:
         follow.append(f"  python run.py job=predict ckpt={best} input=<folder of NIfTI files> out=<new folder>")
     return ["Where it is:", *lines, *follow]

@@ -114,6 +114,14 @@ def test_resampling_keeps_constants_and_types():
     assert resample(constant, (4, 5, 6)) is constant
 
 
+def test_resampling_keeps_the_field_of_view():
+    """Voxels are boxes with their value at the center: two become one at the mean of their places, of three the middle one is the nearest."""
+    line = torch.arange(12.0).reshape(1, 12, 1, 1)
+    assert resample(line, (6, 1, 1)).flatten().tolist() == pytest.approx([0.5, 2.5, 4.5, 6.5, 8.5, 10.5])
+    assert resample(line, (24, 1, 1)).flatten()[1:-1].tolist() == pytest.approx([(j + 0.5) / 2 - 0.5 for j in range(1, 23)])
+    assert resample(line.to(torch.int8), (4, 1, 1), discrete=True).flatten().tolist() == [1, 4, 7, 10]
+
+
 def test_oblique_affines_go_to_the_closest_axes():
     angle = np.deg2rad(20)
     affine = np.diag([1.0, 2.0, 3.0, 1.0])

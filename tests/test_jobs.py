@@ -157,7 +157,7 @@ def test_overfit_repeats_the_same_samples(folder):
     data = instantiate(composed(*SMALL, f"data.root={folder}", "debug=overfit").data, _convert_="all")
     data.prepare_data()
     data.setup("fit")
-    samples = data._stream("default", {}).dataset
+    samples = data.stream_loader("default", {}).dataset
     assert torch.equal(samples[(0, 0)]["image"], samples[(7, 4)]["image"])
     assert not torch.equal(samples[(0, 0)]["image"], samples[(0, 1)]["image"])
 

@@ -447,15 +447,6 @@ def test_padding_changes_only_what_counts_background():
         assert row == pytest.approx(mirrored)
 
 
-def test_a_region_that_holds_background_reaches_everywhere():
-    task = Task(("t1",), {"background": 0, "brain": 1}, {"all": ("background", "brain"), "brain": ("brain",)})
-    truth = torch.zeros(5, 5, 5, dtype=torch.int8)
-    truth[2:4, 2:4, 2:4] = 1
-    rows = CaseMetrics(["volume"])(Prediction(labels=truth), truth, task, (10, 10, 10))
-    assert row_of(rows, "all")["volume_ml"] == 125
-    assert row_of(rows, "brain")["volume_ml"] == 8
-
-
 def test_members_tables_and_what_is_missing():
     labels, truth = (torch.from_numpy(m) for m in blobs(6, (12, 12, 12)))
     task = brats_task()

@@ -209,9 +209,8 @@ def finished_run(folder: Path) -> Path:
     stats = {"mean": 0.81234, "std": 0.05, "median": 0.83, "n": 4, "missing": 1}
     alone = {"mean": 3.5, "std": None, "median": 3.5, "n": 1, "missing": 0}
     run = RunFolder(folder)
-    run.write_config(
-        OmegaConf.create({"model": {"_target_": "lightning_modules.Supervised"}, "data": {"_target_": "datamodules.Simulated"}})
-    )
+    targets = {"model": {"_target_": "lightning_modules.Supervised"}, "data": {"_target_": "datamodules.Simulated"}}
+    run.write_config(OmegaConf.create({"runs": "all/of/them", **targets}))
     test = {"": {"WT": {"dice": stats, "hd95_mm": alone}, "TC": {"dice": {**stats, "mean": None}}}}
     run.update_summary(
         experiment="supervised/simulated", seed=2, test=test, cost={"iterations": 40, "wall_s": 12.3, "parameters": 2_500_000}
@@ -228,8 +227,9 @@ def test_the_report_says_what_how_good_where_and_what_next(tmp_path, capsys, mon
     print_run(folder)
     text = capsys.readouterr().out
     for part in (
-        "supervised/simulated seed 2: Supervised on Simulated, 40 iterations in 12 s, 2.50 M parameters", "0.812 ± 0.050 (0.830)", "3.500 (3.500)", "5",
+        "supervised/simulated seed 2: Supervised on Simulated, 40 iterations in 12 s, 2.50 M parameters", "0.812 ± 0.050 (0.830)", "3.500 (3.500)", "    5 │",
         str(folder / "summary.json"), str(folder / "metrics.csv"), f"job=predict ckpt={folder / 'checkpoints' / 'last.ckpt'}", "stand-in",
+        "compare.runs=[all/of/them]",
     ):  # fmt: skip
         assert part in text, part
     assert "predictions " not in text  # what was not written is not shown

@@ -84,7 +84,7 @@ def dataset(data: Folder):
 
 def whole(data: Folder, case_id: str) -> dict:
     case = next(c for c in data.cases() if c.id == case_id)
-    return data._whole([case]).dataset[(0, False)]
+    return data.case_loader([case]).dataset[(0, False)]
 
 
 def assert_same(a: dict, b: dict) -> None:

@@ -192,6 +192,12 @@ def test_foreground_patches_hold_the_voxel_also_at_the_border():
         assert all(start <= v < stop for (start, stop), v in zip(box, (1, 2, 3), strict=True))
 
 
+def test_foreground_patches_are_centered_where_there_is_room():
+    for n in range(20):
+        box = Sampling("foreground", share=1.0).box(numpy_generator(n), SHAPE, (3, 4, 5), {1: np.array([[5, 6, 7]])}, CLASSES, 2)
+        assert box == ((4, 7), (4, 8), (5, 10))
+
+
 def test_per_class_draws_by_weight():
     counts = hits(Sampling("per_class", weights={"one": 3, "plane": 1}))
     assert share(counts, 1) == pytest.approx(0.75, abs=0.04)

@@ -98,7 +98,7 @@ class Teacher(SegmentationMethod):
     def on_train_epoch_end(self):
         super().on_train_epoch_end()
         data = self.trainer.datamodule
-        for batch in data._whole(data.parts["unlabeled"]):
+        for batch in data.case_loader(data.parts["unlabeled"]):
             with torch.no_grad():
                 maps = self.inferer(batch["image"], lambda view: {"maps": self.target.activate(self.teacher(view))}, 2)
             data.maps.write("pseudo", batch["case"][0], self.decode(maps["maps"]).labels[None].numpy())
