@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.fake_data import BRATS_CHANNELS, LPS, WRITERS, write_fake_brats, write_fake_folder
 
 from datamodules.brats_files import brats_task, detect_layout, find_brats
 from datamodules.folder_files import find_folder, find_images
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
+from tests.fake_data import BRATS_CHANNELS, LPS, WRITERS, write_fake_brats, write_fake_folder
 
 TINY = (6, 6, 5)
 

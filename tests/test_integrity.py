@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.fake_data import LPS, WRITERS, write_fake_brats, write_fake_folder
 
 from datamodules import integrity
 from datamodules.brats_files import brats_task, find_brats
@@ -13,6 +12,7 @@ from datamodules.integrity import Finding, check_cases, raise_on_errors, render
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume, write_volume
 from lesionbench.task import Task
+from tests.fake_data import LPS, WRITERS, write_fake_brats, write_fake_folder
 
 TASK = Task(
     channels=("t1", "flair"), classes={"background": 0, "core": 1, "edema": 2}, regions={"whole": ("core", "edema"), "core": ("core",)}
