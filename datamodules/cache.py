@@ -78,7 +78,7 @@ class CachedCase:
 
     @cached_property
     def foreground(self) -> dict[int, np.ndarray]:
-        """Class index -> voxel coordinates (n, 3), int16: at most 10,000 drawn at random, for each foreground class that occurs.
+        """Class index -> voxel coordinates (n, 3), int16: 10,000 drawn at random and one of every slice, for each foreground class that occurs.
 
         Taken from the label, or from all raters together where there is none.
         """
@@ -325,7 +325,7 @@ def _stamps(case: Case, task: Task) -> dict[str, list[int] | None]:
 
 
 def _coordinates(case: Case, prepared: Prepared, classes: int) -> np.ndarray:
-    """Rows (class, x, y, z), int16: at most `COORDINATES` random voxels of every foreground class."""
+    """Rows (class, x, y, z), int16: of every foreground class `COORDINATES` random voxels and one of each slice that holds it."""
     rows = [np.zeros((0, 4), np.int16)]
     for index in range(1, classes):
         if prepared.label is not None:
@@ -336,7 +336,8 @@ def _coordinates(case: Case, prepared: Prepared, classes: int) -> np.ndarray:
             break
         if len(found) > COORDINATES:
             chosen = numpy_generator("foreground", case.id, index).choice(len(found), COORDINATES, replace=False)
-            found = found[np.sort(chosen)]
+            each_slice = [np.unique(found[:, axis], return_index=True)[1] for axis in range(3)]  # so that no positive slice looks empty
+            found = found[np.unique(np.concatenate([chosen, *each_slice]))]
         rows.append(np.insert(found, 0, index, axis=1).astype(np.int16))
     return np.concatenate(rows)
 

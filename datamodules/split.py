@@ -20,6 +20,7 @@ class Split:
         folds: number of cross-validation folds, or None; then `test` is not used: fold `fold` is tested on.
         fold: which fold is tested on, from 0.
         labeled: number of training patients (in a fixed, seeded order) that keep their labels; the rest are `unlabeled`. None = all.
+            With `file` the order is that of its list.
         file: JSON file with lists of case ids under `train`, `val`, `test`; replaces everything above but `labeled`.
         train: None, or the number of training patients to keep (the first in seeded order).
     """

@@ -52,7 +52,7 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
     try:
         method.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise SuiteError(f"{path}: {str(error).splitlines()[0]} {' '.join(str(error).split()[:40])}") from None
+        raise SuiteError(f"{path}: its weights do not fit the model it describes: {' '.join(str(error).split()[:40])}") from None
     method.on_load_checkpoint(checkpoint)
     return method.eval(), own
 
