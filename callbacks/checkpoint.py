@@ -79,6 +79,8 @@ class BestAndLast(Checkpoint):
         self._since = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.world_size > 1 and batch_idx % getattr(pl_module, "accumulate", 1):
+            return  # summed gradients differ between processes: wait for the step
         if pl_module.iteration != self._saved and self._due(trainer, pl_module):
             _check(trainer, pl_module)
             with _between_batches(trainer):
@@ -112,7 +114,9 @@ class BestAndLast(Checkpoint):
     def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         if self.every_n_batches and pl_module.iteration % self.every_n_batches == 0:
             return True
-        if self.every_n_minutes is None:
+        if self.every_n_minutes is None or (
+            trainer.world_size > 1 and pl_module.iteration % 20
+        ):  # processes must agree: not at every batch
             return False
         return trainer.strategy.broadcast(time.monotonic() - self._since >= 60 * self.every_n_minutes)
 

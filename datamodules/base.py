@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules.cache import CaseCache
-from datamodules.integrity import check_cases, raise_on_errors, render
+from datamodules.integrity import Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, WholeCases, WholeCaseSampler, collate
 from datamodules.sampling import Sampling
@@ -141,9 +141,12 @@ class CaseDataModule(pl.LightningDataModule):
     def findings(self, cases: Sequence[Case] | None = None, progress: bool = True) -> list:
         """The integrity check of `cases` (default: all) with the split that training would use."""
         cases = self.cases() if cases is None else cases
-        parts = self.divided(cases)
-        splits = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}
-        return check_cases(cases, self.task, splits=splits, allow_missing=self.allow_missing, progress=progress)
+        try:
+            parts = self.divided(cases)
+            splits, more = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}, []
+        except SuiteError as error:
+            splits, more = {}, [Finding("error", "data.split", None, "these cases cannot be split", str(error))]
+        return more + check_cases(cases, self.task, splits=splits, allow_missing=self.allow_missing, progress=progress)
 
     def prepare_data(self) -> None:
         """Generates, checks and caches what is not there yet. Runs in one process per machine."""
@@ -157,7 +160,7 @@ class CaseDataModule(pl.LightningDataModule):
             self.divided(cases)  # too few cases: said now, not after the caching
         if self.check:
             self._check_once(cases)
-        self.store.prepare(cases)
+        self.store.prepare(cases, workers=self.num_workers)
         self._prepared = True
 
     def _check_once(self, cases: Sequence[Case]) -> None:

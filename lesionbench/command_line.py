@@ -24,7 +24,6 @@ OPTIONS = {
     "trainer=NAME": "cpu, gpu, ddp, ddp_sim, multinode",
     "seed=N": "seed of training; -m seed=0,1,2 runs three",
     "epochs=N": "length of training; an epoch is data.samples_per_epoch samples",
-    "patch=[X,Y,Z]": "training sample and inference window; null = whole volumes",
     "data.batch_size=N": "samples per process and step; accumulate=K adds up K batches",
     "model/loss=NAME": "and model/network=, model/optimizer=, model/scheduler=, metrics=, augmentation=",
     "logger=[csv,wandb]": "where curves and pictures go: csv, tensorboard, wandb",

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
@@ -33,6 +35,7 @@ def run_job(cfg: DictConfig) -> float | None:
 
 def fit(cfg: DictConfig) -> float | None:
     """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
+    _check_options(cfg)
     folder = RunFolder.of(cfg, resume=cfg.resume)
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
@@ -42,7 +45,7 @@ def fit(cfg: DictConfig) -> float | None:
         return done.get("objective")
     if _first_process():
         folder.write_config(cfg)
-        folder.update_summary(experiment=cfg.experiment_name, seed=cfg.seed, status="running", started=time.time())
+        folder.update_summary(**{"started": time.time(), **done, "experiment": cfg.experiment_name, "seed": cfg.seed, "status": "running"})
     try:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
@@ -57,19 +60,38 @@ def fit(cfg: DictConfig) -> float | None:
     return folder.summary.get("objective")
 
 
+def _check_options(cfg: DictConfig) -> None:
+    """What can be said before anything is built."""
+    if cfg.select not in ("best", "last"):
+        raise unknown("select", cfg.select, ["best", "last"])
+    for stage in cfg.stages:
+        if stage.run not in STAGES:
+            raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+    strategy = cfg.trainer.get("strategy")
+    forks = strategy is None or (not isinstance(strategy, str) and strategy.get("start_method"))
+    if not forks and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise SuiteError(
+            "trainer=ddp and trainer=multinode start further processes by repeating the command, which cannot be told apart in a sweep; "
+            "start one command per job (or try trainer=ddp_sim, which forks)"
+        )
+
+
 def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
     if folder.stage_done(stage.name) is not None:
         return
-    cfg = _stage_config(cfg, stage, folder)
-    if stage.run not in STAGES:
-        raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+    cfg, stage = _stage_config(cfg, stage, folder)
+    if stage.run == "call" and not _first_process():
+        folder.await_stage(stage.name)
+        return
     artefact = STAGES[stage.run](cfg, stage, folder)
     if _first_process():
         folder.mark_done(stage.name, {"run": stage.run, "artefact": artefact})
+    else:
+        folder.await_stage(stage.name)  # the next stage reads what this one left
 
 
-def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> DictConfig:
-    """The configuration of one stage: its `override` put in, `artefact:<stage>` replaced by what that stage left."""
+def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tuple[DictConfig, DictConfig]:
+    """The configuration of one stage and the stage itself: `override` put in, `artefact:<stage>` replaced by what that stage left."""
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     _override(cfg, OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False))
@@ -86,9 +108,10 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> Dict
             return done["artefact"]
         return node
 
-    cfg.run_folder = str(folder.path if stage.name in ("fit", "test", "predict") else folder.path / stage.name)
-    stages = cfg.pop("stages")
-    return OmegaConf.create({**filled(OmegaConf.to_container(cfg, resolve=True)), "stages": stages})
+    cfg.run_folder = str(folder.path if stage.name in ("fit", "test") else folder.path / stage.name)
+    cfg.maps = cfg.maps or str(folder.path / "maps")
+    cfg.pop("stages")
+    return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
 
 
 def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> None:
@@ -120,6 +143,8 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     trains = any(p.requires_grad for p in run.method.parameters())
     if not trains:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     if run.trainer.interrupted:
         raise KeyboardInterrupt
@@ -128,10 +153,15 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
-    checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.stage_done("fit") or {}).get("artefact")
     run = Assembled(cfg)
+    trains = any(p.requires_grad for p in run.method.parameters())
+    checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
     if checkpoint:
         run.load(checkpoint)
+    elif trains:
+        raise SuiteError(
+            f"{type(run.method).__name__} is not trained: give ckpt=<run folder>/checkpoints/best.ckpt, or a stage that fits it first"
+        )
     run.trainer.test(run.method, datamodule=run.data, verbose=False)
     return str(Path(cfg.run_folder) / "test" / "cases.csv")
 
@@ -183,10 +213,10 @@ class Assembled:
             torch.set_num_threads(cfg.threads)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
         self.data = instantiate(cfg.data, _convert_="all") if data is None else data
-        if getattr(self.data, "maps", 0) is None:
+        if cfg.maps:
             from lesionbench.maps import MapStore
 
-            self.data.maps = MapStore(Path(cfg.run_folder) / "maps")
+            self.data.maps = MapStore(Path(cfg.maps))
         if method is None:
             from lesionbench.checkpoint import build_method
 
@@ -208,7 +238,10 @@ class Assembled:
         from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 
         callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
-        loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c]
+        chosen = (
+            {} if cfg.job == "predict" else {"csv": {"_target_": "callbacks.CurvesLogger", "folder": cfg.run_folder}, **(cfg.logger or {})}
+        )
+        loggers = [instantiate(c, _convert_="all") for c in chosen.values() if c]  # metrics.csv is always written: other jobs read it
         trainer = instantiate({**options, "_partial_": True}, _convert_="all")(
             callbacks=callbacks,
             logger=loggers,
@@ -232,6 +265,21 @@ class Assembled:
         own = found.get("lesionbench") or {}
         if own.get("statistics"):
             self.data.statistics = own["statistics"]
+        self._check_origin(checkpoint, own)
+
+    def _check_origin(self, checkpoint: str, own: dict[str, Any]) -> None:
+        """Refuses weights that were trained on the cases they would be tested on, or on data prepared in another way."""
+        for name, ours in [("task", self.data.task.to_dict()), ("preprocessing", self.data.preprocessing.to_dict())]:
+            if own.get(name) not in (None, ours):
+                differing = ", ".join(f"{k}: {own[name].get(k)} -> {ours.get(k)}" for k in ours if own[name].get(k) != ours.get(k))
+                raise SuiteError(f"{checkpoint}: was trained with another {name} than this experiment's data has ({differing})")
+        self.data.setup("test")
+        both = sorted({c.patient for c in self.data.parts["test"]} & set(own.get("patients") or []))
+        if both:
+            raise SuiteError(
+                f"{checkpoint}: was trained or selected on {len(both)} of the test patients ({', '.join(both[:5])}); "
+                "test it with the data.split it was trained with"
+            )
 
 
 # test and predict: a checkpoint on its own
@@ -239,9 +287,7 @@ class Assembled:
 
 def test(cfg: DictConfig) -> float | None:
     """Tests `ckpt` (or, without one, the method as configured) on the test part of the data; results go to a run folder of its own."""
-    folder = RunFolder.of(cfg, resume=cfg.resume)
     with open_dict(cfg):
-        cfg.run_folder = str(folder.path)
         cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
         cfg.objective.name = None
     return fit(cfg)

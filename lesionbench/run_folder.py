@@ -19,7 +19,7 @@ from lesionbench.errors import SuiteError
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
-    "job", "seed", "resume", "logger", "runs", "run_folder", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "show",
+    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "show",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
@@ -76,7 +76,8 @@ class RunFolder:
     def write_config(self, cfg: DictConfig) -> None:
         """Writes the resolved config and the environment (versions, machine, git revision, command)."""
         _write(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        _write(self.path / "environment.json", json.dumps(environment(), indent=1))
+        if not (self.path / "environment.json").exists():  # a resumed run keeps what it was started with
+            _write(self.path / "environment.json", json.dumps(environment(), indent=1))
 
     def stage_done(self, name: str) -> dict[str, Any] | None:
         """What a finished stage left (its artefact and result), or None."""
@@ -86,6 +87,20 @@ class RunFolder:
     def mark_done(self, name: str, result: Mapping[str, Any]) -> None:
         """Marks a stage as finished, atomically."""
         _write(self.path / "stages" / f"{name}.json", json.dumps(dict(result), indent=1))
+
+    def await_stage(self, name: str, patience: float = 3600.0) -> None:
+        """Waits until the first process has marked a stage as finished."""
+        deadline = time.monotonic() + patience
+        while self.stage_done(name) is None:
+            if time.monotonic() > deadline:
+                raise SuiteError(f"{self.path}: the first process has not finished stage '{name}' within {patience:.0f} s")
+            time.sleep(0.2)
+
+    def last_fitted(self) -> str | None:
+        """The checkpoint of the stage that was trained last, or None."""
+        marks = sorted((self.path / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        fitted = [done for done in map(json.loads, (m.read_text() for m in marks)) if done["run"] == "fit"]
+        return fitted[-1]["artefact"] if fitted else None
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The bases of all methods: `Method` (optimizers, keyed randomness, results, checkpoints) and `SegmentationMethod` (networks that draw maps)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ class Method(pl.LightningModule):
         clip: largest norm of the gradient of one optimizer's parameters; None = no clipping.
         seed: of everything random in training.
         monitor: validation value that a plateau schedule watches.
+        validation_metrics: names of what is measured on validation cases.
 
     Attributes:
         streams: the data streams that `training_step` expects.
@@ -54,12 +56,13 @@ class Method(pl.LightningModule):
         clip: float | None = None,
         seed: int = 0,
         monitor: str | None = "val/dice",
+        validation_metrics: Sequence[str] = ("dice",),
     ) -> None:
         super().__init__()
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
         self.accumulate, self.clip, self.seed, self.monitor = accumulate, clip, seed, monitor
         self.metrics = metrics or CaseMetrics()
-        self.selection = CaseMetrics(names=["dice"])
+        self.validation_metrics = CaseMetrics(names=list(validation_metrics))
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
         self.iteration = 0
         self.config: dict[str, Any] | None = None
@@ -189,7 +192,7 @@ class Method(pl.LightningModule):
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()} | {"iteration": float(self.iteration + 1)}, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
-        return self._evaluate(batch, self.val_results, self.selection)
+        return self._evaluate(batch, self.val_results, self.validation_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
         return self._evaluate(batch, self.test_results, self.metrics)
@@ -244,12 +247,13 @@ class Method(pl.LightningModule):
             "task": self.task.to_dict(),
             "preprocessing": data.preprocessing.to_dict() if hasattr(data, "preprocessing") else None,
             "statistics": getattr(data, "statistics", None),
+            "patients": sorted({c.patient for part in ("train", "val") for c in getattr(data, "parts", {}).get(part, [])}),
         }
         if self._within_window():  # gradients summed so far belong to the state of a run stopped between two steps
             checkpoint["lesionbench"]["gradients"] = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
 
     def _within_window(self) -> bool:
-        if self._trainer is None or self.accumulate == 1:
+        if self._trainer is None or self.accumulate == 1 or self.trainer.world_size > 1:  # each process has gradients of its own
             return False
         batch = self.trainer.fit_loop.epoch_loop.batch_progress
         return batch.current.ready % self.accumulate != 0 and not batch.is_last_batch
@@ -299,7 +303,8 @@ class SegmentationMethod(Method):
         self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
         self.inferer = inferer
         if getattr(inferer, "divisor", 0) is None:
-            inferer.divisor = getattr(self.network, "divisor", 1)
+            self.inferer = copy(inferer)
+            self.inferer.divisor = getattr(self.network, "divisor", 1)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

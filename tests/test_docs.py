@@ -233,7 +233,7 @@ def test_example_of_two_stages(examples, tmp_path):
     cfg = composed("experiment=supervised/simulated_two_stage")
     folder = RunFolder(tmp_path)
     folder.mark_done("warm", {"run": "fit", "artefact": "warm.ckpt"})
-    warm, fit, test = (_stage_config(cfg, stage, folder) for stage in cfg.stages)
+    warm, fit, test = (_stage_config(cfg, stage, folder)[0] for stage in cfg.stages)
     assert warm.model.loss == {"_target_": "lightning_modules.losses.CrossEntropy"}
     assert (warm.trainer.max_epochs, fit.trainer.max_epochs) == (4, cfg.epochs)
     assert (warm.init_from, fit.init_from, test.init_from) == (None, "warm.ckpt", None)

@@ -276,3 +276,73 @@ def test_resampled_network_grid_and_narrowed_task(tmp_path):
     source = nib.load(next(root.rglob("*_seg.nii.gz")))
     assert written.shape == source.shape
     assert set(np.unique(written.get_fdata())) <= {0, 1}
+
+
+def test_job_test_leaves_the_training_run_alone_and_refuses_its_own_training_cases(folder, tmp_path):
+    common = [*SHORT, f"data.root={folder}", f"runs={tmp_path}"]
+    with pytest.raises(SuiteError, match="not trained"):
+        run(*common, "job=test")
+    run(*common)
+    trained = next(f for f in run_folders(tmp_path) if (f / "checkpoints").exists())
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    run(*common, "job=test", f"ckpt={checkpoint}")
+    assert list(trained.parent.iterdir()) == [trained]
+    tested = [f for f in run_folders(tmp_path) if (f / "test" / "cases.csv").exists() and f != trained]
+    assert rows(tested[0]) == rows(trained)
+    with pytest.raises(SuiteError, match="test patients"):
+        run(*common, "job=test", f"ckpt={checkpoint}", "data.split.seed=1")
+    with pytest.raises(SuiteError, match="another preprocessing"):
+        run(*common, "job=test", f"ckpt={checkpoint}", "data.preprocessing.normalize=minmax")
+
+
+def test_options_are_checked_before_anything_is_built(folder, tmp_path):
+    common = [*SHORT, f"data.root={folder}", f"runs={tmp_path}"]
+    with pytest.raises(SuiteError, match="did you mean 'best'"):
+        run(*common, "select=bset")
+    with pytest.raises(SuiteError, match="did you mean 'fit'"):
+        run(*common, "stages=[{name:fit,run:fitt}]")
+    assert not run_folders(tmp_path)
+
+
+def test_validation_metric_of_choice_is_the_objective(folder, tmp_path):
+    value = run(
+        *SHORT,
+        f"data.root={folder}",
+        f"runs={tmp_path}",
+        "validation_metrics=[dice,hd95]",
+        "objective={name:val/hd95_mm,mode:min}",
+        "logger=[tensorboard]",
+    )
+    curve = [line for line in (run_folders(tmp_path)[0] / "metrics.csv").read_text().splitlines() if ",val/hd95_mm," in line]
+    assert value == float(curve[0].split(",")[-1])
+
+
+def test_early_stopping_stops(folder, tmp_path):
+    run(
+        *SMALL,
+        f"data.root={folder}",
+        f"runs={tmp_path}",
+        "epochs=8",
+        "callbacks=[default,early_stopping]",
+        "callbacks.early_stopping.patience=1",
+        "model.optimizer.lr=0",
+        "callbacks.figures=null",
+    )
+    assert json.loads((run_folders(tmp_path)[0] / "cost.json").read_text())["iterations"] == 2 * 4
+
+
+def test_missing_modality_trains_when_allowed(tmp_path):
+    root = write_fake_brats(tmp_path / "data", "2021", 5, missing=[(0, "t2")])
+    common = [
+        "experiment=supervised/brats2021",
+        "trainer=cpu",
+        f"data.root={root}",
+        "debug=tiny",
+        f"runs={tmp_path / 'runs'}",
+        "threads=1",
+        "model/network=small_unet",
+    ]
+    with pytest.raises(SuiteError, match="t2"):
+        run(*common)
+    run(*common, "data.preprocessing.allow_missing=true", "data.samples_per_epoch=6")
+    assert rows(run_folders(tmp_path / "runs")[-1])
