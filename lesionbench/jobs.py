@@ -294,34 +294,61 @@ def test(cfg: DictConfig) -> float | None:
 
 
 def predict(cfg: DictConfig) -> None:
-    """Applies `ckpt` to the images under `input` (or to every case of the data set) and writes NIfTI files to `out`."""
-    from lesionbench.checkpoint import load_method
-
-    if not cfg.ckpt:
-        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of NIfTI files>)")
+    """Applies `ckpt` (or an experiment's method, if it has nothing to train) to the images under `input`, or to every case of the data
+    set, and writes NIfTI files to `out`."""
     quiet()
-    method, own = load_method(cfg.ckpt, cfg.trust)
+    method, data = _from_checkpoint(cfg) if cfg.ckpt else _from_experiment(cfg)
     with open_dict(cfg):
         cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
         cfg.logger = {}
         cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
-    data = _prediction_data(cfg, own)
     run = Assembled(cfg, method=method, data=data)
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
     _say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
 
 
-def _prediction_data(cfg: DictConfig, own: dict[str, Any]) -> Any:
-    """The data module that preprocesses raw cases just as the checkpoint's training did."""
+def _from_checkpoint(cfg: DictConfig) -> tuple[Any, Any]:
+    """The method of a checkpoint, and data preprocessed just as its training did."""
+    from hydra.utils import get_class
+
+    from lesionbench.checkpoint import load_method
+
+    method, own = load_method(cfg.ckpt, cfg.trust)
+    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    return method, _prediction_data(cfg, own["task"], preprocessing, own["statistics"])
+
+
+def _from_experiment(cfg: DictConfig) -> tuple[Any, Any]:
+    """An experiment's method that needs no training, and its data.
+
+    Raises:
+        SuiteError: the method has something to train.
+    """
+    from hydra.utils import instantiate
+
+    from lesionbench.checkpoint import build_method
+
+    data = instantiate(cfg.data, _convert_="all")
+    method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
+    if any(p.requires_grad for p in method.parameters()):
+        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of NIfTI files>)")
+    return method, _prediction_data(cfg, data.task.to_dict(), data.preprocessing, None)
+
+
+def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, statistics: Any) -> Any:
+    """The images under `input`, or the configured data set."""
     from hydra.utils import get_class, instantiate
 
-    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
     if cfg.input:
-        return get_class("datamodules.images.Images")(
-            cfg.input, task=own["task"], preprocessing=preprocessing, statistics=own["statistics"]
-        )
+        return get_class("datamodules.images.Images")(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics)
     data = instantiate(cfg.data, _convert_="all")
-    data.preprocessing, data.statistics = preprocessing, own["statistics"]
+    if data.task.to_dict() != task:
+        raise SuiteError(
+            f"{cfg.ckpt}: its task {task} is not that of the data set, {data.task.to_dict()}; use input=<folder of NIfTI files>"
+        )
+    data.preprocessing, data.statistics = preprocessing, statistics
+    data.materialize()
+    data.predict_cases = data.cases()  # labeled or not, in no part of a split
     return data
 
 

@@ -13,7 +13,7 @@ from tests.harness import SMALL, assert_same, rows, run, run_folders, run_killed
 
 TOYS = {
     "branches": ["model._target_=tests.toys.Branches"],
-    "adversarial": ["model._target_=tests.toys.Adversarial", "accumulate=2", "clip=1.0"],
+    "adversarial": ["model._target_=tests.toys.Adversarial", "accumulate=2", "clip=1.0", "data.num_workers=1"],
     "teacher": [
         "model._target_=tests.toys.Teacher", "data.split.labeled=2", "data.streams={labeled:{cases:labeled,batch_size:1},unlabeled:{cases:unlabeled,batch_size:2}}", "data.extra_maps={pseudo:nearest}", "data.samples_per_epoch=4",
     ],
@@ -79,6 +79,12 @@ def test_training_free_method_only_tests(folder, tmp_path):
     )  # fmt: skip
     (found,) = run_folders(tmp_path)
     assert {"dice", "auroc"} <= set(rows(found)[0])
+    run(
+        *SMALL, f"data.root={folder[0]}", "model._target_=tests.toys.Brightness", "~model.network", "~model.loss", "~model.target", "~model.inferer",
+        "job=predict", f"input={folder[0] / 'images'}", f"out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert len(list((tmp_path / "out" / "predictions").glob("*_score.nii.gz"))) == 8
+    run("job=compare", f"compare.runs=[{tmp_path}]", "compare.metrics=[auroc]", f"out={tmp_path / 'table'}")
 
 
 STAGES = (
@@ -119,6 +125,12 @@ def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
     assert {row["member"] for row in rows(found)} == {"", "m0", "m1"}
     own = {(r["case"], r["region"]): r["dice"] for r in rows(run_folders(tmp_path / "a")[0])}
     assert all(own[r["case"], r["region"]] == r["dice"] for r in rows(found) if r["member"] == "m0")
+    run(
+        *common, "job=predict", f"input={folder[0] / 'images'}", f"out={tmp_path / 'out'}", "~model.network", "~model.loss", "~model.target",
+        "~model.inferer", "model._target_=tests.toys.Ensemble", f"+model.checkpoints=[{','.join(map(str, members))}]", "writer.members=true",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "predictions" / "case_00_m1.nii.gz").exists()
+    run("job=compare", f"compare.runs=[{tmp_path / 'both'}]", "compare.members=[m0,m1]", f"out={tmp_path / 'table'}")
 
 
 def test_missing_stream_is_an_error_before_training(folder, tmp_path):
