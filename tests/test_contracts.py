@@ -109,6 +109,17 @@ def test_two_stage_procedure_skips_what_is_done(folder, tmp_path):
     assert (found / "stages" / "test.json").exists()
 
 
+def test_two_stage_procedure_killed_in_its_first_stage_ends_the_same(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder[0]}", "epochs=1", STAGES, "+first=null"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=2") == -signal.SIGKILL
+    run(*killed, "resume=true")
+    whole, resumed = (run_folders(tmp_path / n)[0] for n in ("whole", "killed"))
+    assert (whole / "second" / "threshold.json").read_text() == (resumed / "second" / "threshold.json").read_text()
+    assert rows(whole) == rows(resumed)
+
+
 def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
     common = [*SMALL, f"data.root={folder[0]}", "epochs=1"]
     for name, more in {
