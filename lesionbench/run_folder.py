@@ -61,7 +61,8 @@ class RunFolder:
         if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return cls(Path(told))
         base = Path(cfg.runs).absolute() / cfg.experiment_name / config_hash(cfg)
-        launch = "-".join(os.environ[v] for v in _LAUNCH_VARIABLES if v in os.environ)
+        started_together = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
+        launch = "-".join(os.environ[v] for v in _LAUNCH_VARIABLES if v in os.environ) if started_together else ""
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
         if launch and rank > 0:
             return cls(_announced(base / f".launch-{launch}"))
