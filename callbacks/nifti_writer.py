@@ -50,12 +50,21 @@ class NiftiWriter(pl.Callback):
         self.overwrite = overwrite
         self._rows: list[dict[str, Any]] = []
 
+    def refuse_existing(self, method: Any, data: Any) -> None:
+        """Looks, before anything is prepared or predicted, for files that `job=predict` would replace.
+
+        Raises:
+            SuiteError: names the first file in the way.
+        """
+        if not self.overwrite:
+            suffixes = ["", "_score", *(f"_prob_{r}" for r in method.task.region_names)]
+            files = [self._path(case, suffix) for case in data.predict_ids() for suffix in suffixes]
+            self._refuse([*files, self.folder / "table.csv"])
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._rows = []
-        if stage == "predict" and not self.overwrite and hasattr(trainer.datamodule, "predict_ids"):
-            suffixes = ["", "_score", *(f"_prob_{r}" for r in pl_module.task.region_names)]
-            files = [self._path(case, suffix) for case in trainer.datamodule.predict_ids() for suffix in suffixes]
-            self._refuse([*files, self.folder / "table.csv"])
+        if stage == "predict" and hasattr(trainer.datamodule, "predict_ids"):
+            self.refuse_existing(pl_module, trainer.datamodule)
 
     def on_predict_batch_end(
         self,

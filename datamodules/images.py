@@ -25,6 +25,10 @@ class Images(CaseDataModule):
         self.statistics = statistics
         self.predict_cases = self.cases()
 
+    def setup(self, stage: str | None = None) -> None:
+        self.prepare_data()  # every process that was started on its own has a temporary folder of its own
+        super().setup(stage)
+
     def default_task(self) -> Task:
         return self._task
 

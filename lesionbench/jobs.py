@@ -67,6 +67,11 @@ def _check_options(cfg: DictConfig) -> None:
     for stage in cfg.stages:
         if stage.run not in STAGES:
             raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+    split = cfg.data.get("split") or {}
+    if any(s.run == "test" for s in cfg.stages) and split.get("test") == 0 and split.get("folds") is None and split.get("file") is None:
+        raise SuiteError(
+            "data.split.test=0 leaves nothing to test on; give it a number, or leave testing out: stages=[{name: fit, run: fit}]"
+        )
     strategy = cfg.trainer.get("strategy")
     forks = strategy is None or (not isinstance(strategy, str) and strategy.get("start_method"))
     if not forks and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -125,6 +130,8 @@ def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> Non
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run = Assembled(cfg)
+    run.method.check(run.data)
+    run.prepare()
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
     iteration = -1
@@ -154,6 +161,7 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run = Assembled(cfg)
+    run.prepare()
     trains = any(p.requires_grad for p in run.method.parameters())
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
     if checkpoint:
@@ -224,17 +232,24 @@ class Assembled:
         self.method = method
         if cfg.compile:
             self.method.compile()
-        if _first_process():
-            self.data.prepare_data()
         Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
         self.trainer = self._trainer(cfg)
+
+    def prepare(self) -> None:
+        """Generates, checks and caches the data; comes after everything that can be refused without it."""
+        if _first_process():
+            self.data.prepare_data()
 
     def _trainer(self, cfg: DictConfig) -> Any:
         from hydra.utils import instantiate
 
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
-        if not self.method.automatic_optimization and isinstance(options.get("strategy"), dict):
-            options["strategy"]["find_unused_parameters"] = True  # networks take turns: in each turn the others get no gradient
+        strategy = options.get("strategy")
+        if not self.method.automatic_optimization and strategy:  # networks take turns: in each turn the others get no gradient
+            if isinstance(strategy, dict):
+                strategy["find_unused_parameters"] = True
+            elif strategy in ("ddp", "ddp_fork", "ddp_spawn"):
+                options["strategy"] = f"{strategy}_find_unused_parameters_true"
         from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 
         callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
@@ -303,6 +318,10 @@ def predict(cfg: DictConfig) -> None:
         cfg.logger = {}
         cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
     run = Assembled(cfg, method=method, data=data)
+    for callback in run.trainer.callbacks:
+        if hasattr(callback, "refuse_existing"):
+            callback.refuse_existing(run.method, run.data)
+    run.prepare()
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
     _say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
 

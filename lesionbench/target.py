@@ -101,12 +101,14 @@ class RegionSigmoid(Target):
         return maps
 
     def labels(self, regions: torch.Tensor) -> torch.Tensor:
-        """Nested thresholds: an inner region counts only inside the one that holds it."""
+        """Nested thresholds: an inner region counts only inside the one that holds it; of several in the same one the most probable."""
         labels = torch.zeros(regions.shape[0], *regions.shape[2:], dtype=torch.int8, device=regions.device)
         reached = regions > self.threshold
         for r, parent, own in self._order:
             if parent is not None:
                 reached[:, r] &= reached[:, parent]
+            for rival in (s for s, holder, _ in self._order if holder == parent and s != r):
+                reached[:, r] &= regions[:, r] >= regions[:, rival]
             labels[reached[:, r]] = own
         return labels
 

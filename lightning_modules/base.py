@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.target import ClassSoftmax, Target
@@ -39,11 +39,13 @@ class Method(pl.LightningModule):
 
     Attributes:
         streams: the data streams that `training_step` expects.
+        writes_maps: per-case maps that training itself writes to the data module's map store.
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
     """
 
     streams: tuple[str, ...] = ("default",)
+    writes_maps: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -90,6 +92,13 @@ class Method(pl.LightningModule):
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
         return torch_generator(self.seed, name, self.iteration, self.global_rank, device=self.device)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each network in place, so that steps which call a network directly gain as well; arguments of `torch.compile`."""
+        for child in self.children():
+            for network in child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]:
+                if any(p.requires_grad for p in network.parameters()):
+                    network.compile(*args, **kwargs)
 
     # optimizers
 
@@ -170,10 +179,22 @@ class Method(pl.LightningModule):
 
     # steps
 
-    def on_fit_start(self) -> None:
-        offered = tuple(getattr(self.trainer.datamodule, "streams", self.streams))
+    def check(self, data: Any) -> None:
+        """Refuses a data module that the method cannot be trained on, before anything is prepared.
+
+        Raises:
+            SuiteError: other streams than `streams`, or an extra map that nobody writes.
+        """
+        offered = tuple(getattr(data, "streams", self.streams))
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")
+        stored = {} if getattr(data, "maps", None) is None else data.maps.state_dict()
+        for name in getattr(data, "extra_maps", {}):
+            if name not in {*self.writes_maps, *stored}:
+                raise unknown("map (data.extra_maps)", name, [*self.writes_maps, *stored])
+
+    def on_fit_start(self) -> None:
+        self.check(self.trainer.datamodule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # dropout and every other draw from the global generator belongs to this iteration, whatever was drawn before
@@ -306,9 +327,9 @@ class SegmentationMethod(Method):
             self.inferer = copy(inferer)
             self.inferer.divisor = getattr(self.network, "divisor", 1)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        patch = getattr(self.trainer.datamodule, "patch", None)
+    def check(self, data: Any) -> None:
+        super().check(data)
+        patch = getattr(data, "patch", None)
         if patch is None or not hasattr(self.network, "min_size"):
             return
         flat = len(patch) == 3 and self.network.dimensions == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.fake_data import write_fake_folder
-from tests.harness import SMALL, rows, run, run_folders, weights
+from tests.harness import SMALL, assert_same, rows, run, run_folders, run_killed, weights
 
 ROOT = Path(__file__).parent.parent
 PLAIN = [
@@ -68,3 +68,36 @@ def test_multirun_of_two_jobs(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [f.name for f in run_folders(tmp_path)] == ["seed=0", "seed=1"]
     assert all(rows(f) for f in run_folders(tmp_path))
+
+
+@pytest.mark.parametrize("method", [AUTOMATIC, MANUAL], ids=["automatic", "manual"])
+def test_kill_and_resume_in_two_processes(method, folder, tmp_path):
+    common = [*PLAIN, *method, f"data.root={folder}", "trainer=ddp_sim", "data.batch_size=1", "data.samples_per_epoch=8"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=3") != 0
+    assert not list((tmp_path / "killed").rglob("cases.csv"))
+    run(*killed, "resume=true")
+    whole, resumed = (run_folders(tmp_path / name)[0] for name in ("whole", "killed"))
+    assert_same(weights(whole), weights(resumed))
+    assert rows(whole) == rows(resumed)
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_started_by_command_equal_forked_ones_and_predict(folder, tmp_path):
+    """trainer=ddp repeats the command for the second process; here on two CPU processes."""
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true"]
+    common = [*PLAIN, f"data.root={folder}", "data.batch_size=1", "model._target_=tests.toys.Adversarial"]
+    run(*common, "trainer=ddp_sim", f"runs={tmp_path / 'forked'}")
+    _run(*common, *ddp, f"runs={tmp_path / 'started'}")
+    forked, started = (run_folders(tmp_path / name) for name in ("forked", "started"))
+    assert len(started) == 1
+    assert_same(weights(forked[0]), weights(started[0]))
+    assert rows(forked[0]) == rows(started[0])
+    checkpoint = started[0] / "checkpoints" / "last.ckpt"
+    _run("job=predict", *ddp, f"ckpt={checkpoint}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}", "trust=[tests]")
+    assert len(list((tmp_path / "out" / "predictions").glob("*.nii.gz"))) == 14

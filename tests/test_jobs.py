@@ -1,6 +1,8 @@
 """Every job and first-class option, run on tiny data as a user would."""
 
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -73,6 +75,39 @@ def test_sigterm_writes_a_checkpoint_first(folder, tmp_path):
     assert json.loads((found / "summary.json").read_text())["status"] == "interrupted"
     run(*stopped, "resume=true")
     assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(found))
+
+
+def _killed_while_caching(*overrides: str) -> None:
+    from datamodules import cache
+
+    real, written = cache._write, []
+
+    def write(path, array):
+        written.append(path)
+        if len(written) == 8:  # two arrays of the third case
+            Path(path).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, array)
+
+    cache._write = write
+    run(*overrides)
+
+
+def test_kill_while_caching(folder, tmp_path):
+    common = [*SHORT, f"data.root={folder}"]
+    run(*common, f"runs={tmp_path / 'whole'}", f"data.cache={tmp_path / 'first'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", f"data.cache={tmp_path / 'second'}"]
+    process = multiprocessing.get_context("fork").Process(target=_killed_while_caching, args=killed)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert 0 < len(list((tmp_path / "second").glob("*/case_*"))) < 8
+    run(*killed, "resume=true")
+    whole, resumed = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
+    assert_same(weights(whole[0]), weights(resumed[0]))
+    assert len(resumed) == 1
+    assert rows(whole[0]) == rows(resumed[0])
+    assert not list((tmp_path / "second").rglob(".*"))
 
 
 def test_kill_within_an_accumulation_window(folder, tmp_path):
@@ -197,14 +232,16 @@ def test_compile(folder, tmp_path):
     assert all("_orig_mod" not in name for name in weights(run_folders(tmp_path)[0]))
 
 
-def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp_path):
+def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp_path, monkeypatch):
     run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}")
     checkpoint = run_folders(tmp_path / "runs")[0] / "checkpoints" / "last.ckpt"
     predict = ["job=predict", f"ckpt={checkpoint}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}", "trust=[tests]"]
     run(*predict)
     before = (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes()
-    with pytest.raises(SuiteError, match=r"case_00\.nii\.gz"):
-        run(*predict)
+    with monkeypatch.context() as patched:
+        patched.setattr("datamodules.cache.CaseCache.prepare", None)  # said before anything is prepared
+        with pytest.raises(SuiteError, match=r"case_00\.nii\.gz"):
+            run(*predict)
     assert (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes() == before
     run(*predict, "overwrite=true")
     image = nib.load(next((folder / "images").glob("case_00_*")))
@@ -230,6 +267,26 @@ def test_check_names_everything_at_once_and_training_refuses(tmp_path):
     assert broken[0].name in str(caught.value)
     assert broken[1].name in str(caught.value)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_list_of_files_trains_and_predicts(kind, folder, tmp_path):
+    cases = sorted({p.name.rsplit("_", 1)[0] for p in (folder / "images").glob("*.nii.gz")})
+    listed = [
+        {"case": c, **{m: f"{folder}/images/{c}_{m}.nii.gz" for m in ("t1", "flair")}, "label": f"{folder}/labels/{c}.nii.gz"}
+        for c in cases[:6]
+    ]
+    path = tmp_path / f"cases.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(listed))
+    else:
+        path.write_text("\n".join([",".join(listed[0]), *(",".join(row.values()) for row in listed)]))
+    run(*SHORT, f"data.root={tmp_path}", f"data.list_file={path}", f"runs={tmp_path / 'runs'}")
+    found = run_folders(tmp_path / "runs")[0]
+    assert {r["case"] for r in rows(found)} < set(cases[:6])
+    checkpoint = found / "checkpoints" / "last.ckpt"
+    run("job=predict", *SHORT, f"data.root={tmp_path}", f"data.list_file={path}", f"ckpt={checkpoint}", f"out={tmp_path / 'out'}")
+    assert {p.name.split(".")[0] for p in (tmp_path / "out" / "predictions").iterdir()} == set(cases[:6])
 
 
 def test_prepare_and_show(folder, tmp_path, capsys):
@@ -293,6 +350,20 @@ def test_job_test_leaves_the_training_run_alone_and_refuses_its_own_training_cas
         run(*common, "job=test", f"ckpt={checkpoint}", "data.split.seed=1")
     with pytest.raises(SuiteError, match="another preprocessing"):
         run(*common, "job=test", f"ckpt={checkpoint}", "data.preprocessing.normalize=minmax")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.split.test=0", "leaves nothing to test on"),
+        ("data.extra_maps={pseudolabel:nearest}", "pseudolabel"),
+        ("data.streams={labeled:{cases:labeled},unlabeled:{cases:unlabeled}}", "needs the streams"),
+    ],
+)
+def test_what_the_data_cannot_give_is_refused_before_caching(override, message, folder, tmp_path):
+    with pytest.raises(SuiteError, match=message):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", override)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_options_are_checked_before_anything_is_built(folder, tmp_path):

@@ -201,6 +201,12 @@ def test_sigmoid_inner_regions_count_only_inside_their_holders():
     assert RegionSigmoid(BRATS).labels(regions).tolist() == [[0, 2, 0, 1]]
 
 
+def test_sigmoid_siblings_go_to_the_more_probable():
+    task = Task(("t1",), {"background": 0, "left": 1, "right": 2, "inner": 3}, {"L": ["left", "inner"], "R": ["right"], "I": ["inner"]})
+    regions = torch.tensor([[0.6, 0.9, 0.1], [0.9, 0.6, 0.1], [0.7, 0.6, 0.9], [0.6, 0.7, 0.9], [0.4, 0.6, 0.1]]).T[None]
+    assert RegionSigmoid(task).labels(regions).tolist() == [[2, 1, 3, 2, 2]]
+
+
 def test_sigmoid_order_of_regions_does_not_matter():
     shuffled = Task(BRATS.channels, BRATS.classes, {r: BRATS.regions[r] for r in ("ET", "WT", "TC")}, ignore=BRATS.ignore)
     regions = torch.rand(1, 3, 50, generator=torch.Generator().manual_seed(1))

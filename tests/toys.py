@@ -75,6 +75,7 @@ class Teacher(SegmentationMethod):
     """Two streams, an EMA teacher, and pseudo labels that it renews in the map store after every epoch."""
 
     streams = ("labeled", "unlabeled")
+    writes_maps = ("pseudo",)
 
     def __init__(self, task, **options):
         super().__init__(task, **options)
