@@ -12,6 +12,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
+from datamodules.augmentation import Chain
 from datamodules.cache import CaseCache
 from datamodules.integrity import Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics
@@ -90,11 +91,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.split, self.sampling = split or Split(), sampling or Sampling()
         self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
-        if augmentation is not None and not callable(augmentation):
-            import torchio
-
-            augmentation = torchio.Compose(list(augmentation)) if len(augmentation) else None
-        self.augmentation = augmentation
+        self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
         self.streams = {name: dict(spec or {}) for name, spec in (streams or {"default": {}}).items()}
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:

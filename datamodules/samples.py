@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.cache import CaseCache
+from datamodules.placement import Placement
 from datamodules.preprocessing import Preprocessing, foreground, normalize_patch
 from datamodules.sampling import Box, Sampling
 from lesionbench.case import Case
@@ -92,19 +93,29 @@ class TrainingSamples(Dataset):
         rng = numpy_generator(self.seed, "sample", self.stream, epoch, position)
         turn, place = divmod(position, len(self.cases))
         case = self.cases[numpy_generator(self.seed, "order", self.stream, epoch, turn).permutation(len(self.cases))[place]]
-        sample = self._cut(case, rng)
+        sample = self._cut(case, rng, self._placement(epoch, position))
         if self.augmentation is not None and self.repeat is None:
             with torch_seeded(self.seed, "augment", self.stream, epoch, position):
                 sample = self._augmented(sample)
         known = {"attributes": case.attributes} if self.labeled else {}
         return {**self._viewed(sample, rng), "case": case.id, **known}
 
-    def _cut(self, case: Case, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def _placement(self, epoch: int, position: int) -> Placement:
+        """How the sample will lie in its volume, where the augmentation says so."""
+        placing = getattr(self.augmentation, "placement", None)
+        if placing is None or self.repeat is not None:
+            return Placement()
+        with torch_seeded(self.seed, "placement", self.stream, epoch, position):
+            return placing.draw(self.task.slice_axis if self.view in ("slice", "window") else None)
+
+    def _cut(self, case: Case, rng: np.random.Generator, placement: Placement) -> dict[str, torch.Tensor]:
         """One box out of a case: image, label, raters, brain mask, declared maps; all (C, x, y, z)."""
         cached = self.cache.open(case)
         voxels = cached.foreground if self.labeled else {}
         box = self.sampling.box(rng, cached.shape, self._size(cached.shape), voxels, self.task.class_names, self.task.slice_axis)
         box, repeats = self._window_box(box, cached.shape)
+        size = [b - a + (sum(repeats) if axis == self.task.slice_axis else 0) for axis, (a, b) in enumerate(box)]
+        box = placement.grown(box)
 
         def read(f: Callable[[Box], np.ndarray]) -> torch.Tensor:
             array = f(box)
@@ -113,7 +124,7 @@ class TrainingSamples(Dataset):
                 width = [(0, 0)] * 4
                 width[1 + self.task.slice_axis] = repeats
                 array = np.pad(array, width, mode="edge")
-            return torch.from_numpy(np.ascontiguousarray(array))
+            return torch.from_numpy(np.ascontiguousarray(placement.mirror(array)))
 
         raw = read(cached.read)
         sample = {"brain_mask": torch.from_numpy(foreground(raw.numpy(), self.preprocessing.background))[None]}
@@ -125,6 +136,9 @@ class TrainingSamples(Dataset):
         for name in self.maps:
             if self.store.has(name, case.id):
                 sample[name] = read(lambda b, n=name: self.store.read(n, case.id, b))
+        if placement.matrix is not None:
+            linear = self._interpolated_linearly
+            sample = {k: placement.resample(v, size, k in linear) for k, v in sample.items()}
         sample["channel_mask"] = torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool))
         return sample
 
@@ -146,10 +160,14 @@ class TrainingSamples(Dataset):
         widened = [*box[:axis], (start, stop), *box[axis + 1 :]]
         return tuple(widened), (start - (middle - half), (middle + half + 1) - stop)
 
+    @property
+    def _interpolated_linearly(self) -> set[str]:
+        return {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
+
     def _augmented(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torchio
 
-        linear = {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
+        linear = self._interpolated_linearly
         spatial = {k: v for k, v in sample.items() if v.ndim == 4}
         thin = [axis for axis in (1, 2, 3) if sample["image"].shape[axis] == 1]
         for axis in thin:  # TorchIO cannot flip an axis of length one; two equal slices it can

@@ -1,0 +1,141 @@
+"""Intensity transforms of nnU-Net's default training (Isensee et al., Nature Methods 2021, Supplementary Note 4; version 2) as TorchIO transforms.
+
+TorchIO lacks them or applies one draw to all channels; these draw per channel and work on the tensor in place. Randomness comes from torch's
+global generator.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from torchio import Subject
+from torchio.transforms.augmentation import RandomTransform
+from torchio.transforms.intensity_transform import IntensityTransform
+
+
+class ChannelTransform(RandomTransform, IntensityTransform):
+    """Base: calls `change` with single channels (x, y, z) of every intensity image, and keeps what it returns.
+
+    Args:
+        p: probability that the transform is applied at all.
+        p_channel: probability of each channel, once it is.
+    """
+
+    def __init__(self, p: float = 1, p_channel: float = 1, **options) -> None:
+        super().__init__(p=p, **options)
+        self.p_channel = p_channel
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        for image in self.get_images(subject):
+            for channel in image.data:
+                if torch.rand(1).item() < self.p_channel:
+                    channel.copy_(self.change(channel))
+        return subject
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} must define change()")
+
+
+class RandomChannelBlur(ChannelTransform):
+    """Gaussian blur whose standard deviation, in voxels, is drawn per channel and axis from `std`; axes of length one stay."""
+
+    def __init__(self, std: Sequence[float] = (0.5, 1.0), **options) -> None:
+        super().__init__(**options)
+        self.std = tuple(std)
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        sigmas = [self.sample_uniform(*self.std) if n > 1 else 0 for n in channel.shape]
+        return torch.from_numpy(gaussian_filter(channel.numpy(), sigmas, truncate=6))
+
+
+class RandomBrightness(ChannelTransform):
+    """Multiplies a channel by a factor from `factors`: below or above 1 with equal probability."""
+
+    def __init__(self, factors: Sequence[float] = (0.75, 1.25), **options) -> None:
+        super().__init__(**options)
+        self.factors = tuple(factors)
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        return channel.mul_(_around_one(*self.factors))
+
+
+class RandomContrast(ChannelTransform):
+    """Stretches a channel about its mean by a factor from `factors`, clipped to the range it had."""
+
+    def __init__(self, factors: Sequence[float] = (0.75, 1.25), **options) -> None:
+        super().__init__(**options)
+        self.factors = tuple(factors)
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        low, high = torch.aminmax(channel)
+        mean = channel.mean()
+        return channel.sub_(mean).mul_(_around_one(*self.factors)).add_(mean).clamp_(low, high)
+
+
+class RandomLowResolution(ChannelTransform):
+    """Sampled down by nearest neighbors to a share from `zoom` of each side, then up again linearly; axes of length one stay."""
+
+    def __init__(self, zoom: Sequence[float] = (0.5, 1.0), **options) -> None:
+        super().__init__(**options)
+        self.zoom = tuple(zoom)
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        zoom = self.sample_uniform(*self.zoom)
+        small = F.interpolate(channel[None, None], [max(1, round(n * zoom)) for n in channel.shape], mode="nearest-exact")
+        return F.interpolate(small, channel.shape, mode="trilinear")[0, 0]
+
+
+class RandomPower(ChannelTransform):
+    """Gamma correction of a channel mapped to [0, 1], with its mean and standard deviation put back afterwards.
+
+    Args:
+        gamma: range of the exponent, below or above 1 with equal probability.
+        invert: work on the negative image.
+    """
+
+    def __init__(self, gamma: Sequence[float] = (0.7, 1.5), invert: bool = False, **options) -> None:
+        super().__init__(**options)
+        self.gamma, self.invert = tuple(gamma), invert
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        if self.invert:
+            channel.neg_()
+        mean, std = _moments(channel)
+        low, high = torch.aminmax(channel)
+        extent = (high - low).clamp_min(1e-7)
+        channel.sub_(low).div_(extent).pow_(_around_one(*self.gamma))
+        new_mean, new_std = _moments(channel)
+        factor = std / new_std.clamp_min(1e-7)
+        channel.mul_(factor).add_(mean - new_mean * factor)
+        return channel.neg_() if self.invert else channel
+
+
+class MaskBackground(IntensityTransform):
+    """Sets the images to `value` outside the map `mask` of the same sample, as before the intensities were changed."""
+
+    def __init__(self, mask: str = "brain_mask", value: float = 0.0, **options) -> None:
+        super().__init__(**options)
+        self.mask, self.value = mask, value
+        self.args_names = ["mask", "value"]
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        outside = subject[self.mask].data[0] == 0
+        for image in self.get_images(subject):
+            image.data.masked_fill_(outside, self.value)
+        return subject
+
+
+def _around_one(low: float, high: float) -> float:
+    """Uniform below 1 or above 1, each with probability 0.5; uniform in the range where it lies on one side."""
+    below = torch.rand(1).item() < 0.5 and low < 1
+    low, high = (low, min(1.0, high)) if below else (max(low, 1.0), high)
+    return low + (high - low) * torch.rand(1).item()
+
+
+def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation in two passes over memory that are faster than `torch.std_mean`."""
+    flat = values.flatten()
+    mean = flat.mean()
+    variance = torch.dot(flat, flat) / flat.numel() - mean.square()
+    return mean, variance.clamp_min(0).sqrt()

@@ -1,0 +1,124 @@
+"""Rotation, scaling and mirroring of training patches, drawn before the patch is read.
+
+A transform of a finished patch has to fill its corners with zeros. Here the patch is placed in the volume first, and just the voxels that it
+covers are read and resampled once, so that the corners show what is there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datamodules.sampling import Box
+from lesionbench.errors import SuiteError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one patch lies in its volume.
+
+    Attributes:
+        matrix: (3, 3), takes an offset from the center of the patch to an offset in the volume, in voxels; None = upright.
+        mirrored: axes along which the patch is read backwards.
+    """
+
+    matrix: np.ndarray | None = None
+    mirrored: tuple[int, ...] = ()
+
+    def margin(self, size: Sequence[int]) -> list[int]:
+        """Voxels to read beyond each side of an upright box of this size."""
+        if self.matrix is None:
+            return [0, 0, 0]
+        half = (np.asarray(size) - 1) / 2
+        return [max(0, math.ceil(m)) for m in np.abs(self.matrix) @ half - half]
+
+    def grown(self, box: Box) -> Box:
+        """The upright box around all that a patch cut at `box` covers."""
+        margin = self.margin([b - a for a, b in box])
+        return tuple((a - m, b + m) for (a, b), m in zip(box, margin, strict=True))
+
+    def mirror(self, array: np.ndarray) -> np.ndarray:
+        """(C, x, y, z) read backwards along the mirrored axes, as a view."""
+        return np.flip(array, [1 + axis for axis in self.mirrored])
+
+    def resample(self, values: torch.Tensor, size: Sequence[int], linear: bool) -> torch.Tensor:
+        """What the patch of this size shows of the grown box `values` (C, x, y, z) around the same center; same type."""
+        grid = self._grid(tuple(values.shape[1:]), size)
+        floating = values.to(torch.float32)[None]
+        if linear:
+            floating = floating.contiguous(memory_format=torch.channels_last_3d)  # faster than channel by channel
+        sampled = F.grid_sample(floating, grid, mode="bilinear" if linear else "nearest", padding_mode="border", align_corners=True)
+        return sampled[0].contiguous().to(values.dtype)
+
+    def _grid(self, shape: tuple[int, ...], size: Sequence[int]) -> torch.Tensor:
+        """Coordinates (1, *size, 3) for `grid_sample`: -1 .. 1 from the first to the last voxel, last axis first."""
+        offsets = [torch.arange(n) - (n - 1) / 2 for n in size]
+        x, y, z = offsets[0][:, None, None], offsets[1][None, :, None], offsets[2][None, None, :]
+        rows = self.matrix / np.array([max(n - 1, 1) / 2 for n in shape])[:, None]
+        return torch.stack([float(a) * x + float(b) * y + float(c) * z for a, b, c in rows[::-1]], dim=-1)[None]
+
+
+class RandomPlacement:
+    """Draws placements from torch's global generator.
+
+    Args:
+        degrees: rotation about each axis is uniform in [-degrees, degrees].
+        scales: uniform factor, the same along all axes, by which the patch covers more of the volume (above 1 things look smaller).
+        p_rotation, p_scaling: probabilities, independent of each other.
+        mirror_axes: each is mirrored with probability 0.5.
+        elongation: probability that a scaling draws a factor for each axis instead of one for all.
+
+    Raises:
+        SuiteError: probabilities or scales out of range.
+    """
+
+    def __init__(
+        self,
+        degrees: float = 30,
+        scales: Sequence[float] = (0.7, 1.4),
+        p_rotation: float = 0.2,
+        p_scaling: float = 0.2,
+        mirror_axes: Sequence[int] = (0, 1, 2),
+        elongation: float = 0,
+    ) -> None:
+        for name, p in {"p_rotation": p_rotation, "p_scaling": p_scaling, "elongation": elongation}.items():
+            if not 0 <= p <= 1:
+                raise SuiteError(f"augmentation: {name}={p} is no probability")
+        if not 0 < scales[0] <= scales[1]:
+            raise SuiteError(f"augmentation: scales={list(scales)}: need 0 < smallest <= largest")
+        self.degrees, self.scales, self.p_rotation, self.p_scaling = degrees, tuple(scales), p_rotation, p_scaling
+        self.mirror_axes, self.elongation = tuple(mirror_axes), elongation
+
+    def draw(self, slice_axis: int | None = None) -> Placement:
+        """One placement; with `slice_axis` (2D and 2.5D samples) rotation and scaling stay in the plane."""
+        turns = torch.rand(1).item() < self.p_rotation
+        grows = torch.rand(1).item() < self.p_scaling
+        mirrored = tuple(axis for axis in self.mirror_axes if torch.rand(1).item() < 0.5)
+        matrix = np.eye(3)
+        if turns:
+            for axis in range(3):
+                angle = math.radians(_uniform(-self.degrees, self.degrees))
+                if slice_axis in (None, axis):
+                    matrix = matrix @ _rotation(axis, angle)
+        if grows:
+            each = torch.rand(1).item() < self.elongation
+            factors = [_uniform(*self.scales) for _ in range(3)] if each else [_uniform(*self.scales)] * 3
+            matrix = matrix @ np.diag([1.0 if axis == slice_axis else f for axis, f in enumerate(factors)])
+        if not (turns or grows):
+            return Placement(mirrored=mirrored)
+        return Placement(matrix @ np.diag([-1.0 if axis in mirrored else 1.0 for axis in range(3)]))
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(1).item()
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    a, b = (i for i in range(3) if i != axis)
+    matrix = np.eye(3)
+    matrix[a, a] = matrix[b, b] = math.cos(angle)
+    matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
+    return matrix
