@@ -81,6 +81,8 @@ class Comparison:
         left_out: run folder -> why it does not count.
         notes: what the reader has to know.
         caption: stands under every table; says where the data are simulated.
+        values: what every cell sums up, over all cases, seeds and folds; not written to comparison.json.
+        objectives: group -> name of the validation curve that its runs optimize, or None; not written to comparison.json.
     """
 
     group_by: list[str]
@@ -92,6 +94,8 @@ class Comparison:
     left_out: dict[str, str]
     notes: list[str]
     caption: str
+    values: dict[Cell, list[float]]
+    objectives: dict[str, str | None]
 
     def table(self, width: int = 100) -> "RenderableType":
         """Tables for a terminal of `width` columns, for `rich.print`: one per metric with regions as columns, costs, tests, notes."""
@@ -108,7 +112,7 @@ class Comparison:
                 for row in part.rows:
                     table.add_row(*(Text(cell) for cell in row))
                 parts += [Text(part.title, style="bold"), table, Text(f"{self.caption}\n")]
-        return Group(*parts, *(Text(line) for line in self._remarks()))
+        return Group(*parts, *(Text(line) for line in self.remarks()))
 
     def markdown(self) -> str:
         """The same tables and remarks as Markdown."""
@@ -118,7 +122,7 @@ class Comparison:
             blocks.append(f"## {sheet.title}")
             blocks.append("\n".join("| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in lines))
             blocks += [f"*{self.caption}*"] if self.caption else []
-        blocks += [_markdown(line) for line in self._remarks()]
+        blocks += [_markdown(line) for line in self.remarks()]
         return "\n\n".join(blocks) + "\n"
 
     def write(self, out: Path | str) -> list[Path]:
@@ -129,7 +133,7 @@ class Comparison:
         _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
         _write_table(out / "tests.csv", _TEST_COLUMNS, self.tests)
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
-        write_json(out / "comparison.json", asdict(self))
+        write_json(out / "comparison.json", {k: v for k, v in asdict(self).items() if k not in ("values", "objectives")})
         return [out / name for name in ("comparison.csv", "comparison.md", "tests.csv", "comparison.json")]
 
     def sheets(self) -> list["Sheet"]:
@@ -139,7 +143,8 @@ class Comparison:
         tests = [_test_sheet(metric, [t for t in self.tests if t["metric"] == metric]) for metric in metrics if self.tests]
         return [*results, _group_sheet(self.groups), *tests]
 
-    def _remarks(self) -> list[str]:
+    def remarks(self) -> list[str]:
+        """Notes, and what was left out and why, a line each."""
         excluded = [f"Left out: {folder} ({why})" for folder, why in self.left_out.items()]
         return [*(f"Note: {note}" for note in self.notes), *excluded]
 
@@ -195,6 +200,8 @@ def compare(
         left_out=left_out,
         notes=_notes(groups, keys),
         caption=_caption(groups),
+        values={cell: _known(v for cases in values.values() for v in cases.values()).tolist() for cell, values in _ordered(pool, baseline)},
+        objectives={name: _objective(_runs(seeds)) for name, seeds in groups.items()},
     )
     if out is not None:
         comparison.write(out)
@@ -434,6 +441,13 @@ def _ordered(pool: dict[Cell, Values], baseline: str | None) -> list[tuple[Cell,
 
 def _runs(seeds: Mapping[Any, Sequence[Run]]) -> list[Run]:
     return [run for runs in seeds.values() for run in runs]
+
+
+def _objective(runs: Sequence[Run]) -> str | None:
+    """The validation curve that the runs optimize, if it is one and the same."""
+    names = {_setting(run.settings, "objective.name") for run in runs}
+    name = names.pop() if len(names) == 1 else None
+    return None if name == _ABSENT else name
 
 
 def _replicates(seeds: Mapping[Any, Sequence[Run]]) -> tuple[int, int]:

@@ -445,14 +445,21 @@ def compare(cfg: DictConfig) -> None:
     """Compares run folders: table, costs and paired tests."""
     from lesionbench.comparison import compare as compare_runs
 
+    if cfg.report not in (None, "html"):
+        raise unknown("report", cfg.report, ["html", "null"])
     options = OmegaConf.to_container(cfg.compare, resolve=True)
-    result = compare_runs(options.pop("runs") or [cfg.runs], out=Path(cfg.out) if cfg.out else None, **options)
+    out = Path(cfg.out or "comparison") if cfg.out or cfg.report else None
+    result = compare_runs(options.pop("runs") or [cfg.runs], out=out, **options)
     from rich.console import Console
 
     console = Console()
     console.print(result.table(console.width))
-    if cfg.out:
-        _say(f"written to {cfg.out}")
+    if cfg.report:
+        from lesionbench.html_report import write_html
+
+        _say(f"open {write_html(result, out / 'report.html')}")
+    if out:
+        _say(f"written to {out}")
 
 
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {

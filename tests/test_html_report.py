@@ -1,0 +1,157 @@
+"""The HTML report holds every table, plot and picture in one file, and its numbers are those of the runs."""
+
+import csv
+import math
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from callbacks import Reliability
+from callbacks.reliability import COLUMNS
+from lesionbench.comparison import Sheet, compare
+from lesionbench.html_report import _band, _curves, _reliability, comma_separated, latex, write_html
+from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.task import Task
+from tests.test_comparison import make_run, row
+
+CASES = [f"c{i}" for i in range(8)]
+PIXEL = bytes.fromhex("89504e470d0a1a0a")
+
+
+def dressed(folder, name):
+    """Adds the curves, calibration counts and pictures that a real run leaves."""
+    lines = ["iteration,epoch,name,value", "1,0,train/loss,1.0", "2,0,train/loss,0.5", f"2,0,val/dice,{0.5 if name == 'a' else 0.6}"]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    with open(folder / "test" / "reliability.csv", "w") as file:
+        csv.writer(file).writerows([COLUMNS, ["", "WT", 0, 90, 9.0, 9], ["", "WT", 1, 10, 8.0, 4], ["teacher", "WT", 0, 5, 1.0, 1]])
+    (folder / "figures").mkdir()
+    for kind in ("best", "median", "worst"):
+        (folder / "figures" / f"{kind}.png").write_bytes(PIXEL + f"{name}-{kind}".encode())
+
+
+@pytest.fixture
+def runs(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, level in (("a", 0.6), ("b & <c>", 0.8)):
+        for seed in (0, 1):
+            values = [
+                row(c, region=r, dice=float(v), hd95_mm=float(10 * v))
+                for r in ("WT", "ET")
+                for c, v in zip(CASES, rng.uniform(level - 0.1, level, len(CASES)), strict=True)
+            ]
+            config = {"objective": {"name": "val/dice", "mode": "max"}}
+            folder = make_run(
+                tmp_path,
+                name,
+                seed,
+                rows=values,
+                folder=f"{name[0]}/{seed}",
+                config=config,
+                cost={"parameters": 1e6, "wall_s": 10.0 + seed},
+            )
+            dressed(folder, name[0])
+    return tmp_path
+
+
+class Tags(HTMLParser):
+    """Counts tags and checks that they close."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.open = {}, []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_everything_is_in_one_file(runs, tmp_path):
+    comparison = compare([runs], baseline="a")
+    text = write_html(comparison, tmp_path / "out" / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert not [t for t in tags.open if t not in ("html", "body")]
+    assert tags.count["img"] == 2 * 3
+    assert tags.count["table"] == len(comparison.sheets())
+    assert tags.count["svg"] == 2 + 1 + 1 + 1 + 1  # boxes of two metrics, differences, training, calibration, cost
+    assert not re.search(r"""(src|href)=['"](?!data:|#)""", re.sub(r'xlink:href="#', "", text))
+    assert "b &amp; &lt;c&gt;" in text
+    assert "<c>" not in text
+    for sheet in comparison.sheets():
+        for cell in (cell for line in sheet.rows for cell in line):
+            assert all(part in text for part in cell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split("\n"))
+
+
+def test_a_bare_run_has_a_report_too(tmp_path):
+    make_run(tmp_path, values=dict.fromkeys(CASES, 0.5))
+    text = write_html(compare([tmp_path]), tmp_path / "report.html").read_text()
+    for line in ("No run has a training curve", "No run has region probabilities", "No run has pictures", "compare.baseline"):
+        assert line in text
+
+
+def test_latex_and_csv_of_a_sheet():
+    sheet = Sheet("dice", ["group", "WT_1"], [["50% & <a>", "0.8 ± 0.1\n0.7"], ['say "x", y', "\\"]], fixed=1)
+    assert latex(sheet).split("\n") == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"group & WT\_1 \\",
+        r"\midrule",
+        r"50\% \& $<$a$>$ & 0.8 $\pm$ 0.1 0.7 \\",
+        r'say "x", y & \textbackslash{} \\',
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert list(csv.reader(comma_separated(sheet).splitlines())) == [
+        ["group", "WT_1"],
+        ["50% & <a>", "0.8 ± 0.1 0.7"],
+        ['say "x", y', "\\"],
+    ]
+
+
+def test_curves_by_hand(runs):
+    found = _curves([str(runs / "a" / "0"), str(runs / "a" / "1"), str(runs / "nowhere")], ["train/loss", "val/dice"])
+    assert found == {"train/loss": [{1: 1.0, 2: 0.5}] * 2, "val/dice": [{2: 0.5}] * 2}
+    assert _band([{1: 1.0, 2: 3.0}, {1: 2.0}]) == ([1.0, 2.0], [1.5, 3.0], [1.0, 3.0], [2.0, 3.0])
+    at, mean, low, high = _band([{i: 1.0 if i % 2 else math.nan for i in range(400)}])
+    assert len(at) == 40
+    assert set(mean) == set(low) == set(high) == {1.0}
+
+
+def test_calibration_counts_are_those_of_the_main_prediction(runs):
+    table = _reliability(runs / "a" / "0" / "test" / "reliability.csv")
+    assert {k: v.tolist() for k, v in table.items()} == {("WT", 0): [90, 9, 9], ("WT", 1): [10, 8, 4]}
+    assert _reliability(runs / "no such file") == {}
+
+
+def test_reliability_callback_by_hand(tmp_path):
+    task = Task(("t1",), {"background": 0, "lesion": 1})
+    callback = Reliability(str(tmp_path), bins=4)
+    callback.on_test_epoch_start(None, None)
+    module = SimpleNamespace(task=task)
+    for probabilities, labels in [([0.0, 0.3, 0.6, 1.0], [0, 1, 0, 1]), ([0.9, 0.9, 0.1, 0.2], [1, -1, 0, 0])]:
+        regions = torch.tensor(probabilities).reshape(1, 4, 1, 1)
+        inner = Prediction(regions=1 - regions)
+        prediction = Prediction(regions=regions, members={"other": inner})
+        truth = torch.tensor(labels, dtype=torch.int8).reshape(4, 1, 1)
+        callback.on_test_batch_end(None, module, CaseResult("c", "c", "", prediction, truth, None, None, native=False), None, 0)
+    trainer = SimpleNamespace(is_global_zero=True, world_size=1)
+    callback.on_test_epoch_end(trainer, module)
+    table = _reliability(tmp_path / "test" / "reliability.csv")
+    assert {k[1]: v.tolist() for k, v in table.items()} == {
+        0: pytest.approx([3, 0.3, 0]),
+        1: pytest.approx([1, 0.3, 1]),
+        2: pytest.approx([1, 0.6, 0]),
+        3: pytest.approx([2, 1.9, 2]),  # the second 0.9 is at a voxel to ignore
+    }
+    assert "other,lesion,0,2" in (tmp_path / "test" / "reliability.csv").read_text()
