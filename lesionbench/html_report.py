@@ -5,7 +5,8 @@ import csv
 import html
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +92,17 @@ def _boxes(comparison: Comparison) -> Iterable[tuple[str, "Figure"]]:
     """One figure per metric: a panel per region, a box per group and member over all cases, seeds and folds."""
     for metric in dict.fromkeys(cell[3] for cell in comparison.values):
         cells = [cell for cell in comparison.values if cell[3] == metric]
-        regions = list(dict.fromkeys(cell[2] for cell in cells))
-        figure, axes = _axes(len(regions), height=1.2 + 0.3 * max(sum(c[2] == r for c in cells) for r in regions), share_y=False)
+        regions, names = (list(dict.fromkeys(part)) for part in zip(*((cell[2], cell[:2]) for cell in cells), strict=True))
+        figure, axes = _rows([_name(name) for name in names], len(regions))
         for axis, region in zip(axes, regions, strict=True):
-            shown = [cell for cell in cells if cell[2] == region][::-1]
+            shown = [cell for cell in cells if cell[2] == region]
+            places = [_place(names, cell[:2]) for cell in shown]
             boxes = axis.boxplot(
-                [comparison.values[c] for c in shown], orientation="horizontal", showmeans=True, patch_artist=True, widths=0.6
-            )
+                [comparison.values[c] for c in shown], positions=places, orientation="horizontal", showmeans=True, patch_artist=True,
+                widths=0.6, manage_ticks=False,
+            )  # fmt: skip
             for patch, cell in zip(boxes["boxes"], shown, strict=True):
                 patch.set_facecolor(_color(comparison, cell[0]))
-            axis.set_yticks(range(1, len(shown) + 1), [_name(c) for c in shown], fontsize=8)
             axis.set_title(region or "(case)", fontsize=9)
             axis.set_xlabel(metric)
         yield metric, figure
@@ -111,18 +113,17 @@ def _differences(comparison: Comparison) -> str:
     if not comparison.tests:
         return "<p class=note>Give compare.baseline=&lt;a group&gt; for paired tests.</p>"
     metrics = list(dict.fromkeys(test["metric"] for test in comparison.tests))
-    most = max(sum(t["metric"] == m for t in comparison.tests) for m in metrics)
-    figure, axes = _axes(len(metrics), height=1.2 + 0.22 * most, share_y=False)
+    names = list(dict.fromkeys((t["group"], t["member"], t["region"]) for t in comparison.tests))
+    figure, axes = _rows([f"{_name(name)} {name[2]}" for name in names], len(metrics))
     for axis, metric in zip(axes, metrics, strict=True):
-        tests = [t for t in comparison.tests if t["metric"] == metric][::-1]
-        for place, test in enumerate(tests):
-            axis.plot([test["ci_low"], test["ci_high"]], [place, place], color=_color(comparison, test["group"]), lw=2)
-            axis.plot(test["mean_difference"], place, "o", color=_color(comparison, test["group"]), ms=4)
+        tests = [t for t in comparison.tests if t["metric"] == metric]
+        for test in tests:
+            place, color = _place(names, (test["group"], test["member"], test["region"])), _color(comparison, test["group"])
+            axis.plot([test["ci_low"], test["ci_high"]], [place, place], color=color, lw=2)
+            axis.plot(test["mean_difference"], place, "o", color=color, ms=4)
         axis.axvline(0, color="0.5", lw=0.8)
-        axis.set_yticks(range(len(tests)), [_name((t["group"], t["member"])) + f" {t['region']}" for t in tests], fontsize=7)
         axis.set_title(f"{metric} ({tests[0]['better']} is better)", fontsize=9)
-    figure.suptitle(f"difference to {comparison.baseline}, 95 % interval", fontsize=9)
-    return _svg(figure, "differences")
+    return f"<p>Difference to {html.escape(comparison.baseline)}, mean and 95 % interval.</p>{_svg(figure, 'differences')}"
 
 
 def _training(comparison: Comparison) -> str:
@@ -132,7 +133,7 @@ def _training(comparison: Comparison) -> str:
     drawn = [name for name in names if any(found.get(name) for found in curves.values())]
     if not drawn:
         return "<p class=note>No run has a training curve.</p>"
-    figure, axes = _axes(len(drawn), height=3.2, share_y=False)
+    figure, axes = _axes(len(drawn))
     for axis, name in zip(axes, drawn, strict=True):
         for group, found in curves.items():
             if not found.get(name):
@@ -146,35 +147,31 @@ def _training(comparison: Comparison) -> str:
     return _svg(figure, "training") + "<p class=note>Mean and range over the runs of a group.</p>"
 
 
-def _curves(folders: Sequence[str], names: Sequence[str]) -> dict[str, list[dict[int, float]]]:
-    """Curve name -> one {iteration: value} for each run that has it."""
-    found: dict[str, list[dict[int, float]]] = {}
-    for folder in folders:
-        path = Path(folder) / "metrics.csv"
-        lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
-        values: dict[str, dict[int, float]] = {}
-        for line in lines:
-            iteration, _, name, value = line.split(",", 3)
-            if name in names:
-                values.setdefault(name, {})[int(iteration)] = float(value)
-        for name, curve in values.items():
-            found.setdefault(name, []).append(curve)
+def _curves(folders: Sequence[str], names: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Curve name -> one array (points, 2) of iterations and values for each run that has it."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path in (path for path in (Path(folder) / "metrics.csv" for folder in folders) if path.exists()):
+        text = path.read_text(encoding="utf-8")
+        for name in names:
+            points = re.findall(rf"^(\d+),[^,\n]*,{re.escape(name)},(\S+)$", text, re.MULTILINE)
+            if points:
+                found.setdefault(name, []).append(np.array(points, dtype=float))
     return found
 
 
-def _band(curves: Sequence[Mapping[int, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
+def _band(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Iterations, mean, smallest and largest value of several runs, averaged over stretches where there are too many points to see."""
-    steps = sorted({step for curve in curves for step in curve})
-    stretches = np.array_split(np.array(steps), min(len(steps), SMOOTHED))
-    at, mean, low, high = [], [], [], []
-    for stretch in stretches:
-        per_run = [np.nanmean([c[s] for s in stretch if s in c]) for c in curves if any(s in c and math.isfinite(c[s]) for s in stretch)]
-        if per_run:
-            at.append(float(stretch.mean()))
-            mean.append(float(np.mean(per_run)))
-            low.append(min(per_run))
-            high.append(max(per_run))
-    return at, mean, low, high
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    edges = np.array([stretch[0] for stretch in np.array_split(steps, min(len(steps), SMOOTHED))])
+    values = np.full((len(curves), len(edges)), np.nan)
+    for row, curve in zip(values, curves, strict=True):
+        known = curve[np.isfinite(curve[:, 1])]
+        place = np.searchsorted(edges, known[:, 0], side="right") - 1
+        count = np.bincount(place, minlength=len(edges))
+        row[count > 0] = (np.bincount(place, known[:, 1], len(edges)) / np.maximum(count, 1))[count > 0]
+    kept = ~np.isnan(values).all(axis=0)
+    shown = values[:, kept]
+    return edges[kept], np.nanmean(shown, axis=0), np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
 
 
 def _calibration(comparison: Comparison) -> str:
@@ -187,7 +184,7 @@ def _calibration(comparison: Comparison) -> str:
                 table[place] = table.get(place, 0) + counts
     if not pooled:
         return "<p class=note>No run has region probabilities.</p>"
-    figure, axes = _axes(len(pooled), height=3.4, share_y=True)
+    figure, axes = _axes(len(pooled))
     for axis, (region, groups) in zip(axes, pooled.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.8)
         for group, table in groups.items():
@@ -212,7 +209,7 @@ def _reliability(path: Path) -> dict[tuple[str, int], np.ndarray]:
 def _costs(comparison: Comparison) -> str:
     """The first metric, averaged over regions, against parameters and training time."""
     first = comparison.cells[0]["metric"]
-    figure, axes = _axes(2, height=3.2, share_y=True)
+    figure, axes = _axes(2)
     for axis, cost in zip(axes, (PARAMETERS, SECONDS), strict=True):
         for group in comparison.groups:
             cells = [c["mean"] for c in comparison.cells if (c["group"], c["member"], c["metric"]) == (group["group"], "", first)]
@@ -248,11 +245,31 @@ def _runs(comparison: Comparison) -> str:
     )
 
 
-def _axes(count: int, height: float, share_y: bool) -> tuple["Figure", list[Any]]:
+def _axes(count: int) -> tuple["Figure", list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * count + 1, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, count, sharey=share_y)))
+    figure = Figure(figsize=(4.4 * count, 3.4))
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    figure.subplots_adjust(left=0.6 / (4.4 * count), right=1 - 0.1 / (4.4 * count), bottom=0.16, top=0.9)
+    return figure, list(axes)
+
+
+def _rows(labels: Sequence[str], panels: int) -> tuple["Figure", list[Any]]:
+    """Panels that share one named row for each label, the first on top; room for the names is reckoned from their length."""
+    from matplotlib.figure import Figure
+
+    left, height = 0.3 + 0.065 * max(len(label) for label in labels), 1.0 + 0.24 * len(labels)
+    width = left + 3.6 * panels
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=left / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08)
+    axes[0].set_yticks(range(len(labels)), list(labels)[::-1], fontsize=8)
+    axes[0].set_ylim(-0.6, len(labels) - 0.4)
+    return figure, list(axes)
+
+
+def _place(names: Sequence[Any], name: Any) -> int:
+    return len(names) - 1 - names.index(name)
 
 
 def _svg(figure: "Figure", name: str) -> str:

@@ -121,9 +121,13 @@ def test_latex_and_csv_of_a_sheet():
 
 def test_curves_by_hand(runs):
     found = _curves([str(runs / "a" / "0"), str(runs / "a" / "1"), str(runs / "nowhere")], ["train/loss", "val/dice"])
-    assert found == {"train/loss": [{1: 1.0, 2: 0.5}] * 2, "val/dice": [{2: 0.5}] * 2}
-    assert _band([{1: 1.0, 2: 3.0}, {1: 2.0}]) == ([1.0, 2.0], [1.5, 3.0], [1.0, 3.0], [2.0, 3.0])
-    at, mean, low, high = _band([{i: 1.0 if i % 2 else math.nan for i in range(400)}])
+    assert {name: [c.tolist() for c in curves] for name, curves in found.items()} == {
+        "train/loss": [[[1, 1.0], [2, 0.5]]] * 2,
+        "val/dice": [[[2, 0.5]]] * 2,
+    }
+    two = [np.array([[1, 1.0], [2, 3.0]]), np.array([[1, 2.0]])]
+    assert [part.tolist() for part in _band(two)] == [[1, 2], [1.5, 3], [1, 3], [2, 3]]
+    at, mean, low, high = _band([np.array([[i, 1.0 if i % 2 else math.nan] for i in range(400)])])
     assert len(at) == 40
     assert set(mean) == set(low) == set(high) == {1.0}
 
