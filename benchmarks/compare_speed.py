@@ -47,7 +47,7 @@ def make_run(root: Path, number: int) -> None:
     ]
     (folder / "metrics.csv").write_text("\n".join(["iteration,epoch,name,value", *points]) + "\n")
     counts = [f",{region},{place},100,{place * 6},{place * 5}" for region in ("WT", "TC", "ET") for place in range(15)]
-    (folder / "test" / "reliability.csv").write_text("\n".join(["member,region,bin,voxels,probability,true", *counts]) + "\n")
+    (folder / "test" / "calibration.csv").write_text("\n".join(["member,region,bin,voxels,probability,true", *counts]) + "\n")
     (folder / "figures").mkdir()
     for name in ("best", "median", "worst"):
         (folder / "figures" / f"{name}.png").write_bytes(bytes(200_000))

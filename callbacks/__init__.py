@@ -1,5 +1,6 @@
 """Callbacks and the default logger: what is watched, kept and written while the Trainer runs."""
 
+from callbacks.calibration import Calibration
 from callbacks.case_table import CaseTable
 from callbacks.checkpoint import BestAndLast
 from callbacks.cost import Cost
@@ -9,10 +10,10 @@ from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
-from callbacks.reliability import Reliability
 
 __all__ = [
     "BestAndLast",
+    "Calibration",
     "CaseTable",
     "Cost",
     "CurvesLogger",
@@ -22,7 +23,6 @@ __all__ = [
     "NiftiWriter",
     "NonFiniteLoss",
     "OverlayFigures",
-    "Reliability",
     "montage",
     "progress_bar",
 ]

@@ -179,7 +179,7 @@ def _calibration(comparison: Comparison) -> str:
     pooled: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for group, folders in comparison.folders.items():
         for folder in folders:
-            for (region, place), counts in _reliability(Path(folder) / "test" / "reliability.csv").items():
+            for (region, place), counts in _calibration_counts(Path(folder) / "test" / "calibration.csv").items():
                 table = pooled.setdefault(region, {}).setdefault(group, {})
                 table[place] = table.get(place, 0) + counts
     if not pooled:
@@ -197,7 +197,7 @@ def _calibration(comparison: Comparison) -> str:
     return _svg(figure, "calibration")
 
 
-def _reliability(path: Path) -> dict[tuple[str, int], np.ndarray]:
+def _calibration_counts(path: Path) -> dict[tuple[str, int], np.ndarray]:
     """(region, bin) -> (voxels, sum of probabilities, true voxels) of the main prediction."""
     if not path.exists():
         return {}

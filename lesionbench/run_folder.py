@@ -23,7 +23,7 @@ _INCIDENTAL = (
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
-    *(f"callbacks.{c}" for c in ("checkpoint", "nan_guard", "cost", "table", "figures", "reliability", "writer", "learning_rate", "progress", "baseline")),
+    *(f"callbacks.{c}" for c in ("checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "reliability", "writer", "learning_rate", "progress", "baseline")),
 )  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"

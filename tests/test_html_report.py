@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks import Reliability
-from callbacks.reliability import COLUMNS
+from callbacks import Calibration
+from callbacks.calibration import COLUMNS
 from lesionbench.comparison import Sheet, compare
-from lesionbench.html_report import _band, _curves, _reliability, comma_separated, latex, write_html
+from lesionbench.html_report import _band, _calibration_counts, _curves, comma_separated, latex, write_html
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
 from tests.test_comparison import make_run, row
@@ -26,7 +26,7 @@ def dressed(folder, name):
     """Adds the curves, calibration counts and pictures that a real run leaves."""
     lines = ["iteration,epoch,name,value", "1,0,train/loss,1.0", "2,0,train/loss,0.5", f"2,0,val/dice,{0.5 if name == 'a' else 0.6}"]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    with open(folder / "test" / "reliability.csv", "w") as file:
+    with open(folder / "test" / "calibration.csv", "w") as file:
         csv.writer(file).writerows([COLUMNS, ["", "WT", 0, 90, 9.0, 9], ["", "WT", 1, 10, 8.0, 4], ["teacher", "WT", 0, 5, 1.0, 1]])
     (folder / "figures").mkdir()
     for kind in ("best", "median", "worst"):
@@ -133,14 +133,14 @@ def test_curves_by_hand(runs):
 
 
 def test_calibration_counts_are_those_of_the_main_prediction(runs):
-    table = _reliability(runs / "a" / "0" / "test" / "reliability.csv")
+    table = _calibration_counts(runs / "a" / "0" / "test" / "calibration.csv")
     assert {k: v.tolist() for k, v in table.items()} == {("WT", 0): [90, 9, 9], ("WT", 1): [10, 8, 4]}
-    assert _reliability(runs / "no such file") == {}
+    assert _calibration_counts(runs / "no such file") == {}
 
 
-def test_reliability_callback_by_hand(tmp_path):
+def test_calibration_callback_by_hand(tmp_path):
     task = Task(("t1",), {"background": 0, "lesion": 1})
-    callback = Reliability(str(tmp_path), bins=4)
+    callback = Calibration(str(tmp_path), bins=4)
     callback.on_test_epoch_start(None, None)
     module = SimpleNamespace(task=task)
     for probabilities, labels in [([0.0, 0.3, 0.6, 1.0], [0, 1, 0, 1]), ([0.9, 0.9, 0.1, 0.2], [1, -1, 0, 0])]:
@@ -151,11 +151,11 @@ def test_reliability_callback_by_hand(tmp_path):
         callback.on_test_batch_end(None, module, CaseResult("c", "c", "", prediction, truth, None, None, native=False), None, 0)
     trainer = SimpleNamespace(is_global_zero=True, world_size=1)
     callback.on_test_epoch_end(trainer, module)
-    table = _reliability(tmp_path / "test" / "reliability.csv")
+    table = _calibration_counts(tmp_path / "test" / "calibration.csv")
     assert {k[1]: v.tolist() for k, v in table.items()} == {
         0: pytest.approx([3, 0.3, 0]),
         1: pytest.approx([1, 0.3, 1]),
         2: pytest.approx([1, 0.6, 0]),
         3: pytest.approx([2, 1.9, 2]),  # the second 0.9 is at a voxel to ignore
     }
-    assert "other,lesion,0,2" in (tmp_path / "test" / "reliability.csv").read_text()
+    assert "other,lesion,0,2" in (tmp_path / "test" / "calibration.csv").read_text()

@@ -15,8 +15,8 @@ from lesionbench.task import IGNORE
 COLUMNS = ("member", "region", "bin", "voxels", "probability", "true")
 
 
-class Reliability(pl.Callback):
-    """Writes `<folder>/test/reliability.csv`: for every member, region and bin of the predicted probability, the number of test voxels, the sum
+class Calibration(pl.Callback):
+    """Writes `<folder>/test/calibration.csv`: for every member, region and bin of the predicted probability, the number of test voxels, the sum
     of their probabilities and the number of them that are truly in the region (Guo et al. 2017, arXiv:1706.04599, sec. 2).
 
     Voxels to ignore do not count. Members without region probabilities are left out.
@@ -27,7 +27,7 @@ class Reliability(pl.Callback):
     """
 
     def __init__(self, folder: str, bins: int = 15) -> None:
-        self.path, self.bins = Path(folder) / "test" / "reliability.csv", bins
+        self.path, self.bins = Path(folder) / "test" / "calibration.csv", bins
         self._counts: dict[tuple[str, str], np.ndarray] = {}
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
