@@ -72,13 +72,13 @@ class Staple:
 def staple(masks: torch.Tensor, valid: torch.Tensor | None = None, tolerance: float = 1e-14, iterations: int = 10_000) -> Staple:
     """Simultaneous truth and performance level estimation (Warfield et al., IEEE TMI 23, 2004) of one binary region.
 
-    As in ITK, the first estimate is the mean of the masks, the prior is the share of all marks and stays fixed, and voxels are
-    independent.
+    As in ITK, the first estimate is the mean of the masks, the prior is the share of all marks and stays fixed, voxels are
+    independent, and the default tolerance is ITK's.
 
     Args:
         masks: (R, *spatial), bool, one per rater.
         valid: (*spatial), bool, voxels that count.
-        tolerance: the sum of the squared changes of sensitivities and specificities that ends the iteration.
+        tolerance: ends when no sensitivity or specificity changes by more in the square.
         iterations: at most so many.
 
     Raises:
@@ -98,7 +98,7 @@ def staple(masks: torch.Tensor, valid: torch.Tensor | None = None, tolerance: fl
         bias = odds + float(((1 - p).log() - q.log()).sum())
         posterior = (bias + votes @ weights).sigmoid()
         now = torch.cat([p, q])
-        if before is not None and float((now - before).square().sum()) < tolerance:
+        if before is not None and float((now - before).square().max()) <= tolerance:
             break
         before = now
     return Staple(p, q, prior, bias, weights)
