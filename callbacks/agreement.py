@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from callbacks.figures import drawn_channel
 from callbacks.gather import gather
 from callbacks.overlays import BandView, band_figure, save
 from lesionbench.prediction import CaseResult
@@ -43,7 +44,7 @@ class AgreementFigure(pl.Callback):
             return
         raters = batch["native_raters" if outputs.native else "raters"][0]
         drawn, predicted = agreement(raters, pl_module.task)[0], outputs.prediction.regions[0]
-        image = outputs.image_on_grid()[0]
+        image = outputs.image_on_grid()[drawn_channel(pl_module.task)]
         on_grid = outputs.geometry.to_canonical if outputs.native else lambda array: array
         maps = [on_grid(m.float().cpu().numpy()) for m in (image, drawn, predicted)]
         axis = pl_module.task.slice_axis
