@@ -51,7 +51,9 @@ def main() -> None:
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 128
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    print(f"{platform.machine()}, one thread, Python {platform.python_version()}, SimpleITK {sitk.Version.VersionString()}, {side}^3 voxels")
+    print(
+        f"{platform.machine()}, one thread, Python {platform.python_version()}, SimpleITK {sitk.Version.VersionString()}, {side}^3 voxels"
+    )
     for raters in (2, 3, 5, 7):
         drawn = masks(raters, side)
         images = [sitk.GetImageFromArray(m.astype(np.uint8)) for m in drawn]

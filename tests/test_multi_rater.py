@@ -61,7 +61,9 @@ def test_component_rule_and_readings_travel_in_the_checkpoint(folder, tmp_path):
     assert np.array_equal(labels > 0, share > 0.5)
 
 
-@pytest.mark.parametrize(("more", "text"), [(["data.raters=2"], "case_0. has 3 raters, the task says 1 to 2"), (["data.raters=0"], "raters")])
+@pytest.mark.parametrize(
+    ("more", "text"), [(["data.raters=2"], "case_0. has 3 raters, the task says 1 to 2"), (["data.raters=0"], "raters")]
+)
 def test_wrong_numbers_of_raters_are_refused_before_training(more, text, folder, tmp_path):
     with pytest.raises(SuiteError, match=text):
         run(*small(folder, *SOFTMAX), f"runs={tmp_path}", *more)
@@ -75,8 +77,9 @@ def test_cases_without_raters_are_refused_before_training(tmp_path):
 
 
 def test_figure_shows_bands_of_agreement(tmp_path, monkeypatch):
-    from callbacks import agreement as module
     from matplotlib.image import imread
+
+    from callbacks import agreement as module
 
     seen = {}
     draw = module.band_figure
