@@ -147,6 +147,28 @@ def test_simple_drops_the_rater_who_is_elsewhere():
     assert simple(masks, deviations=1.8).tolist() == pytest.approx([*(d / sum(dice) for d in dice), 0])
 
 
+def simple_voxel_by_voxel(masks: np.ndarray) -> np.ndarray:
+    """SIMPLE as it is written down: over all voxels, a rater who is dropped stays out."""
+    estimate, kept, weights = masks.mean(axis=0) > 0.5, np.ones(len(masks), bool), None
+    while True:
+        sizes = masks.sum(axis=1) + estimate.sum()
+        dice = np.where(sizes > 0, 2 * (masks & estimate).sum(axis=1) / np.maximum(sizes, 1), 1)
+        stays = kept & (dice >= dice[kept].mean() - dice[kept].std() - 1e-9)
+        new = dice * stays if (dice * stays).any() else stays.astype(float)
+        new /= new.sum()
+        if weights is not None and (stays == kept).all() and np.allclose(new, weights, atol=1e-9):
+            return new
+        kept, weights = stays, new
+        estimate = new @ masks > 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 30, 76, 84])  # in the last three a dropped rater would come back
+def test_simple_is_the_iteration_over_voxels(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((5, 12)) < rng.uniform(0.2, 0.8, (5, 1))
+    assert simple(torch.from_numpy(masks)).numpy() == pytest.approx(simple_voxel_by_voxel(masks), abs=1e-6)
+
+
 def test_simple_without_any_mark_keeps_everybody():
     assert simple(torch.zeros(3, 8, dtype=torch.bool)).tolist() == pytest.approx([1 / 3] * 3)
     assert simple(torch.eye(3, 8, dtype=torch.bool)).tolist() == pytest.approx([1 / 3] * 3)  # an empty majority
