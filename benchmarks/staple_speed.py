@@ -1,6 +1,6 @@
 """How fast is STAPLE on vote patterns against ITK's? Both fuse the same masks, in turn, on one thread; results must agree to 1e-3.
 
-    python benchmarks/staple_speed.py [side of the volume, default 128]
+    python benchmarks/staple_speed.py [side of the volume, default 96]
 
 Raters draw a ball each, shifted and scaled; what is timed is from masks in memory to the probability map.
 """
@@ -48,7 +48,7 @@ def itk(images: list) -> np.ndarray:
 
 
 def main() -> None:
-    side = int(sys.argv[1]) if len(sys.argv) > 1 else 128
+    side = int(sys.argv[1]) if len(sys.argv) > 1 else 96
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     print(
