@@ -10,6 +10,7 @@ from callbacks.gather import gather
 from callbacks.overlays import BandView, band_figure, save
 from lesionbench.prediction import CaseResult
 from lesionbench.raters import agreement
+from lesionbench.task import IGNORE
 
 
 class AgreementFigure(pl.Callback):
@@ -50,7 +51,7 @@ class AgreementFigure(pl.Callback):
         axis = pl_module.task.slice_axis
         index = int(maps[1].sum(axis=tuple(a for a in range(3) if a != axis)).argmax())
         spacing = outputs.geometry.spacing if outputs.native else outputs.geometry.network_spacing
-        present = int((raters != -1).flatten(1).any(dim=1).sum())
+        present = int((raters != IGNORE).flatten(1).any(dim=1).sum())
         size = tuple(s for a, s in enumerate(spacing) if a != axis)
         self._views.append(BandView(outputs.case, float(scores[0]), present, size, *(m.take(index, axis) for m in maps)))
 
