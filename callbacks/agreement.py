@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from callbacks.figures import drawn_channel
 from callbacks.gather import gather
 from callbacks.overlays import BandView, band_figure, save
 from lesionbench.prediction import CaseResult
 from lesionbench.raters import agreement
-from lesionbench.task import IGNORE
+from lesionbench.task import IGNORE, Task
 
 
 class AgreementFigure(pl.Callback):
@@ -44,16 +45,7 @@ class AgreementFigure(pl.Callback):
         if not scores or outputs.prediction.regions is None:
             return
         raters = batch["native_raters" if outputs.native else "raters"][0]
-        drawn, predicted = agreement(raters, pl_module.task)[0], outputs.prediction.regions[0]
-        image = outputs.image_on_grid()[drawn_channel(pl_module.task)]
-        on_grid = outputs.geometry.to_canonical if outputs.native else lambda array: array
-        maps = [on_grid(m.float().cpu().numpy()) for m in (image, drawn, predicted)]
-        axis = pl_module.task.slice_axis
-        index = int(maps[1].sum(axis=tuple(a for a in range(3) if a != axis)).argmax())
-        spacing = outputs.geometry.spacing if outputs.native else outputs.geometry.network_spacing
-        present = int((raters != IGNORE).flatten(1).any(dim=1).sum())
-        size = tuple(s for a, s in enumerate(spacing) if a != axis)
-        self._views.append(BandView(outputs.case, float(scores[0]), present, size, *(m.take(index, axis) for m in maps)))
+        self._views.append(band_view(outputs, raters, pl_module.task, float(scores[0])))
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         views = sorted((v for rank in gather(self._views) for v in rank), key=lambda v: (-v.score, v.case))
@@ -62,3 +54,17 @@ class AgreementFigure(pl.Callback):
             return
         chosen = {name: views[place] for name, place in (("best", 0), ("median", (len(views) - 1) // 2), ("worst", len(views) - 1))}
         save(band_figure(chosen, pl_module.task.raters), self.path)
+
+
+def band_view(result: CaseResult, raters: torch.Tensor, task: Task, score: float) -> BandView:
+    """The slice of a case where its raters, class indices (R, X, Y, Z) on the grid of the prediction, marked most of the first region."""
+    geometry = result.geometry
+    to_canonical = geometry.to_canonical if result.native else lambda array: array
+    found = (result.image_on_grid()[drawn_channel(task)], agreement(raters, task)[0], result.prediction.regions[0])
+    image, drawn, predicted = (to_canonical(m.float().cpu().numpy()) for m in found)
+    axis = task.slice_axis
+    index = int(drawn.sum(axis=tuple(a for a in range(3) if a != axis)).argmax())
+    spacing = geometry.spacing if result.native else geometry.network_spacing
+    u, v = (s for a, s in enumerate(spacing) if a != axis)
+    present = int((raters != IGNORE).flatten(1).any(dim=1).sum())
+    return BandView(result.case, score, present, (u, v), *(m.take(index, axis) for m in (image, drawn, predicted)))
