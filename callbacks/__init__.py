@@ -1,5 +1,6 @@
 """Callbacks and the default logger: what is watched, kept and written while the Trainer runs."""
 
+from callbacks.agreement import AgreementFigure
 from callbacks.calibration import Calibration
 from callbacks.case_table import CaseTable
 from callbacks.checkpoint import BestAndLast
@@ -12,6 +13,7 @@ from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
 
 __all__ = [
+    "AgreementFigure",
     "BestAndLast",
     "Calibration",
     "CaseTable",

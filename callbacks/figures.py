@@ -83,7 +83,7 @@ class OverlayFigures(pl.Callback):
         for name in self.channels or ():
             if name not in task.channels:
                 raise unknown("figures.channels", name, task.channels)
-        return self.channels or [next((c for c in task.channels if "flair" in c.lower()), task.channels[0])]
+        return self.channels or [task.channels[drawn_channel(task)]]
 
     def _draw(self, name: str, place: int, task: Task) -> None:
         with open(Path(self._spill.name) / str(place), "rb") as file:
@@ -101,6 +101,11 @@ class OverlayFigures(pl.Callback):
                     logger.experiment.add_image(f"figures/{name}", imread(path)[..., :3], pl_module.iteration, dataformats="HWC")
                 elif hasattr(logger, "log_image"):
                     logger.log_image(key=f"figures/{name}", images=[str(path)])
+
+
+def drawn_channel(task: Task) -> int:
+    """Index of the channel that is drawn unless another is asked for: FLAIR, else the first."""
+    return next((i for i, c in enumerate(task.channels) if "flair" in c.lower()), 0)
 
 
 def case_slices(result: CaseResult, task: Task, channels: list[str]) -> list[Any]:

@@ -4,7 +4,7 @@ Arrays come on canonical (right, anterior, superior) axes. Slices are drawn in r
 left of axial and coronal slices, anterior on the left of sagittal ones.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +173,7 @@ class _Canvas:
         self.figure.colorbar(shown, cax=ax, orientation="horizontal")
         ax.tick_params(labelsize=7, length=2, pad=1)
 
-    def finish(self, title: str, subtitle: str, legend: list[tuple[str, str]], note: str) -> None:
+    def finish(self, title: str, subtitle: str, legend: list[tuple[str, Any]], note: str) -> None:
         from matplotlib.patches import Patch
 
         left = self.LEFT / self.width
@@ -302,6 +302,58 @@ def montage(cases: Sequence[tuple[str, Any, Any, Task, Sequence[float]]], path: 
     legend = [(name, PALETTE[r % len(PALETTE)]) for r, name in enumerate(tasks[0].region_names)]
     canvas.finish(f"{len(drawn)} cases", "", legend, "radiological: patient's right on the left" if tasks[0].unit == "mm" else "")
     return save(canvas.figure, path)
+
+
+@dataclass
+class BandView:
+    """One slice of a case that several raters drew; arrays (u, v) on canonical axes.
+
+    Attributes:
+        case: its id.
+        score: its Q-Dice.
+        raters: number of raters of the case.
+        size: voxel size along u and v.
+        image: gray values.
+        drawn, predicted: share of raters, measured and predicted, in [0, 1].
+    """
+
+    case: str
+    score: float
+    raters: int
+    size: tuple[float, float]
+    image: np.ndarray
+    drawn: np.ndarray
+    predicted: np.ndarray
+
+
+def band_figure(views: Mapping[str, BandView], raters: int) -> "Figure":
+    """Rows: cases by name of the row; columns: the image, and over it bands of how many raters marked a pixel, measured and predicted.
+
+    Shares are rounded to a number of the case's raters; the color is that of the share, the same for any number of raters.
+
+    Args:
+        raters: largest number of raters, for the legend.
+    """
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"]
+    shown = {name: {k: _displayed(getattr(v, k)) for k in ("image", "drawn", "predicted")} for name, v in views.items()}
+    heights = [PANEL * s["image"].shape[0] * views[n].size[1] / (s["image"].shape[1] * views[n].size[0]) for n, s in shown.items()]
+    canvas = _Canvas(3, heights)
+    for row, (name, view) in enumerate(views.items()):
+        for column, kind in enumerate(("image", "drawn", "predicted")):
+            ax = canvas.panel(row, column, PANEL, heights[row])
+            _gray(ax, shown[name]["image"], _window([shown[name]["image"]]))
+            if kind != "image":
+                share = np.round(shown[name][kind] * view.raters) / view.raters
+                ax.imshow(np.where((share > 0)[..., None], colors(share) * (1, 1, 1, 0.6), 0), aspect="auto", interpolation="nearest")
+            if row == 0:
+                ax.set_title({"image": "image", "drawn": "raters", "predicted": "prediction"}[kind], fontsize=9, pad=4)
+            if column == 0:
+                ax.set_ylabel(f"{name}: {view.case}\nQ-Dice {view.score:.3f}", fontsize=8, labelpad=3)
+    legend = [(f"{c} of {raters}", colors(c / raters)) for c in range(1, raters + 1)]
+    canvas.finish("Rater agreement", "raters who mark a pixel", legend, "")
+    return canvas.figure
 
 
 def masks_of(labels: Any, task: Task) -> np.ndarray:

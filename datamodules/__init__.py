@@ -2,11 +2,13 @@
 
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
+from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
 from datamodules.images import Images
 from datamodules.preprocessing import Preprocessing
+from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
 from datamodules.simulated import Simulated
 from datamodules.split import Split
 
-__all__ = ["BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]
+__all__ = ["QUBIQ", "BraTS", "CaseDataModule", "Ellipses", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from datamodules.augmentation import Chain
 from datamodules.cache import CaseCache
 from datamodules.integrity import Finding, check_cases, raise_on_errors, render
-from datamodules.preprocessing import Preprocessing, dataset_statistics
+from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, WholeCases, WholeCaseSampler, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
@@ -187,6 +187,8 @@ class CaseDataModule(pl.LightningDataModule):
                 raise SuiteError(f"stream '{name}' has no cases: data.split.labeled={self.split.labeled} leaves {spec.get('cases')} empty")
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
+        if self.preprocessing.normalize == "ct" and self.statistics is None:
+            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["train"]])
 
     def _wants(self, cases: str) -> bool:
         return any(spec.get("cases") == cases for spec in self.streams.values())

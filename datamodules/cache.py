@@ -85,6 +85,11 @@ class CachedCase:
         rows = np.array(self._open("foreground"))
         return {int(index): rows[rows[:, 0] == index, 1:] for index in np.unique(rows[:, 0])}
 
+    def labeled_values(self) -> np.ndarray:
+        """Raw image values (M, n) at the voxels of `foreground`."""
+        where = np.concatenate([np.zeros((0, 3), np.int16), *self.foreground.values()])
+        return np.array(self._open("image")[(slice(None), *where.T)])
+
     def _open(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:

@@ -18,7 +18,7 @@ from lesionbench.geometry import Geometry, read_volume, resample
 from lesionbench.task import Task
 
 CROPS = ("foreground", "none")
-NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "none")
+NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "none")
 PERCENTILES = (0.5, 99.5)
 Stats = dict[str, list]
 
@@ -35,8 +35,9 @@ class Preprocessing:
         margin: voxels added around the foreground box, within the volume.
         normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
             the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its 0.5 and 99.5 percentiles first;
-            `dataset` is a z-score with the mean and deviation over the training split's foreground; `none` keeps raw values. All but
-            `zscore_all` and `none` leave the background 0.
+            `dataset` is a z-score with the mean and deviation over the training split's foreground; `ct` (nnU-Net's for CT) clips at the
+            0.5 and 99.5 percentiles of what is labeled in the training split, then takes the z-score with its mean and deviation;
+            `none` keeps raw values. All but `zscore_all`, `ct` and `none` leave the background 0.
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
 
@@ -174,14 +175,17 @@ def foreground(image: np.ndarray, background: float = 0) -> np.ndarray:
 def normalize_patch(patch: np.ndarray, stats: Stats, settings: Preprocessing, dataset_stats: Stats | None = None) -> np.ndarray:
     """Raw values (M, x, y, z) of a patch or of a whole case -> normalized float32, a new array.
 
-    `stats` are the case's; `dataset_stats` those of `dataset_statistics` over the training split, for `normalize="dataset"`. Missing
-    channels stay 0; a channel without any contrast becomes 0.
+    `stats` are the case's; `dataset_stats` those over the training split, of `dataset_statistics` for `normalize="dataset"` and of
+    `labeled_statistics` for "ct". Missing channels stay 0; a channel without any contrast becomes 0.
 
     Raises:
-        SuiteError: `normalize="dataset"` without `dataset_stats`.
+        SuiteError: `normalize="dataset"` or "ct" without `dataset_stats`.
     """
     out = patch.astype(np.float32)
     kind = settings.normalize
+    if kind == "ct" and dataset_stats is not None:
+        for channel, low, high in zip(out, dataset_stats["low"], dataset_stats["high"], strict=True):
+            np.clip(channel, low, high, out=channel)
     shifts, scales = _shift_and_scale(kind, stats, dataset_stats)
     for channel, count, shift, scale in zip(out, stats["count"], shifts, scales, strict=True):
         if not count:
@@ -191,7 +195,7 @@ def normalize_patch(patch: np.ndarray, stats: Stats, settings: Preprocessing, da
             channel *= np.float32(1 / scale if scale > 1e-8 * abs(shift) else 0)
     if kind in ("minmax", "percentile"):
         np.clip(out, 0, 1, out=out)
-    if kind not in ("zscore_all", "none"):
+    if kind not in ("zscore_all", "ct", "none"):
         out *= foreground(patch, settings.background)
     return out
 
@@ -212,6 +216,20 @@ def dataset_statistics(stats: Sequence[Stats]) -> Stats:
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
+def labeled_statistics(values: Sequence[np.ndarray]) -> Stats:
+    """Mean, deviation and 0.5 and 99.5 percentiles (`low`, `high`) per channel of raw values at labeled voxels, one (M, n) per case.
+
+    Raises:
+        SuiteError: nothing is labeled.
+    """
+    pooled = np.concatenate(list(values), axis=1) if len(values) else np.zeros((1, 0))
+    if not pooled.size:
+        raise SuiteError("normalize=ct: nothing is labeled in the training split")
+    low, high = np.percentile(pooled, PERCENTILES, axis=1)
+    mean, std = pooled.mean(axis=1, dtype=np.float64), pooled.std(axis=1, dtype=np.float64)
+    return {"mean": mean.tolist(), "std": std.tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
 def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, ...]:
     """Canonical shape after resampling: the field of view divided by the wanted spacing, at least one voxel."""
     if settings.spacing is None:
@@ -221,9 +239,9 @@ def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, .
 
 
 def _shift_and_scale(kind: str, stats: Stats, dataset_stats: Stats | None) -> tuple[list[float], list[float]]:
-    if kind == "dataset":
+    if kind in ("dataset", "ct"):
         if dataset_stats is None:
-            raise SuiteError("normalize=dataset needs the statistics of the training split (dataset_statistics), and got none")
+            raise SuiteError(f"normalize={kind} needs the statistics of the training split, and got none")
         return dataset_stats["mean"], dataset_stats["std"]
     if kind in ("minmax", "percentile"):
         low, high = (stats["min"], stats["max"]) if kind == "minmax" else zip(*stats["percentiles"], strict=True)

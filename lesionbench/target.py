@@ -15,7 +15,9 @@ from lesionbench.task import IGNORE, Task
 
 
 class Target(ABC):
-    """Base of all targets. `out_channels` is the number of logit channels K that the network must return."""
+    """Base of all targets. `out_channels` is the number of logit channels K that the network must return; `kind` is that of its losses."""
+
+    kind = "sigmoid"
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -47,6 +49,8 @@ class ClassSoftmax(Target):
     Needs regions that tell every class apart (`Task.narrowed` merges those that do not), so that class probabilities can be recovered
     from region probabilities and `labels` is the arg-max over classes.
     """
+
+    kind = "softmax"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.raters import majority
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
 from lightning_modules.losses import DeepSupervision
@@ -86,8 +87,7 @@ class Method(pl.LightningModule):
         """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
         if truth is None and not prediction.table:
             return []
-        raters = batch.get("native_raters", [None])[0] if metrics.space == "native" else batch.get("raters", [None])[0]
-        return metrics(prediction, truth, self.task, spacing, raters=raters)
+        return metrics(prediction, truth, self.task, spacing, raters=_raters(batch, metrics.space == "native"))
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
@@ -229,7 +229,7 @@ class Method(pl.LightningModule):
         if batch["again"][0]:
             return None
         native = metrics is None or metrics.space == "native"
-        truth = batch["native_label"][0] if native and "native_label" in batch else batch["label"][0, 0] if "label" in batch else None
+        truth = _truth(batch, native)
         if native:
             prediction = self.to_native(prediction, geometry)
         result = CaseResult(
@@ -285,6 +285,19 @@ class Method(pl.LightningModule):
         self._open_gradients = own.get("gradients", {})
 
 
+def _raters(batch: Batch, native: bool) -> torch.Tensor | None:
+    """Every rater's class indices (R, X, Y, Z) of the one case of `batch`; None where there is none."""
+    return batch.get("native_raters" if native else "raters", [None])[0]
+
+
+def _truth(batch: Batch, native: bool) -> torch.Tensor | None:
+    """Class indices (X, Y, Z) of the one case of `batch`: its label, else what most raters say; None where there is neither."""
+    if "label" in batch:
+        return batch["native_label"][0] if native else batch["label"][0, 0]
+    raters = _raters(batch, native)
+    return None if raters is None else majority(raters)
+
+
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every metric over the rows that have it (NaN left out)."""
     names = dict.fromkeys(k for row in rows for k in row if k not in ("case", "patient", "site", "member", "region"))
@@ -315,10 +328,9 @@ class SegmentationMethod(Method):
         super().__init__(task, **training)
         self.target: Target = target(task)
         kind = getattr(loss, "kind", None)
-        expected = "softmax" if isinstance(self.target, ClassSoftmax) else "sigmoid"
-        if kind is not None and kind != expected:
+        if kind is not None and kind != self.target.kind:
             raise SuiteError(
-                f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {expected}; change one of them"
+                f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {self.target.kind}; change one of them"
             )
         self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
         self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
@@ -343,10 +355,14 @@ class SegmentationMethod(Method):
         """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""
         return self.network(image)
 
+    def training_target(self, batch: Batch) -> torch.Tensor:
+        """What the loss compares the logits of a batch with."""
+        return self.target.encode(batch["label"])
+
     def compute_loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch; a network's own extra loss is added."""
         output = self(batch["image"])
-        loss = self.loss(output, self.target.encode(batch["label"]))
+        loss = self.loss(output, self.training_target(batch))
         return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:

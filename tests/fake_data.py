@@ -125,6 +125,40 @@ def write_fake_folder(
     return root
 
 
+QUBIQ_SETS = {  # folder -> channels, tasks, raters, shape (the layout of the challenge)
+    "prostate": (1, 2, 6, (40, 36)),
+    "brain-growth": (1, 1, 7, (40, 40)),
+    "brain-tumor": (4, 3, 3, (40, 40)),
+    "kidney": (1, 1, 3, (44, 40)),
+    "pancreas": (1, 1, 2, (36, 34, 20)),
+    "pancreatic-lesion": (1, 1, 2, (36, 34, 16)),
+}
+
+
+def write_fake_qubiq(root: Path, count: int = 5, seed: int = 0) -> Path:
+    """Writes all data sets of QUBIQ under `root` and returns it: `count` cases each, the last two for validation.
+
+    Every rater draws the same blob shifted by one pixel. 2D files have two axes, those of the kidney a third of length one, the brain
+    tumor image four channels on the first; the second prostate case has five raters instead of six.
+    """
+    for dataset, (channels, tasks, raters, shape) in QUBIQ_SETS.items():
+        for number in range(count):
+            folder = Path(root) / dataset / ("Validation" if number >= count - 2 else "Training") / f"case{number + 1:02d}"
+            names = [f"m{c}" for c in range(channels)]
+            images, label = fake_case(names, (3, 2, 1), (*shape, 3)[:3], (seed, number, raters))
+            flat = len(shape) == 2 and dataset != "kidney"
+            stacked = np.stack([images[n] for n in names])
+            if len(shape) == 2:
+                stacked, label = stacked[..., 1:2], label[..., 1:2]
+            image = stacked[0] if channels == 1 else stacked
+            write_volume(folder / "image.nii.gz", image.squeeze(-1) if flat else image, np.eye(4))
+            for task in range(1, tasks + 1):
+                for rater in range(raters - (dataset == "prostate" and number == 1)):
+                    mask = np.roll(label >= task, rater, axis=0).astype(np.uint8)
+                    write_volume(folder / f"task{task:02d}_seg{rater + 1:02d}.nii.gz", mask.squeeze(-1) if flat else mask, np.eye(4))
+    return Path(root)
+
+
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -134,4 +168,5 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object
 WRITERS: dict[str, Callable[[Path], Path]] = {
     **{f"brats{layout}": partial(write_fake_brats, layout=layout) for layout in _BRATS_NAMES},
     "folder": write_fake_folder,
+    "qubiq": write_fake_qubiq,
 }

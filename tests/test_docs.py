@@ -91,6 +91,7 @@ def keys(node, prefix: str = "") -> set[str]:
 def test_keys_and_choices_in_the_text_exist():
     variants = [
         [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
+        ["experiment=agreement/qubiq_kidney", "model/target=level_k"], ["experiment=agreement/simulated", "model/target=simple"],
         ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))

@@ -23,6 +23,7 @@ TINY = {
     "basic_unet": ({"features": FEATURES}, 32),
     "unet": ({"channels": (4, 6, 8)}, 16),
     "dynunet": ({"features": (4, 4, 6, 8), "kernels": (3,) * 4, "strides": (1, 2, 2, 2), "deep_supervision": True}, 16),
+    "nnunet": ({"image_size": 16, "features": 4, "own_decoders": True}, 16),
     "attention_unet": ({"channels": (4, 6, 8)}, 16),
     "segresnet": ({"features": 8}, 16),
     "segresnet_vae": ({"features": 8, "image_size": 16}, 16),
@@ -160,7 +161,7 @@ def test_published_parameter_counts(name, options, millions):
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", TINY)
 def test_default_size_builds_without_memory(name, dimensions):
-    size = {"image_size": 96} if name in ("unetr", "segresnet_vae") else {}
+    size = {"image_size": 96} if name in ("nnunet", "unetr", "segresnet_vae") else {}
     assert parameters(name, dimensions=dimensions, **size) > 3e5
 
 

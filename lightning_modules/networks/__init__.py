@@ -16,6 +16,7 @@ _MONAI = (
     "attention_unet",
     "basic_unet",
     "dynunet",
+    "nnunet",
     "segresnet",
     "segresnet_vae",
     "swin_unetr",
