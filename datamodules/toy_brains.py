@@ -1,4 +1,4 @@
-"""Two-dimensional toy brains: 32 x 32 slices with a lesion of nested regions, for experiments of seconds. A toy, never a benchmark."""
+"""Two-dimensional toy brains: slices of 32 x 32 with a lesion of nested regions, for experiments of seconds. A toy, never a benchmark."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,18 +21,19 @@ LIFT = {"t1": (0.0, -0.10, 0.0), "t1ce": (0.0, 0.0, 0.18), "t2": (0.12, 0.0, 0.0
 
 
 class ToyBrains(CaseDataModule):
-    """`count` toy cases of one slice each, values in [0, 1], under `root/<key of the settings>`; the task is that of the BraTS challenge.
+    """`count` toy cases, each a stack of unrelated slices with values in [0, 1], under `root`; the task is that of the BraTS challenge.
 
     Args:
         count: number of cases.
+        slices: slices of a case.
         simulation_seed: of the generator; training seeds leave the cases as they are.
     """
 
-    def __init__(self, root: str | Path, *, count: int = 62, simulation_seed: int = 0, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, count: int = 12, slices: int = 4, simulation_seed: int = 0, **options: Any) -> None:
         limit = options.get("limit_cases")
         self.count = count if limit is None else min(count, limit)
-        self.simulation_seed = simulation_seed
-        super().__init__(Path(root) / f"v{VERSION}-seed{simulation_seed}-{self.count}", **options)
+        self.slices, self.simulation_seed = slices, simulation_seed
+        super().__init__(Path(root) / f"v{VERSION}-seed{simulation_seed}-{self.count}x{slices}", **options)
 
     def default_task(self) -> Task:
         return task_of("tumor")
@@ -44,10 +45,12 @@ class ToyBrains(CaseDataModule):
         with TemporaryDirectory(dir=self.root.parent, prefix=".writing-") as folder:
             whole = Path(folder) / "whole"
             for index in range(self.count):
-                images, label = toy_brain(self.simulation_seed, index)
-                for channel, image in images.items():
-                    write_volume(whole / "images" / f"toy_{index:04d}_{channel}.nii.gz", image[..., None], np.eye(4))
-                write_volume(whole / "labels" / f"toy_{index:04d}.nii.gz", label[..., None], np.eye(4))
+                slices = [toy_brain(self.simulation_seed, index * self.slices + n) for n in range(self.slices)]
+                for channel in LIFT:
+                    image = np.stack([images[channel] for images, _ in slices], axis=-1)
+                    write_volume(whole / "images" / f"toy_{index:04d}_{channel}.nii.gz", image, np.eye(4))
+                label = np.stack([label for _, label in slices], axis=-1)
+                write_volume(whole / "labels" / f"toy_{index:04d}.nii.gz", label, np.eye(4))
             try:
                 whole.rename(self.root)
             except OSError:
