@@ -1,6 +1,7 @@
 """Attacks: sizes, projections, what they reach, and the method that tests a checkpoint with them."""
 
 import csv
+import statistics
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_size_and_mask(steps):
 def test_best_change_of_a_linear_loss():
     image, inside = torch.randn(1, 2, 8, 8), WEIGHT * MASK
     r = perturb(linear, image, norm="l2", eps=0.3, steps=20, mask=MASK)
-    assert linear(r) > 0.99 * linear(0.3 * inside / rms(inside))
+    assert linear(r) > 0.95 * linear(0.3 * inside / rms(inside))
     assert torch.allclose(perturb(linear, image, norm="linf", eps=0.3, steps=20, mask=MASK), 0.3 * inside.sign(), atol=1e-6)
 
 
@@ -104,3 +105,32 @@ def test_toy_preset_is_frozen():
     assert (cfg.data.count, cfg.data.slices, cfg.data.simulation_seed, cfg.epochs, cfg.data.samples_per_epoch) == (12, 4, 0, 20, 40)
     assert (cfg.model.vat.eps, cfg.model.vat.xi, cfg.model.vat.iterations, cfg.model.instance_noise) == (0.315, 1e-3, 1, 0.15)
     assert (cfg.model.weights.vat, cfg.model.weights.critic) == (0.2, 0.3)
+
+
+@pytest.mark.slow
+def test_effect_on_the_toy(tmp_path):
+    """Five seeds: VAT withstands attacks and noise at no cost in clean Dice; every critic leaves fewer nesting violations than none."""
+    variants = {
+        "plain": ["model.weights.vat=0", "model.weights.critic=0"],
+        "vat": ["model.weights.critic=0"],
+        "critic": ["model.weights.vat=0"],
+        "critic without noise": ["model.weights.vat=0", "model.instance_noise=0"],
+        "both": [],
+    }
+    dice, broken = {}, {}
+    for name, options in variants.items():
+        for seed in range(5):
+            common = ["experiment=reciprocal/toy2d", "threads=1", f"seed={seed}", f"data.root={tmp_path / 'data'}"]
+            run(*common, f"runs={tmp_path / name}", *options)
+        found = run_folders(tmp_path / name)
+        assert len(found) == 5
+        for row in (r for folder in found for r in rows(folder) if r["region"]):
+            dice.setdefault((name, row["member"]), []).append(float(row["dice"]))
+        broken[name] = statistics.mean(statistics.mean(violations(folder)[-10:]) for folder in found)
+    mean = {key: statistics.mean(values) for key, values in dice.items()}
+    for attack in ("l2-5-0.315", "l2-20-0.315"):
+        assert mean["vat", attack] > mean["plain", attack] + 0.05
+    assert mean["vat", "l2-0-2.1"] > mean["plain", "l2-0-2.1"] + 0.02
+    assert mean["vat", ""] > mean["plain", ""] - 0.02
+    for name in ("critic", "critic without noise", "both"):
+        assert broken[name] < broken["plain"], broken
