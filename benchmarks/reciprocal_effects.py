@@ -4,7 +4,8 @@
 
 Reads `test/cases.csv` (and `robustness/test/cases.csv`), `config.yaml` and `metrics.csv` of every finished run of the reciprocal method
 and writes, for every experiment, `<prefix>_<experiment>.csv`: per variant the mean over cases and regions of every member's Dice, HD95,
-AUROC of the uncertainty maps, and nesting violations, each as mean and standard deviation over seeds.
+AUROC of the uncertainty maps, and nesting violations, each as mean and standard deviation over seeds. Draws Dice against the size of
+the change, and the reliability curves of the critic's map.
 """
 
 import csv
@@ -43,9 +44,10 @@ def measured(folder: Path) -> dict[tuple[str, str], float]:
                 value = row.get(name)
                 if value is not None and value == value:
                     values[prefix + row["member"], name].append(float(value))
-    with (folder / "metrics.csv").open() as file:
-        curve = [float(r["value"]) for r in csv.DictReader(file) if r["name"] == "val/nesting_violations"]
-    values["", "val_nesting_violations"] = curve[-TAIL:]
+    if (folder / "metrics.csv").exists():
+        with (folder / "metrics.csv").open() as file:
+            curve = [float(r["value"]) for r in csv.DictReader(file) if r["name"] == "val/nesting_violations"]
+        values["", "val_nesting_violations"] = curve[-TAIL:]
     return {key: statistics.mean(v) for key, v in values.items() if v}
 
 
@@ -98,6 +100,35 @@ def draw_robustness(path: Path, variants: dict[str, dict[int, dict[tuple[str, st
     figure.savefig(path, dpi=110)
 
 
+def draw_reliability(path: Path, root: Path) -> None:
+    """Share of correct voxels against confidence, all runs with a critic that learned pooled; a calibrated map lies on the diagonal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    for table in sorted(root.rglob("test/reliability.csv")):
+        model = yaml.safe_load((table.parent.parent / "config.yaml").read_text())["model"]
+        if not model["weights"]["critic"] or model["gradients"] != "real":
+            continue
+        with table.open() as file:
+            for row in csv.DictReader(file):
+                if int(row["voxels"]):
+                    voxels = int(row["voxels"])
+                    more = (voxels, voxels * float(row["confidence"]), voxels * float(row["correct"]))
+                    total = counts[row["map"]][float(row["low"])]
+                    counts[row["map"]][float(row["low"])] = [a + b for a, b in zip(total, more, strict=True)]
+    figure, axis = plt.subplots(figsize=(4, 3.6), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+    for name, bins in counts.items():
+        points = [(c / n, r / n, n) for n, c, r in (bins[low] for low in sorted(bins))]
+        axis.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=f"1 - {name}")
+    axis.set(xlabel="confidence", ylabel="share of correct voxels", xlim=(0, 1), ylim=(0, 1))
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main(root: str, tables: str, pictures: str, prefix: str = "reciprocal") -> None:
     """Writes everything and prints what was found."""
     for experiment, variants in collected(Path(root)).items():
@@ -106,6 +137,7 @@ def main(root: str, tables: str, pictures: str, prefix: str = "reciprocal") -> N
         print(experiment, {v: sorted(seeds) for v, seeds in variants.items()})
         if name == "toy2d_robustness":
             draw_robustness(Path(pictures) / f"{prefix}_robustness.png", variants, scale=0.0952)
+    draw_reliability(Path(pictures) / f"{prefix}_reliability.png", Path(root))
 
 
 if __name__ == "__main__":
