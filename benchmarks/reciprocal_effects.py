@@ -76,6 +76,22 @@ def write_table(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], 
                 )
 
 
+def print_table(variants: dict[str, dict[int, dict[tuple[str, str], float]]]) -> None:
+    """The table of the page: a row per variant and, for every member, its Dice; then HD95, AUROC and violations of the clean prediction."""
+    keys = dict.fromkeys(k for seeds in variants.values() for values in seeds.values() for k in values)
+    shown = [k for k in keys if k[1] == "dice" or (k[0] == "" and k[1] != "nesting_violations")]
+    names = [f"Dice {m}".strip() if n == "dice" else n for m, n in shown]
+    print("| variant | seeds | " + " | ".join(names) + " |")
+    print("|---" * (2 + len(names)) + "|")
+    for variant_name, seeds in variants.items():
+        cells = []
+        for key in shown:
+            numbers = [values[key] for values in seeds.values() if key in values]
+            spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+            cells.append(f"{statistics.mean(numbers):.3f}{spread}" if numbers else "")
+        print(f"| {variant_name} | {len(seeds)} | " + " | ".join(cells) + " |")
+
+
 def draw_robustness(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], float]]], scale: float) -> None:
     """Dice against the size of the change, in units of [0, 1] (`scale` = standard deviation of brain voxels there)."""
     import matplotlib
@@ -119,6 +135,8 @@ def draw_reliability(path: Path, root: Path) -> None:
                     more = (voxels, voxels * float(row["confidence"]), voxels * float(row["correct"]))
                     total = counts[row["map"]][float(row["low"])]
                     counts[row["map"]][float(row["low"])] = [a + b for a, b in zip(total, more, strict=True)]
+    if not counts:
+        return
     figure, axis = plt.subplots(figsize=(4, 3.6), layout="constrained")
     axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     for name, bins in counts.items():
@@ -134,7 +152,8 @@ def main(root: str, tables: str, pictures: str, prefix: str = "reciprocal") -> N
     for experiment, variants in collected(Path(root)).items():
         name = experiment.rpartition("/")[2]
         write_table(Path(tables) / f"{prefix}_{name}.csv", variants)
-        print(experiment, {v: sorted(seeds) for v, seeds in variants.items()})
+        print(f"\n{experiment}: seeds { ({v: sorted(seeds) for v, seeds in variants.items()}) }\n")
+        print_table(variants)
         if name == "toy2d_robustness":
             draw_robustness(Path(pictures) / f"{prefix}_robustness.png", variants, scale=0.0952)
     draw_reliability(Path(pictures) / f"{prefix}_reliability.png", Path(root))
