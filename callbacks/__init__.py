@@ -11,6 +11,7 @@ from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
+from callbacks.reliability import Reliability
 
 __all__ = [
     "AgreementFigure",
@@ -25,6 +26,7 @@ __all__ = [
     "NiftiWriter",
     "NonFiniteLoss",
     "OverlayFigures",
+    "Reliability",
     "montage",
     "progress_bar",
 ]

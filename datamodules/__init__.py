@@ -10,5 +10,18 @@ from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
 from datamodules.simulated import Simulated
 from datamodules.split import Split
+from datamodules.toy_brains import ToyBrains
 
-__all__ = ["QUBIQ", "BraTS", "CaseDataModule", "Ellipses", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]
+__all__ = [
+    "BraTS",
+    "CaseDataModule",
+    "Ellipses",
+    "Folder",
+    "Images",
+    "Preprocessing",
+    "QUBIQ",
+    "Sampling",
+    "Simulated",
+    "Split",
+    "ToyBrains",
+]

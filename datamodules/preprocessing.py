@@ -19,7 +19,7 @@ from lesionbench.task import Task
 
 CROPS = ("foreground", "none")
 NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "none")
-PERCENTILES = (0.5, 99.5)
+CT_PERCENTILES = (0.5, 99.5)
 Stats = dict[str, list]
 
 
@@ -34,10 +34,11 @@ class Preprocessing:
         crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume.
         margin: voxels added around the foreground box, within the volume.
         normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
-            the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its 0.5 and 99.5 percentiles first;
+            the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its `percentiles` first;
             `dataset` is a z-score with the mean and deviation over the training split's foreground; `ct` (nnU-Net's for CT) clips at the
             0.5 and 99.5 percentiles of what is labeled in the training split, then takes the z-score with its mean and deviation;
             `none` keeps raw values. All but `zscore_all`, `ct` and `none` leave the background 0.
+        percentiles: (low, high) in percent, where `normalize="percentile"` clips.
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
 
@@ -49,11 +50,12 @@ class Preprocessing:
     crop: str = "foreground"
     margin: int = 0
     normalize: str = "zscore"
+    percentiles: tuple[float, float] = (0.5, 99.5)
     clip: tuple[float, float] | None = None
     allow_missing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("spacing", "clip"):
+        for name in ("spacing", "percentiles", "clip"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if self.crop not in CROPS:
@@ -64,6 +66,8 @@ class Preprocessing:
             raise SuiteError(f"data.preprocessing.spacing: three positive sizes in mm, or null; got {self.spacing}")
         if self.clip is not None and (len(self.clip) != 2 or self.clip[0] >= self.clip[1]):
             raise SuiteError(f"data.preprocessing.clip: (low, high) with low < high, or null; got {self.clip}")
+        if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise SuiteError(f"data.preprocessing.percentiles: (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
         if self.margin < 0:
             raise SuiteError(f"data.preprocessing.margin: at least 0 voxels; got {self.margin}")
 
@@ -131,7 +135,7 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
         raters=np.stack([on_grid(path) for path in case.raters]) if with_label and case.raters else None,
         channel_mask=channel_mask,
         geometry=geometry,
-        stats=_statistics(image, body, channel_mask),
+        stats=_statistics(image, body, channel_mask, settings.percentiles),
     )
 
 
@@ -225,7 +229,7 @@ def labeled_statistics(values: Sequence[np.ndarray]) -> Stats:
     pooled = np.concatenate(list(values), axis=1) if len(values) else np.zeros((1, 0))
     if not pooled.size:
         raise SuiteError("normalize=ct: nothing is labeled in the training split")
-    low, high = np.percentile(pooled, PERCENTILES, axis=1)
+    low, high = np.percentile(pooled, CT_PERCENTILES, axis=1)
     mean, std = pooled.mean(axis=1, dtype=np.float64), pooled.std(axis=1, dtype=np.float64)
     return {"mean": mean.tolist(), "std": std.tolist(), "low": low.tolist(), "high": high.tolist()}
 
@@ -317,13 +321,13 @@ def _bounding_box(mask: np.ndarray, margin: int) -> tuple[tuple[int, int], ...]:
     return tuple(box)
 
 
-def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool]) -> Stats:
+def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool], percentiles: Sequence[float]) -> Stats:
     nothing = np.zeros_like(mask)
-    rows = [_channel_statistics(channel, mask if there else nothing) for channel, there in zip(image, present, strict=True)]
+    rows = [_channel_statistics(channel, mask if there else nothing, percentiles) for channel, there in zip(image, present, strict=True)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _channel_statistics(channel: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+def _channel_statistics(channel: np.ndarray, mask: np.ndarray, percentiles: Sequence[float]) -> dict[str, Any]:
     values = channel[mask].astype(np.float64)
     everything = {"mean_all": float(channel.mean(dtype=np.float64)), "std_all": float(channel.std(dtype=np.float64))}
     if not values.size:
@@ -336,6 +340,6 @@ def _channel_statistics(channel: np.ndarray, mask: np.ndarray) -> dict[str, Any]
         "std": float(values.std()),
         "min": float(values.min()),
         "max": float(values.max()),
-        "percentiles": [float(v) for v in np.percentile(values, PERCENTILES)],
+        "percentiles": [float(v) for v in np.percentile(values, percentiles)],
         **everything,
     }

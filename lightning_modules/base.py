@@ -30,7 +30,7 @@ class Method(pl.LightningModule):
         task: channels, classes and regions, from the data.
         optimizer: called with parameters (`functools.partial` of a torch optimizer), or name -> such a call, one for each group that
             `optimizer_groups` names.
-        scheduler: called with (optimizer, total_iterations); None = constant learning rate.
+        scheduler: called with (optimizer, total_iterations), or name -> such a call like `optimizer`; None = constant learning rate.
         metrics: measured on test cases.
         accumulate: batches whose gradients are summed into one step (of the mean loss), in automatic and manual optimization alike.
         clip: largest norm of the gradient of one optimizer's parameters; None = no clipping.
@@ -53,7 +53,7 @@ class Method(pl.LightningModule):
         task: Task,
         *,
         optimizer: Callable | Mapping[str, Callable] | None = None,
-        scheduler: Callable | None = None,
+        scheduler: Callable | Mapping[str, Callable] | None = None,
         metrics: CaseMetrics | None = None,
         accumulate: int = 1,
         clip: float | None = None,
@@ -108,49 +108,58 @@ class Method(pl.LightningModule):
             return None
         if self.optimizer is None:
             raise SuiteError(f"{type(self).__name__} trains {', '.join(groups)} but model.optimizer is null")
-        makers = self.optimizer if isinstance(self.optimizer, Mapping) else dict.fromkeys(groups, self.optimizer)
-        if set(makers) != set(groups):
-            raise SuiteError(f"model.optimizer has {sorted(makers)}, the method trains {sorted(groups)}")
         self._names = list(groups)
+        makers = self._by_name("optimizer", self.optimizer)
         optimizers = [makers[name](params) for name, params in groups.items()]
         if self.scheduler is None:
             return optimizers
         total = self.trainer.estimated_stepping_batches
         if not self.automatic_optimization:
             total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
-        schedulers = [self.scheduler(o, total_iterations=int(total)) for o in optimizers]
-        plateau = isinstance(schedulers[0], ReduceLROnPlateau)
-        plan = {"interval": "epoch", "monitor": self.monitor} if plateau else {"interval": "step"}
-        return optimizers, [{"scheduler": s, "name": f"lr/{n}", **plan} for s, n in zip(schedulers, groups, strict=True)]
+        plans = self._by_name("scheduler", self.scheduler)
+        schedulers = [plans[name](o, total_iterations=int(total)) for name, o in zip(groups, optimizers, strict=True)]
+        step, epoch = {"interval": "step"}, {"interval": "epoch", "monitor": self.monitor}
+        return optimizers, [
+            {"scheduler": s, "name": f"lr/{n}", **(epoch if isinstance(s, ReduceLROnPlateau) else step)}
+            for s, n in zip(schedulers, groups, strict=True)
+        ]
+
+    def _by_name(self, option: str, makers: Callable | Mapping[str, Callable]) -> Mapping[str, Callable]:
+        """What makes the optimizer or scheduler of each group: the same call for all, or one for each."""
+        makers = makers if isinstance(makers, Mapping) else dict.fromkeys(self._names, makers)
+        if set(makers) != set(self._names):
+            raise SuiteError(f"model.{option} has {sorted(makers)}, the method trains {sorted(self._names)}")
+        return makers
 
     @contextmanager
-    def optimizing(self, name: str) -> Iterator[Callable[[torch.Tensor], None]]:
+    def optimizing(self, name: str, advance: bool = True) -> Iterator[Callable[[torch.Tensor], None]]:
         """Manual optimization: inside, only the parameters of optimizer `name` need gradients; call what is yielded with the loss, once.
 
-        It divides by `accumulate`, adds the gradient, and on the last batch of the window clips, steps and advances the schedule.
+        It divides by `accumulate`, adds the gradient, and on the last batch of the window clips, steps and advances the schedule (which
+        counts batches: of several steps of one optimizer in a batch, all but one say `advance=False`).
         """
         place = self._names.index(name)
         optimizers = self.optimizers()
         optimizer = optimizers[place] if isinstance(optimizers, list) else optimizers
         self.toggle_optimizer(optimizer)
         try:
-            yield partial(self._step, optimizer, place)
+            yield partial(self._step, optimizer, place, advance)
         finally:
             self.untoggle_optimizer(optimizer)
 
-    def _step(self, optimizer: Any, place: int, loss: torch.Tensor) -> None:
+    def _step(self, optimizer: Any, place: int, advance: bool, loss: torch.Tensor) -> None:
         self.manual_backward(loss / self.accumulate)
         batch = self.trainer.fit_loop.epoch_loop.batch_progress
         if batch.current.ready % self.accumulate and not batch.is_last_batch:
             return
-        if self.clip is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is not None:
-                scaler.unscale_(optimizer.optimizer)
-            self._clip(optimizer)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self.accumulate > 1 else None
+        scale = scaler.get_scale() if scaler else 1.0
         optimizer.step()
         optimizer.zero_grad()
-        schedulers = self.lr_schedulers()
+        if scaler and scaler.get_scale() != scale:  # the other optimizers' sums of this window were made with the old scale
+            for parameter in (p for p in self.parameters() if p.grad is not None):
+                parameter.grad.mul_(scaler.get_scale() / scale)
+        schedulers = self.lr_schedulers() if advance else None
         if schedulers is not None:
             scheduler = schedulers[place] if isinstance(schedulers, list) else schedulers
             if not isinstance(scheduler, ReduceLROnPlateau):
@@ -166,6 +175,11 @@ class Method(pl.LightningModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if isinstance(scheduler, ReduceLROnPlateau) and self.monitor in self.trainer.callback_metrics:
                 scheduler.step(self.trainer.callback_metrics[self.monitor])
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Lightning's hook, after gradients have lost the scale of half precision: clips in manual optimization."""
+        if self.clip is not None and not self.automatic_optimization:
+            self._clip(optimizer)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -31,6 +31,7 @@ TINY = {
     "swin_unetr": ({"feature_size": 12, "depths": (1, 1, 1, 1), "attention_window": 3}, 64),
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
+    "DilatedUNet": ({"width": 4}, 16),
 }
 
 
@@ -398,6 +399,8 @@ def test_the_network_in_a_window_is_a_choice():
     assert network(torch.randn(1, 2, 32, 32, 3)).shape == (1, 3, 32, 32)
 
 
-def test_every_monai_network_is_configured():
-    assert set(TINY) | {"window", "small_unet"} == {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
-    assert set(TINY) | {"WindowChannels", "describe"} == set(networks.__all__)
+def test_every_network_is_configured():
+    assert set(TINY) - {"DilatedUNet"} | {"dilated_unet", "window", "small_unet"} == {
+        path.stem for path in (CONF / "model" / "network").glob("*.yaml")
+    }
+    assert set(TINY) | {"PixelCritic", "WindowChannels", "describe", "held"} == set(networks.__all__)

@@ -159,6 +159,15 @@ def test_normalization_equals_hand_computed_values(tmp_path, kind, t1, flair):
     assert np.array_equal(prepared.image, before)
 
 
+def test_percentiles_are_those_of_the_settings(tmp_path):
+    everything = Preprocessing(crop="none", normalize="percentile", percentiles=(0, 100))
+    prepared = preprocess(line_case(tmp_path), TASK, everything)
+    expected = normalize_patch(prepared.image, prepared.stats, Preprocessing(crop="none", normalize="minmax"))
+    assert np.allclose(normalize_patch(prepared.image, prepared.stats, everything), expected, atol=1e-6)
+    with pytest.raises(SuiteError, match="percentiles"):
+        Preprocessing(percentiles=(99, 1))
+
+
 def test_normalizing_a_patch_equals_the_patch_of_the_normalized_case(tmp_path):
     images, _ = blob()
     prepared = preprocess(make_case(tmp_path, images), TASK, Preprocessing())

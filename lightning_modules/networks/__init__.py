@@ -10,6 +10,9 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.contract import describe
+from lightning_modules.networks.critic import PixelCritic
+from lightning_modules.networks.dilated_unet import DilatedUNet
+from lightning_modules.networks.held import held
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -26,7 +29,7 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["WindowChannels", "describe", *_MONAI]
+__all__ = ["DilatedUNet", "PixelCritic", "WindowChannels", "describe", "held", *_MONAI]
 
 
 def __getattr__(name: str) -> Any:
