@@ -95,7 +95,7 @@ class TrainingSamples(Dataset):
         sample = self._cut(case, rng)
         if self.augmentation is not None and self.repeat is None:
             with torch_seeded(self.seed, "augment", self.stream, epoch, position):
-                sample = self._augmented(sample)
+                sample = self._augmented(sample, epoch)
         known = {"attributes": case.attributes} if self.labeled else {}
         return {**self._viewed(sample, rng), "case": case.id, **known}
 
@@ -146,7 +146,7 @@ class TrainingSamples(Dataset):
         widened = [*box[:axis], (start, stop), *box[axis + 1 :]]
         return tuple(widened), (start - (middle - half), (middle + half + 1) - stop)
 
-    def _augmented(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _augmented(self, sample: dict[str, torch.Tensor], epoch: int) -> dict[str, torch.Tensor]:
         import torchio
 
         linear = {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
@@ -155,7 +155,8 @@ class TrainingSamples(Dataset):
         for axis in thin:  # TorchIO cannot flip an axis of length one; two equal slices it can
             spatial = {k: v.repeat_interleave(2, dim=axis) for k, v in spatial.items()}
         make = {True: torchio.ScalarImage, False: torchio.LabelMap}
-        subject = torchio.Subject({k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()})
+        images = {k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()}
+        subject = torchio.Subject(**images, epoch=epoch)
         augmented = self.augmentation(subject)
         changed = {k: augmented[k].data.to(v.dtype) for k, v in spatial.items()}
         for axis in thin:
