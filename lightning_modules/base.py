@@ -84,8 +84,10 @@ class Method(pl.LightningModule):
         """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
         if truth is None and not prediction.table:
             return []
-        raters = batch.get("native_raters", [None])[0] if metrics.space == "native" else batch.get("raters", [None])[0]
-        return metrics(prediction, truth, self.task, spacing, raters=raters)
+        native = metrics.space == "native"
+        raters = batch.get("native_raters" if native else "raters", [None])[0]
+        axis = batch["geometry"][0].native_axis(self.task.slice_axis) if native else self.task.slice_axis
+        return metrics(prediction, truth, self.task, spacing, raters=raters, slice_axis=axis)
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
