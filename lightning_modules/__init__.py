@@ -1,6 +1,7 @@
 """Methods as Lightning modules; one file each. Networks, losses and metrics are plain and usable alone."""
 
 from lightning_modules.base import Method, SegmentationMethod
+from lightning_modules.spin import SPiN
 from lightning_modules.supervised import Supervised
 
-__all__ = ["Method", "SegmentationMethod", "Supervised"]
+__all__ = ["Method", "SPiN", "SegmentationMethod", "Supervised"]

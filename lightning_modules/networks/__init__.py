@@ -10,6 +10,7 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.contract import describe
+from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -25,7 +26,7 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["WindowChannels", "describe", *_MONAI]
+__all__ = ["SubpixelNet", "WindowChannels", "describe", *_MONAI]
 
 
 def __getattr__(name: str) -> Any:
