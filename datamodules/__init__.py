@@ -1,12 +1,27 @@
 """Data sets as Lightning data modules; one file each."""
 
+from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
 from datamodules.folder import Folder
 from datamodules.images import Images
+from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
 from datamodules.sampling import Sampling
+from datamodules.semi_real import SemiReal
 from datamodules.simulated import Simulated
 from datamodules.split import Split
 
-__all__ = ["BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]
+__all__ = [
+    "Atlas",
+    "BraTS",
+    "CaseDataModule",
+    "Folder",
+    "Images",
+    "Planting",
+    "Preprocessing",
+    "Sampling",
+    "SemiReal",
+    "Simulated",
+    "Split",
+]
