@@ -1,5 +1,6 @@
 """SPiN: the network by its parameter counts, shapes and limiting cases; gradients; sampling, schedule and gate of its training."""
 
+import signal
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_modules.losses import RegionBCE, RegionDice
 from lightning_modules.networks import SubpixelNet
 from lightning_modules.networks.subpixel import LearnedDownsampler, SubpixelEmbedding, combined
 from lightning_modules.schedules import steps
+from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
 
 SMALL = {"widths": [8, 16, 24, 32, 32], "decoder_widths": [32, 24, 16, 8, 8, 8], "embedding_width": 8}
 TASK = Task(("t1",), {"background": 0, "lesion": 1})
@@ -255,3 +257,18 @@ def test_gate_opens_less_often_late_in_training():
     assert [calls.count(e) for e in range(3)] == [100] * 3
     assert all(30 < calls.count(e) < 70 for e in range(3, 6))
     assert Gate(None)({"epoch": 0}) == {"epoch": 0}
+
+
+def test_kill_and_resume_is_bit_identical(tmp_path):
+    common = [
+        "experiment=spin/simulated_stroke", f"data.root={tmp_path / 'data'}", "data.spacing=6", "data.count=4", "data.split.test=1", "data.split.val=1",
+        "patch=[36,36]", "data.batch_size=2", "data.samples_per_epoch=4", "epochs=2", "augmentation=slices_gated", "augmentation.epoch=1",
+        "model.network.widths=[4,4,4,4,4]", "model.network.decoder_widths=[4,4,4,4,4,4]", "trainer.check_val_every_n_epoch=1", "threads=1",
+    ]  # fmt: skip
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=3") == -signal.SIGKILL
+    run(*killed, "resume=true")
+    (whole,), (resumed,) = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
+    assert_same(weights(whole), weights(resumed))
+    assert rows(whole) == rows(resumed)
