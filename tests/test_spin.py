@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate, pixel_shuffle, pixel_unshuffle
 
+from datamodules import Folder, Split
 from datamodules.augmentation import Gate
 from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
@@ -17,6 +18,7 @@ from lightning_modules.losses import RegionBCE, RegionDice
 from lightning_modules.networks import SubpixelNet
 from lightning_modules.networks.subpixel import LearnedDownsampler, SubpixelEmbedding, combined
 from lightning_modules.schedules import steps
+from tests.fake_data import write_fake_folder
 from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
 
 SMALL = {"widths": [8, 16, 24, 32, 32], "decoder_widths": [32, 24, 16, 8, 8, 8], "embedding_width": 8}
@@ -272,3 +274,16 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
     (whole,), (resumed,) = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
     assert_same(weights(whole), weights(resumed))
     assert rows(whole) == rows(resumed)
+
+
+def test_augmentation_is_told_the_epoch(tmp_path):
+    seen = []
+    root = write_fake_folder(tmp_path, 4, channels=["t1"])
+    gate = Gate(lambda subject: seen.append(subject["epoch"]) or subject, before=1, after=0, epoch=2)
+    data = Folder(root, channels=["t1"], patch=(8, 8, 8), split=Split(test=1, val=1), augmentation=gate, check=False)
+    data.prepare_data()
+    data.setup("fit")
+    samples = data.train_dataloader().dataset
+    for epoch in range(4):
+        samples[(epoch, 0)]
+    assert seen == [0, 1]
