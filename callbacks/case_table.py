@@ -6,11 +6,12 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 
-from lesionbench.results import KEYS, summarize, write_json, write_rows
+from lesionbench.results import KEYS, pool_slices, summarize, write_json, write_rows
 
 
 class CaseTable(pl.Callback):
-    """Writes `<folder>/{validation,test}/cases.csv` (validation: of the last epoch) and `<folder>/test/summary.json`.
+    """Writes `<folder>/{validation,test}/cases.csv` (validation: of the last epoch) and `<folder>/test/summary.json`;
+    with the metric `slices` also `<folder>/test/slices.csv`, pooled over cases.
 
     Rows come from `pl_module.val_results` and `pl_module.test_results`, whose `compute()` gathers those of all ranks. W&B, where it is
     one of the loggers, gets the test rows as a table.
@@ -33,6 +34,8 @@ class CaseTable(pl.Callback):
             return
         write_rows(self.folder / "test" / "cases.csv", rows)
         write_json(self.folder / "test" / "summary.json", summarize(rows))
+        if pooled := pool_slices(rows):
+            write_rows(self.folder / "test" / "slices.csv", pooled, keys=("member", "region", "stratum"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("test/cases", *_table(rows))

@@ -1,26 +1,32 @@
 """Data sets as Lightning data modules; one file each."""
 
+from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
 from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
 from datamodules.images import Images
+from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
+from datamodules.semi_real import SemiReal
 from datamodules.simulated import Simulated
 from datamodules.split import Split
 from datamodules.toy_brains import ToyBrains
 
 __all__ = [
+    "QUBIQ",
+    "Atlas",
     "BraTS",
     "CaseDataModule",
     "Ellipses",
     "Folder",
     "Images",
+    "Planting",
     "Preprocessing",
-    "QUBIQ",
     "Sampling",
+    "SemiReal",
     "Simulated",
     "Split",
     "ToyBrains",

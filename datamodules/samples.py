@@ -96,7 +96,7 @@ class TrainingSamples(Dataset):
         sample = self._cut(case, rng, self._placement(epoch, position))
         if self.augmentation is not None and self.repeat is None:
             with torch_seeded(self.seed, "augment", self.stream, epoch, position):
-                sample = self._augmented(sample)
+                sample = self._augmented(sample, epoch)
         known = {"attributes": case.attributes} if self.labeled else {}
         return {**self._viewed(sample, rng), "case": case.id, **known}
 
@@ -164,7 +164,7 @@ class TrainingSamples(Dataset):
     def _interpolated_linearly(self) -> set[str]:
         return {"image", *(n for n, mode in self.maps.items() if mode == "linear")}
 
-    def _augmented(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _augmented(self, sample: dict[str, torch.Tensor], epoch: int) -> dict[str, torch.Tensor]:
         import torchio
 
         linear = self._interpolated_linearly
@@ -173,7 +173,8 @@ class TrainingSamples(Dataset):
         for axis in thin:  # TorchIO cannot flip an axis of length one; two equal slices it can
             spatial = {k: v.repeat_interleave(2, dim=axis) for k, v in spatial.items()}
         make = {True: torchio.ScalarImage, False: torchio.LabelMap}
-        subject = torchio.Subject({k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()})
+        images = {k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()}
+        subject = torchio.Subject(**images, epoch=epoch)
         augmented = self.augmentation(subject)
         changed = {k: augmented[k].data.to(v.dtype) for k, v in spatial.items()}
         for axis in thin:

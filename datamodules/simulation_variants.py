@@ -55,6 +55,20 @@ class Template:
     white: np.ndarray
 
 
+def packaged(what: str) -> Path:
+    """File of the template inside nilearn: `t1` (skull-stripped), `gm` or `wm` (tissue probability).
+
+    Raises:
+        SuiteError: the installed nilearn does not hold it.
+    """
+    found = importlib.util.find_spec("nilearn")
+    folder = Path(found.origin).parent / "datasets" / "data" if found else Path("nilearn/datasets/data")
+    file = folder / f"mni_icbm152_{what}_tal_nlin_sym_09a_converted.nii.gz"
+    if not file.is_file():
+        raise SuiteError(f"no ICBM 152 template in {folder}; install it with: pip install 'nilearn>=0.11'")
+    return file
+
+
 @lru_cache(maxsize=2)
 def template(spacing: float) -> Template:
     """ICBM 152 2009a nonlinear symmetric (Fonov et al., NeuroImage 2011), as packaged with nilearn; no download.
@@ -62,12 +76,7 @@ def template(spacing: float) -> Template:
     Raises:
         SuiteError: the installed nilearn does not hold it.
     """
-    found = importlib.util.find_spec("nilearn")
-    folder = Path(found.origin).parent / "datasets" / "data" if found else Path("nilearn/datasets/data")
-    files = {k: folder / f"mni_icbm152_{k}_tal_nlin_sym_09a_converted.nii.gz" for k in ("t1", "gm", "wm")}
-    if not all(f.is_file() for f in files.values()):
-        raise SuiteError(f"no ICBM 152 template in {folder}; install it with: pip install 'nilearn>=0.11'")
-    t1, gm, wm = (np.asanyarray(nib.load(f).dataobj) for f in files.values())
+    t1, gm, wm = (np.asanyarray(nib.load(packaged(k)).dataobj) for k in ("t1", "gm", "wm"))
     blur = 0.42 * spacing if spacing > 1 else 0.0
     closed = ndimage.gaussian_filter((t1 > 0).astype(np.float32), 2.5, truncate=2) > 0.45  # the tight mask leaves out the fluid of sulci
     coarse, tissue = closed[::2, ::2, ::2], (gm.astype(np.int16) + wm)[::2, ::2, ::2]

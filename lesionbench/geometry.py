@@ -72,6 +72,10 @@ class Geometry:
         """Voxel size on the grid that the network sees."""
         return tuple(s * c / r for s, c, r in zip(self.spacing, self.canonical, self.resampled, strict=True))
 
+    def native_axis(self, axis: int) -> int:
+        """The native axis that lies along canonical axis `axis`."""
+        return next(native for native, row in enumerate(self.orientation) if int(row[0]) == axis)
+
     def to_canonical(self, array: np.ndarray) -> np.ndarray:
         """Native (X, Y, Z) -> canonical axes, a view where possible."""
         return apply_orientation(array, np.asarray(self.orientation))

@@ -62,16 +62,43 @@ def _statistics(values: np.ndarray, bootstrap: int, seed: int) -> dict[str, floa
     return {**statistics, "n": int(known.size), "missing": int(values.size - known.size)}
 
 
-def write_rows(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes rows as CSV, atomically: the key columns, then the metrics in the order of their first appearance.
+def pool_slices(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Overlap pooled over cases, from the counts that the metric `slices` leaves in result rows: one row per member, region and stratum.
+
+    Returns:
+        `{"member", "region", "stratum", "slices", "dice", "jaccard", "sensitivity", "precision"}`; 0/0 is NaN. Empty without such counts.
+    """
+    totals: dict[tuple[str, str, str], dict[str, int]] = {}
+    for row in rows:
+        for name, value in row.items():
+            prefix, _, count = name.rpartition("_")
+            if prefix.startswith("slices_") and count in ("n", "hit", "predicted", "true"):
+                sums = totals.setdefault((row.get("member", ""), row.get("region", ""), prefix.removeprefix("slices_")), {})
+                sums[count] = sums.get(count, 0) + int(value)
+
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else math.nan
+
+    return [
+        {
+            "member": member, "region": region, "stratum": stratum, "slices": s["n"],
+            "dice": ratio(2 * s["hit"], s["predicted"] + s["true"]), "jaccard": ratio(s["hit"], s["predicted"] + s["true"] - s["hit"]),
+            "sensitivity": ratio(s["hit"], s["true"]), "precision": ratio(s["hit"], s["predicted"]),
+        }
+        for (member, region, stratum), s in totals.items()
+    ]  # fmt: skip
+
+
+def write_rows(path: Path | str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = KEYS) -> Path:
+    """Writes rows as CSV, atomically: the columns of `keys`, then the metrics in the order of their first appearance.
 
     Numbers keep their full precision, NaN is `nan`, and a metric that a row lacks is an empty cell.
     """
-    metrics = dict.fromkeys(name for row in rows for name in row if name not in KEYS)
+    metrics = dict.fromkeys(name for row in rows for name in row if name not in keys)
     with _Atomic(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*KEYS, *metrics])
-        writer.writerows([*(row.get(k, "") for k in KEYS), *(_cell(row.get(m)) for m in metrics)] for row in rows)
+        writer.writerow([*keys, *metrics])
+        writer.writerows([*(row.get(k, "") for k in keys), *(_cell(row.get(m)) for m in metrics)] for row in rows)
     return Path(path)
 
 

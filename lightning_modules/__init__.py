@@ -4,6 +4,7 @@ from lightning_modules.base import Method, SegmentationMethod
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
+from lightning_modules.spin import SPiN
 from lightning_modules.supervised import Supervised
 
-__all__ = ["Method", "MultiRater", "ReciprocalAdversarial", "Robustness", "SegmentationMethod", "Supervised"]
+__all__ = ["Method", "MultiRater", "ReciprocalAdversarial", "Robustness", "SPiN", "SegmentationMethod", "Supervised"]

@@ -87,7 +87,9 @@ class Method(pl.LightningModule):
         """Result rows of one case; a case-level method overrides it to compare `prediction.table` with `batch['attributes']`."""
         if truth is None and not prediction.table:
             return []
-        return metrics(prediction, truth, self.task, spacing, raters=_raters(batch, metrics.space == "native"))
+        native = metrics.space == "native"
+        axis = batch["geometry"][0].native_axis(self.task.slice_axis) if native else self.task.slice_axis
+        return metrics(prediction, truth, self.task, spacing, raters=_raters(batch, native), slice_axis=axis)
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""

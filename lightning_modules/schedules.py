@@ -6,7 +6,7 @@ learning rate, so that it starts above 0 and reaches the full rate at iteration 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -32,6 +32,11 @@ def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float
 def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0.05) -> LambdaLR:
     """Linear warm-up, then constant."""
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
+
+
+def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[float]]) -> LambdaLR:
+    """Piecewise constant: `stairs` are (share of all iterations, factor on the learning rate from there on), in order."""
+    return _per_iteration(optimizer, total_iterations, 0, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1])
 
 
 def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:

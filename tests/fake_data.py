@@ -159,6 +159,57 @@ def write_fake_qubiq(root: Path, count: int = 5, seed: int = 0) -> Path:
     return Path(root)
 
 
+ATLAS_TEST = (
+    "c0008s0028t01 c0004s0011t01 c0004s0022t01 c0003s0034t01 c0006s0006t01 c0003s0021t01 c0003s0030t01 c0004s0017t01 c0008s0003t01 "
+    "c0007s0001t01 c0007s0013t01 c0005s0007t01 c0004s0001t01 c0010s0021t01 c0007s0015t01 c0004s0019t01 c0009s0011t01 c0006s0008t01 "
+    "c0010s0038t01 c0005s0011t01 c0003s0054t01 c0004s0021t01 c0010s0002t02 c0009s0007t01 c0005s0036t01 c0007s0032t01 c0003s0023t01"
+)
+
+
+def write_fake_atlas(root: Path, release: str = "1.2", count: int = 4, shape: Sequence[int] = (24, 24, 10), seed: int = 0) -> Path:
+    """Writes ATLAS under `root` and returns `root`; every second scan has two masks (R1.2: of value 255, with an overlap).
+
+    R1.2: `count` scans that the published split trains on and its 27 test scans, in folders of cohorts. R2.0: `count` scans with a mask
+    (the last one in a second session), and a test scan without.
+    """
+    root = Path(root)
+    names = [f"c0001s{n:04d}t01" for n in range(count)] + ATLAS_TEST.split() if release == "1.2" else [f"{n:03d}" for n in range(count + 1)]
+    for number, name in enumerate(names):
+        images, label = fake_case(("t1",), (1,), shape, (seed, number))
+        if release == "1.2":
+            folder = root / "standard" / name[:5] / name
+            stem, image, ending = name, "_t1w_stx.nii.gz", ["_LesionSmooth_stx.nii.gz", "_LesionSmooth_1_stx.nii.gz"]
+            value = 255
+        else:
+            subject, session = f"sub-r009s{name}", 2 if number == count - 1 else 1
+            folder = root / "ATLAS_2" / ("Training" if number < count else "Testing") / "R009" / subject / f"ses-{session}" / "anat"
+            stem, image = f"{subject}_ses-{session}_space-MNI152NLin2009aSym", "_T1w.nii.gz"
+            ending, value = [f"_label-{side}_desc-T1lesion_mask.nii.gz" for side in "LR"], 1
+        write_volume(folder / f"{stem}{image}", images["t1"], LPS)
+        middle = int(np.median(np.nonzero(label)[0]))
+        halves = [
+            np.where(np.arange(shape[0])[:, None, None] <= middle, label, 0),
+            np.where(np.arange(shape[0])[:, None, None] >= middle, label, 0),
+        ]
+        masks = [] if release == "2.0" and number == count else halves if number % 2 else [label]
+        for end, mask in zip(ending, masks, strict=False):
+            write_volume(folder / f"{stem}{end}", (mask * value).astype(np.uint8), LPS)
+    return root
+
+
+def write_fake_masks(root: Path, count: int = 4, seed: int = 0) -> Path:
+    """Writes `masks/lesion_<n>.nii.gz`, balls in MNI space on a grid of 2 mm, in the left or right white matter; returns `root`."""
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = (-90, -126, -72)
+    x, y, z = np.meshgrid(*(np.arange(n) * 2 + o for n, o in zip((91, 109, 91), affine[:3, 3], strict=True)), indexing="ij")
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        side, radius = (-30, 30)[number % 2], rng.uniform(6, 14)
+        mask = (x - side) ** 2 + (y + 20 * number - 20) ** 2 + (z - 25) ** 2 < radius**2
+        write_volume(Path(root) / "masks" / f"lesion_{number}.nii.gz", mask.astype(np.float32), affine)
+    return Path(root)
+
+
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -169,4 +220,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     **{f"brats{layout}": partial(write_fake_brats, layout=layout) for layout in _BRATS_NAMES},
     "folder": write_fake_folder,
     "qubiq": write_fake_qubiq,
+    "atlas": write_fake_atlas,
+    "semireal": write_fake_masks,
 }

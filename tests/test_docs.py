@@ -94,10 +94,11 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=agreement/qubiq_kidney", "model/target=level_k"], ["experiment=agreement/simulated", "model/target=simple"],
         ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal/toy2d"],
+        ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
-    known |= {"use_distributed_sampler", "lesion_min_iou", "lesion_dilation", "bins"}  # arguments in Python
+    known |= {"use_distributed_sampler", "lesion_min_iou", "lesion_dilation", "bins", "slice_bounds"}  # arguments in Python
     wrong = []
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -110,7 +110,7 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau"}
+    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "steps"}
     for name, config in configured("optimizer").items():
         for scheduler in schedulers.values():
             weight = torch.nn.Parameter(torch.ones(1))

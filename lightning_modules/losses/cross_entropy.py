@@ -132,13 +132,23 @@ def voxel_binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> to
 class RegionBCE(nn.Module):
     """Binary cross-entropy of every region, averaged over regions and labeled voxels (Isensee et al., BrainLes 2020).
 
+    Args:
+        positive_weight: factor of voxels inside the region; the mean still divides by the number of voxels.
+
     Shapes: logits (B, R, *spatial), target region masks (B, R, *spatial) with -1 = ignore -> scalar >= 0, float32.
     """
 
     kind = "sigmoid"
 
+    def __init__(self, positive_weight: float = 1.0) -> None:
+        super().__init__()
+        self.positive_weight = positive_weight
+
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return weighted_mean(voxel_binary_cross_entropy(logits, target), (target != IGNORE).float())
+        values = voxel_binary_cross_entropy(logits, target)
+        if self.positive_weight != 1:
+            values = torch.where(target > 0, self.positive_weight * values, values)
+        return weighted_mean(values, (target != IGNORE).float())
 
 
 class RegionFocal(nn.Module):

@@ -7,6 +7,7 @@ from lightning_modules.metrics.case_metrics import CaseMetrics
 from lightning_modules.metrics.lesions import lesion_counts, lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.per_case import PerCaseResults
+from lightning_modules.metrics.slices import largest_components, slice_metrics
 from lightning_modules.metrics.surface import grid_diagonal, surface_distances, surface_metrics
 from lightning_modules.metrics.uncertainty import Ranking, auroc, average_precision, brier_score, calibration_error
 
@@ -19,11 +20,13 @@ __all__ = [
     "brier_score",
     "calibration_error",
     "grid_diagonal",
+    "largest_components",
     "lesion_counts",
     "lesion_dice",
     "lesion_f1",
     "overlap_metrics",
     "q_dice",
+    "slice_metrics",
     "surface_distances",
     "surface_metrics",
     "volume_recall_rate",

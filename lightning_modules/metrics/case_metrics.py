@@ -15,11 +15,12 @@ from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall
 from lightning_modules.metrics.box import bounding_box
 from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
+from lightning_modules.metrics.slices import slice_metrics
 from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, surface_metrics
 from lightning_modules.metrics.uncertainty import Ranking, brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
-MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1")
+MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "slices")
 KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", "auroc", "ap", "error_auroc")
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
 
@@ -33,7 +34,8 @@ class CaseMetrics:
         names: what to measure; a metric whose input a prediction lacks is left out for it.
             From `labels`: `dice`, `jaccard`, `sensitivity`, `precision`, `specificity`, `volume_difference`, `vr70` (1 where sensitivity is
             at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd` (columns
-            end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`.
+            end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `slices` (columns `slices_*`, see
+            `slice_metrics`).
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
             From `scores`: `auroc`, `ap` (average precision) for finding each region.
             From `uncertainty` and `labels`: `error_auroc`, one column `auroc_<map>` for finding the voxels where a region is wrong.
@@ -42,6 +44,7 @@ class CaseMetrics:
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
         lesion_dilation: for `lesion_dice`, in voxels.
         bins: for `ece`.
+        slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
         space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
 
     Raises:
@@ -56,6 +59,7 @@ class CaseMetrics:
         lesion_min_iou: float = 0.0,
         lesion_dilation: int = 0,
         bins: int = 15,
+        slice_bounds: Sequence[int] = (100,),
         space: str = "native",
     ) -> None:
         for name in names:
@@ -72,6 +76,9 @@ class CaseMetrics:
         self.lesion_min_iou = lesion_min_iou
         self.lesion_dilation = lesion_dilation
         self.bins = bins
+        if not slice_bounds or list(slice_bounds) != sorted(set(slice_bounds)) or slice_bounds[0] < 1:
+            raise SuiteError(f"metrics.slice_bounds={list(slice_bounds)}: expected numbers of pixels, ascending")
+        self.slice_bounds = tuple(slice_bounds)
 
     def __call__(
         self,
@@ -81,6 +88,7 @@ class CaseMetrics:
         spacing: Sequence[float],
         raters: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        slice_axis: int | None = None,
     ) -> list[dict[str, Any]]:
         """Rows `{"member", "region", <metric>: value}`: one per member and region, and one with region "" where a member has a table.
 
@@ -91,11 +99,12 @@ class CaseMetrics:
             spacing: voxel size along the axes of `truth`; not used for distances of a task in voxels.
             raters: class indices (R, X, Y, Z), for `q_dice`; a rater who is -1 throughout is absent, a voxel of -1 does not count.
             mask: bool (X, Y, Z), such as the brain: where calibration and AUROC are measured; default everywhere.
+            slice_axis: axis of `truth` along which `slices` cuts; default: the task's, which is right for canonical axes.
 
         Raises:
             SuiteError: a map that is not on the grid of `truth`.
         """
-        case = None if truth is None else _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask)
+        case = None if truth is None else _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask, slice_axis)
         rows = []
         for member, part in prediction.flat():
             for region, values in self._regions(part, case).items() if case else ():
@@ -140,6 +149,8 @@ class CaseMetrics:
                 values[name] = lesion_dice(ours, theirs, self.lesion_dilation)
             elif name == "lesion_f1":
                 values[name] = lesion_f1(ours, theirs, self.lesion_min_iou)
+            elif name == "slices":
+                values |= slice_metrics(ours, theirs, case.slice_axis, self.slice_bounds)
         return values
 
     def _probabilities(self, part: Prediction, case: "_Truth") -> list[Values]:
@@ -185,12 +196,15 @@ class _Truth:
     spacing: tuple[float, ...]
     raters: torch.Tensor | None
     mask: torch.Tensor | None
+    axis: int | None = None
 
     def __post_init__(self) -> None:
         kept = [axis for axis, n in enumerate(self.labels.shape) if n > 1] or [0]
         self.shape = tuple(self.labels.shape[axis] for axis in kept)
         self.steps = tuple(self.spacing[axis] if self.task.unit == "mm" else 1.0 for axis in kept)
         self.grid = tuple(self.labels.shape)
+        axis = self.task.slice_axis if self.axis is None else self.axis
+        self.slice_axis = kept.index(axis) if axis in kept and len(kept) == 3 else None
         self.truth = self.fit(self.labels[None])[0]
         ignored = self.truth == IGNORE
         self.voxels = ignored.size - int(np.count_nonzero(ignored))
