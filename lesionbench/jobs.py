@@ -181,13 +181,18 @@ def _finish(cfg: DictConfig, folder: RunFolder) -> None:
     """Writes the summary and prints what was done, how good it is, where it is and what to do next."""
     from lesionbench.report import print_run
 
-    test, cost = folder.path / "test" / "summary.json", folder.path / "cost.json"
+    def found(name: str) -> dict[str, Any]:
+        path = folder.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    dataset = found("test/dataset.json")
     folder.update_summary(
         status="finished",
         finished=time.time(),
         objective=_objective(cfg, folder.path),
-        test=json.loads(test.read_text()) if test.exists() else {},
-        cost=json.loads(cost.read_text()) if cost.exists() else {},
+        test=found("test/summary.json"),
+        cost=found("cost.json"),
+        **({"dataset": dataset} if dataset else {}),
     )
     print_run(folder.path)
 

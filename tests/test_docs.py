@@ -67,6 +67,9 @@ def test_command_composes_and_builds(call, tmp_path):
     data = instantiate(cfg.data, _convert_="all")
     with torch.device("meta"):
         method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
+    if not hasattr(method, "network"):
+        assert not list(method.parameters())
+        return
     window, view = getattr(method.network, "window", None), cfg.data.view
     assert window == (cfg.data.window if view == "window" else None)
     assert method.network.dimensions == (3 if view == "patch" else 2)

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from lesionbench.errors import nearest
+from lightning_modules.networks.autoencoder import SpatialAutoencoder
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.window import WindowChannels
 
@@ -25,7 +26,7 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["WindowChannels", "describe", *_MONAI]
+__all__ = ["SpatialAutoencoder", "WindowChannels", "describe", *_MONAI]
 
 
 def __getattr__(name: str) -> Any:
