@@ -450,7 +450,7 @@ def quiet() -> None:
     """Silences what is known to be harmless: a deprecation inside Lightning, its tips, and advice on worker counts."""
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*of metric PerCaseResults was called before.*")  # a process without cases
+    warnings.filterwarnings("ignore", message=r".*of metric (PerCaseResults|DatasetMetrics) was called before.*")  # a process without cases
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log.*sync_dist")  # equal on every process already
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation part, on purpose
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
@@ -12,10 +13,12 @@ from lightning_modules.flair_threshold import minmax
 
 
 class BlurResidual(AnomalyMethod):
-    """|image - blurred image| of the brain, scaled to [0, 1]. No parameters.
+    """|image - blurred image| of the brain, whose range is scaled to [0, 1]. No parameters.
 
     Reconstructions of autoencoders are blurred, so that their residuals also mark every edge (Meissen, Kaissis and Rueckert, BrainLes
-    2021, and "On the Pitfalls of Using the Residual Error as Anomaly Score", MIDL 2022); this is that effect alone.
+    2021, and "On the Pitfalls of Using the Residual Error as Anomaly Score", MIDL 2022); this is that effect alone. The blur looks at
+    brain voxels only: an autoencoder does reconstruct the border of the brain, and with the background in it that border outshines any
+    lesion.
 
     Args:
         sigma: of the Gaussian, in voxels of the network grid.
@@ -27,5 +30,8 @@ class BlurResidual(AnomalyMethod):
 
     def score_map(self, batch: Batch) -> torch.Tensor:
         brain = batch["brain_mask"][0, 0]
-        image = minmax(batch["image"][0, self.channel].float().cpu().numpy(), brain.cpu().numpy())
-        return torch.from_numpy(abs(image - gaussian_filter(image, self.sigma))).to(brain.device) * brain
+        inside = brain.cpu().numpy()
+        image = minmax(batch["image"][0, self.channel].float().cpu().numpy(), inside)
+        weight = gaussian_filter(inside.astype(np.float32), self.sigma)
+        blurred = gaussian_filter(image, self.sigma) / np.where(inside, weight, 1)
+        return torch.from_numpy(abs(image - blurred) * inside).to(brain.device)
