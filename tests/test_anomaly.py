@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from functools import partial
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from lightning_modules.inferers import SliceWise
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics
 from lightning_modules.networks import SpatialAutoencoder
 from tests.fake_data import write_fake_brats, write_fake_folder
-from tests.harness import composed, rows, run, run_folders
+from tests.harness import assert_same, composed, rows, run, run_folders, run_killed, weights
 
 TASK = Task(("t1", "flair"), {"background": 0, "lesion": 1})
 
@@ -396,6 +397,23 @@ def test_an_autoencoder_trains_on_lesion_free_brains_that_it_is_not_tested_on():
     assert cfg.data.variant == "tumor"
     assert "override" not in test or "data" not in test.override
     assert "data" not in calibrate.override
+
+
+def test_a_killed_training_of_a_variational_autoencoder_ends_the_same(folder, tmp_path):
+    common = [
+        "experiment=autoencoder/simulated_variational", "data=folder", f"data.root={folder}", "task.regions=null", "epochs=2", "patch=[16,16]",
+        "data.samples_per_epoch=8", "data.batch_size=2", "data.split.test=2", "data.split.val=1", "data.num_workers=0", "data.check=false",
+        "model.network.features=[4,8]", "model.network.latent=2", "stages=[{name:fit,run:fit},{name:test,run:test}]", "threads=1",
+        "trainer.check_val_every_n_epoch=1", "callbacks.figures=null", "writer.on_test=false", "callbacks.checkpoint.every_n_batches=1",
+    ]  # fmt: skip
+    run(*common, f"runs={tmp_path / 'whole'}")
+    kill = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=5"]
+    assert run_killed(*common, f"runs={tmp_path / 'killed'}", *kill) == -signal.SIGKILL
+    run(*common, f"runs={tmp_path / 'killed'}", "resume=true")
+    (whole,), (resumed,) = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
+    assert_same(weights(whole), weights(resumed))
+    assert rows(whole) == rows(resumed)
+    assert "val/reconstruction_error" in (whole / "metrics.csv").read_text()
 
 
 # the effect
