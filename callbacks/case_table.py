@@ -10,11 +10,12 @@ from lesionbench.results import KEYS, pool_slices, summarize, write_json, write_
 
 
 class CaseTable(pl.Callback):
-    """Writes `<folder>/{validation,test}/cases.csv` (validation: of the last epoch) and `<folder>/test/summary.json`;
-    with the metric `slices` also `<folder>/test/slices.csv`, pooled over cases.
+    """Writes `<folder>/{validation,test}/cases.csv` (validation: of the last epoch) and `<folder>/test/summary.json`; with the metric
+    `slices` also `<folder>/test/slices.csv`, pooled over cases, and `<folder>/test/dataset.json` where something is measured over the
+    voxels of all test cases as one set.
 
-    Rows come from `pl_module.val_results` and `pl_module.test_results`, whose `compute()` gathers those of all ranks. W&B, where it is
-    one of the loggers, gets the test rows as a table.
+    Rows come from `pl_module.val_results` and `pl_module.test_results`, whose `compute()` gathers those of all ranks, as does that of
+    `pl_module.dataset_results`. W&B, where it is one of the loggers, gets the test rows as a table.
 
     Args:
         folder: run folder.
@@ -29,13 +30,15 @@ class CaseTable(pl.Callback):
             write_rows(self.folder / "validation" / "cases.csv", rows)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rows = pl_module.test_results.compute()
+        rows, whole = pl_module.test_results.compute(), pl_module.dataset_results.compute()
         if not rows or not trainer.is_global_zero:
             return
         write_rows(self.folder / "test" / "cases.csv", rows)
         write_json(self.folder / "test" / "summary.json", summarize(rows))
         if pooled := pool_slices(rows):
             write_rows(self.folder / "test" / "slices.csv", pooled, keys=("member", "region", "stratum"))
+        if whole:
+            write_json(self.folder / "test" / "dataset.json", whole)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("test/cases", *_table(rows))

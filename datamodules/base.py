@@ -176,15 +176,21 @@ class CaseDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_cases is not None:
             return
+        self._divide()
+        if stage in (None, "fit"):
+            for name, spec in self.streams.items():
+                which = spec.get("cases", "train")
+                if not self.parts[which]:
+                    why = f"labeled={self.split.labeled}" if self.split.test != "all" else "test=all"
+                    raise SuiteError(f"stream '{name}' has no cases: data.split.{why} leaves {which} empty")
+
+    def _divide(self) -> None:
         if self.parts:
             return
         cases = self.cases()
         self.parts = self.divided(cases)
         self.parts["predict"] = cases
         self.parts["unlabeled"] += [c for c in cases if c.label is None and not c.raters] if self._wants("unlabeled") else []
-        for name, spec in self.streams.items():
-            if not self.parts[spec.get("cases", "train")]:
-                raise SuiteError(f"stream '{name}' has no cases: data.split.labeled={self.split.labeled} leaves {spec.get('cases')} empty")
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:

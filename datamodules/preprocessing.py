@@ -19,6 +19,7 @@ from lesionbench.task import Task
 
 CROPS = ("foreground", "none")
 NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "none")
+INTERPOLATIONS = ("linear", "nearest")
 CT_PERCENTILES = (0.5, 99.5)
 Stats = dict[str, list]
 
@@ -41,9 +42,10 @@ class Preprocessing:
         percentiles: (low, high) in percent, where `normalize="percentile"` clips.
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
+        interpolation: of the image where `spacing` resamples: `linear`, or `nearest` (labels always are).
 
     Raises:
-        SuiteError: an unknown crop or normalization, a spacing, margin or clip that makes no sense.
+        SuiteError: an unknown crop, normalization or interpolation, a spacing, margin or clip that makes no sense.
     """
 
     spacing: tuple[float, float, float] | None = None
@@ -53,6 +55,7 @@ class Preprocessing:
     percentiles: tuple[float, float] = (0.5, 99.5)
     clip: tuple[float, float] | None = None
     allow_missing: bool = False
+    interpolation: str = "linear"
 
     def __post_init__(self) -> None:
         for name in ("spacing", "percentiles", "clip"):
@@ -62,6 +65,8 @@ class Preprocessing:
             raise unknown("crop", self.crop, CROPS)
         if self.normalize not in NORMALIZATIONS:
             raise unknown("normalization", self.normalize, NORMALIZATIONS)
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
         if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
             raise SuiteError(f"data.preprocessing.spacing: three positive sizes in mm, or null; got {self.spacing}")
         if self.clip is not None and (len(self.clip) != 2 or self.clip[0] >= self.clip[1]):
@@ -278,7 +283,8 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
         np.clip(image, *settings.clip, out=image, casting="unsafe")
     if geometry.resampled != geometry.canonical:
         # relative to the background: zeros stay exactly zero under interpolation, other constants may be off by a rounding
-        moved = resample(torch.from_numpy(image - np.float32(settings.background)), geometry.resampled)
+        relative = torch.from_numpy(image - np.float32(settings.background))
+        moved = resample(relative, geometry.resampled, discrete=settings.interpolation == "nearest")
         image = moved.numpy() + np.float32(settings.background)
     return image, replace(geometry, crop=tuple((0, n) for n in geometry.resampled))
 

@@ -16,7 +16,8 @@ class Split:
 
     Attributes:
         seed: of the division; a sweep over training seeds keeps its test cases.
-        test, val: share (below 1) or number (1 and above) of the patients.
+        test, val: share (below 1) or number (1 and above) of the patients; `test: all` tests on every patient and leaves none to train
+            on, for methods without training.
         folds: number of cross-validation folds, or None; then `test` is not used: fold `fold` is tested on.
         fold: which fold is tested on, from 0.
         labeled: number of training patients (in a fixed, seeded order) that keep their labels; the rest are `unlabeled`. None = all.
@@ -26,7 +27,7 @@ class Split:
     """
 
     seed: int = 0
-    test: float = 0.2
+    test: float | str = 0.2
     val: float = 0.1
     folds: int | None = None
     fold: int = 0
@@ -59,6 +60,8 @@ class Split:
 
     def _drawn(self, patients: list[str]) -> dict[str, list[str]]:
         n = len(patients)
+        if self.test == "all":
+            return {"train": [], "val": [], "test": patients}
         if self.folds is not None:
             if not 0 <= self.fold < self.folds or self.folds > n:
                 raise SuiteError(

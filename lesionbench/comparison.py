@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.results import KEYS, read_rows, write_json
+from lesionbench.results import KEYS, TUNED, depends_on_oracle, is_oracle, read_rows, write_json
 from lesionbench.statistics import MIN_PAIRS, bootstrap_interval, differences, holm, paired_tests
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Run:
         status: "finished", or why the run cannot be compared.
         cost: the `cost` of its summary.
         rows: test result rows; empty unless finished.
+        dataset: what was measured over all test voxels as one set, {member: {region: {metric: value}}}.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Run:
     status: str
     cost: Record
     rows: list[Record] = field(default_factory=list)
+    dataset: Record = field(default_factory=dict)
 
     @cached_property
     def cases(self) -> set[str]:
@@ -75,6 +77,8 @@ class Comparison:
         cells: one record per group, member, region and metric: `mean`, `std` (over seeds, of the per-seed means over cases; NaN for one
             seed), `median`, `q25`, `q75` (of all values of all seeds and folds), `n_seeds`, `n_folds`, `n_cases`, `missing` (values that
             are NaN or absent), `oracle` (a threshold was chosen on test labels).
+        dataset: what was measured over all test voxels as one set: one record per group, member, region and metric, with `mean` and `std`
+            over seeds (of the mean over a seed's folds), `n_seeds`, `n_folds` and `oracle`.
         tests: one record per group other than the baseline, member, region and metric, see `_test`.
         groups: one record per group: `runs`, `seeds`, `folds`, `cases`, and the mean over runs of every cost in `COST`.
         folders: group -> the run folders that count.
@@ -88,6 +92,7 @@ class Comparison:
     group_by: list[str]
     baseline: str | None
     cells: list[Record]
+    dataset: list[Record]
     tests: list[Record]
     groups: list[Record]
     folders: dict[str, list[str]]
@@ -126,22 +131,28 @@ class Comparison:
         return "\n\n".join(blocks) + "\n"
 
     def write(self, out: Path | str) -> list[Path]:
-        """Writes comparison.csv (one line per cell, with the costs of its group), comparison.md, tests.csv and comparison.json."""
+        """Writes comparison.csv (one line per cell, with the costs of its group), dataset.csv (the same for what was measured over all
+        test voxels), comparison.md, tests.csv and comparison.json."""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         costs = {g["group"]: {name: g[name] for name in COST} for g in self.groups}
         _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
+        _write_table(out / "dataset.csv", _DATASET_COLUMNS, [{**record, "note": self.caption} for record in self.dataset])
         _write_table(out / "tests.csv", _TEST_COLUMNS, self.tests)
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
         write_json(out / "comparison.json", {k: v for k, v in asdict(self).items() if k not in ("values", "objectives")})
-        return [out / name for name in ("comparison.csv", "comparison.md", "tests.csv", "comparison.json")]
+        return [out / name for name in ("comparison.csv", "dataset.csv", "comparison.md", "tests.csv", "comparison.json")]
 
     def sheets(self) -> list["Sheet"]:
-        """The tables as text: one per metric, the groups with their costs, one of tests per metric."""
+        """The tables as text: one per metric, one per data-set-wise metric, the groups with their costs, one of tests per metric."""
         metrics = list(dict.fromkeys(cell["metric"] for cell in self.cells))
         results = [_metric_sheet(metric, [c for c in self.cells if c["metric"] == metric]) for metric in metrics]
         tests = [_test_sheet(metric, [t for t in self.tests if t["metric"] == metric]) for metric in metrics if self.tests]
-        return [*results, _group_sheet(self.groups), *tests]
+        whole = [
+            _dataset_sheet(metric, [r for r in self.dataset if r["metric"] == metric])
+            for metric in dict.fromkeys(r["metric"] for r in self.dataset)
+        ]
+        return [*results, *whole, _group_sheet(self.groups), *tests]
 
     def remarks(self) -> list[str]:
         """Notes, and what was left out and why, a line each."""
@@ -188,12 +199,21 @@ def compare(
         raise unknown("baseline", baseline, groups)
     _check_cases(groups, left_out)
     pool, oracle = _pooled(groups)
-    pool = _chosen(pool, _listed(metrics), regions, members)
-    cells = [_summed_up(cell, values, groups[cell[0]], cell[:3] in oracle) for cell, values in _ordered(pool, baseline)]
+    whole, tuned = _dataset_values(groups)
+    wanted, everything = _listed(metrics), [*pool, *whole]
+    _check_names(everything, wanted, regions, members)
+    pool, whole = _chosen(pool, wanted or DEFAULT_METRICS, regions, members), _chosen(whole, wanted or ("*",), regions, members)
+    if not pool and not whole:
+        raise SuiteError(
+            f"no run has any of the metrics {', '.join(wanted or DEFAULT_METRICS)} for these members and regions; "
+            f"there are {', '.join(dict.fromkeys(cell[3] for cell in everything)) or 'none'}: choose with metrics=[...]"
+        )
+    cells = [_summed_up(cell, values, groups[cell[0]], cell in oracle) for cell, values in _ordered(pool, baseline)]
     comparison = Comparison(
         group_by=keys,
         baseline=baseline,
         cells=cells,
+        dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in _ordered(whole, baseline)],
         tests=[] if baseline is None else _tests(pool, baseline, oracle),
         groups=[_group_record(name, groups[name]) for name in sorted(groups, key=lambda g: (g != baseline, g))],
         folders={name: [str(run.folder) for run in _runs(seeds)] for name, seeds in groups.items()},
@@ -253,7 +273,10 @@ def read_run(folder: Path) -> Run:
     if status == "finished" and not table.exists():
         status = "finished without test/cases.csv"
     settings = {**config, **{key: summary[key] for key in ("experiment", "seed") if key in summary}}
-    run = Run(folder, settings, status, summary.get("cost") or {}, read_rows(table) if status == "finished" else [])
+    whole = folder / "test" / "dataset.json"
+    run = Run(folder, settings, status, summary.get("cost") or {})
+    if status == "finished":
+        run.rows, run.dataset = read_rows(table), _parsed(whole, json.loads) if whole.exists() else {}
     if status == "finished" and not run.rows:
         run.status = "no case in test/cases.csv"
     return run
@@ -380,16 +403,14 @@ def _check_cases(groups: Groups, left_out: Mapping[str, str]) -> None:
     )
 
 
-def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[tuple[str, str, str]]]:
-    """Values of every cell, with the folds of a seed together, and the (group, member, region) whose rows say `oracle`."""
+def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[Cell]]:
+    """Values of every cell, with the folds of a seed together, and the cells whose threshold was chosen on the test labels."""
     pool: dict[Cell, Values] = {}
-    oracle = set()
+    oracle: set[Cell] = set()
     for group, seeds in groups.items():
         for seed, run in ((seed, run) for seed, runs in seeds.items() for run in runs):
             for row in run.rows:
                 case, place = row["case"], (group, row["member"], row["region"])
-                if str(row.get("oracle", "")).lower() in ("1", "1.0", "true"):
-                    oracle.add(place)
                 for metric, value in row.items():
                     if metric in KEYS or metric == "oracle" or isinstance(value, str):
                         continue
@@ -399,14 +420,43 @@ def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[tuple[str, str, str
                             f"{run.folder / 'test' / 'cases.csv'}: case {case} has two rows for member '{place[1]}', region '{place[2]}'"
                         )
                     values[case] = float(value)
+                    if depends_on_oracle(metric, is_oracle(row)):
+                        oracle.add((*place, metric))
     return pool, oracle
+
+
+def _dataset_values(groups: Groups) -> tuple[dict[Cell, Values], set[Cell]]:
+    """What was measured over all test voxels as one set: seed -> run folder -> value of every cell, and the cells that are test-tuned."""
+    whole: dict[Cell, Values] = {}
+    tuned: set[Cell] = set()
+    for group, seeds in groups.items():
+        for seed, run in ((seed, run) for seed, runs in seeds.items() for run in runs):
+            for member, region, found in ((m, r, f) for m, regions in run.dataset.items() for r, f in regions.items()):
+                for metric, value in found.items():
+                    if metric != "oracle":
+                        cell = (group, member, region, metric)
+                        whole.setdefault(cell, {}).setdefault(seed, {})[str(run.folder)] = math.nan if value is None else float(value)
+                        if depends_on_oracle(metric, is_oracle(found)):
+                            tuned.add(cell)
+    return whole, tuned
 
 
 def _chosen(
     pool: dict[Cell, Values], metrics: Sequence[str], regions: Sequence[str] | None, members: Sequence[str] | None
 ) -> dict[Cell, Values]:
     """The cells of the wanted metrics, regions and members; in their order of appearance."""
-    known = {kind: list(dict.fromkeys(cell[place] for cell in pool)) for place, kind in enumerate(("group", "member", "region", "metric"))}
+    return {
+        cell: values
+        for cell, values in pool.items()
+        if (members is None or cell[1] in members)
+        and (regions is None or cell[2] in regions)
+        and any(fnmatchcase(cell[3], pattern) for pattern in metrics)
+    }
+
+
+def _check_names(cells: Iterable[Cell], metrics: Sequence[str], regions: Sequence[str] | None, members: Sequence[str] | None) -> None:
+    """Refuses members, regions and metrics that no cell has."""
+    known = {kind: list(dict.fromkeys(cell[place] for cell in cells)) for place, kind in enumerate(("group", "member", "region", "metric"))}
     for kind, wanted in (("member", members), ("region", regions)):
         for name in wanted or ():
             if name not in known[kind]:
@@ -414,19 +464,6 @@ def _chosen(
     for pattern in metrics:
         if not any(fnmatchcase(name, pattern) for name in known["metric"]):
             raise unknown("metric", pattern, known["metric"])
-    kept = {
-        cell: values
-        for cell, values in pool.items()
-        if (members is None or cell[1] in members)
-        and (regions is None or cell[2] in regions)
-        and any(fnmatchcase(cell[3], pattern) for pattern in metrics or DEFAULT_METRICS)
-    }
-    if not kept:
-        raise SuiteError(
-            f"no run has any of the metrics {', '.join(metrics or DEFAULT_METRICS)} for these members and regions; "
-            f"there are {', '.join(known['metric']) or 'none'}: choose with metrics=[...]"
-        )
-    return kept
 
 
 def _ordered(pool: dict[Cell, Values], baseline: str | None) -> list[tuple[Cell, Values]]:
@@ -490,6 +527,16 @@ def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], o
     }
 
 
+_DATASET_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "n_seeds", "n_folds", "oracle", "note")
+
+
+def _dataset_record(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
+    per_seed = _known(_mean(runs.values()) for runs in values.values())
+    std = float(per_seed.std(ddof=1)) if per_seed.size > 1 else math.nan
+    folds, _ = _replicates(seeds)
+    return dict(zip(_DATASET_COLUMNS, (*cell, _mean(per_seed), std, len(values), folds, oracle), strict=False))
+
+
 def _group_record(name: str, seeds: Mapping[Any, Sequence[Run]]) -> Record:
     runs = _runs(seeds)
     folds, cases = _replicates(seeds)
@@ -520,14 +567,14 @@ _TEST_COLUMNS = ("metric", "group", "baseline", "member", "region", "n", "missin
 _TEST_COLUMNS += ("wins", "ties", "losses", "p_wilcoxon", "p_wilcoxon_holm", "p_ttest", "p_ttest_holm", "note", "oracle")
 
 
-def _tests(pool: dict[Cell, Values], baseline: str, oracle: set[tuple[str, str, str]]) -> list[Record]:
+def _tests(pool: dict[Cell, Values], baseline: str, oracle: set[Cell]) -> list[Record]:
     """Every group against the baseline. Holm's correction takes all comparisons of one metric (all groups, members, regions) as a family,
     for each of the two tests."""
     tests = []
     for cell, values in _ordered(pool, baseline):
         reference = (baseline, *cell[1:])
         if cell[0] != baseline and reference in pool:
-            tuned = bool({cell[:3], reference[:3]} & oracle)
+            tuned = bool({cell, reference} & oracle)
             tests.append({**_test(cell, values, baseline, pool[reference]), "oracle": tuned})
     for metric in dict.fromkeys(test["metric"] for test in tests):
         family = [test for test in tests if test["metric"] == metric]
@@ -606,6 +653,16 @@ class Sheet:
 
 
 def _metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
+    return _sheet(f"{metric}: mean ± std over seeds, median [quartiles] over all cases", cells, _cell_text)
+
+
+def _dataset_sheet(metric: str, records: Sequence[Record]) -> Sheet:
+    folds = ", of the mean over folds" if any(r["n_folds"] > 1 for r in records) else ""
+    return _sheet(f"{metric} over all test voxels as one set: mean ± std over seeds{folds}", records, _mean_text)
+
+
+def _sheet(title: str, cells: Sequence[Record], text: Callable[[Record], str]) -> Sheet:
+    """One row per group and member, one column per region."""
     regions = list(dict.fromkeys(cell["region"] for cell in cells))
     with_members = any(cell["member"] for cell in cells)
     rows: dict[tuple[str, str], dict[str, Record]] = {}
@@ -614,17 +671,19 @@ def _metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
     names = ["group", "member"] if with_members else ["group"]
     body = []
     for (group, member), found in rows.items():
-        label = group + (" (test-tuned)" if any(cell["oracle"] for cell in found.values()) else "")
-        texts = [_cell_text(found[region]) if region in found else "" for region in regions]
+        label = group + TUNED * any(cell["oracle"] for cell in found.values())
+        texts = [text(found[region]) if region in found else "" for region in regions]
         body.append([label, *([member or "(main)"] if with_members else []), *texts])
-    title = f"{metric}: mean ± std over seeds, median [quartiles] over all cases"
     return Sheet(title, [*names, *(region or "(case)" for region in regions)], body, len(names))
 
 
+def _mean_text(cell: Record) -> str:
+    return _number(cell["mean"]) + ("" if math.isnan(cell["std"]) else f" ± {_number(cell['std'])}")
+
+
 def _cell_text(cell: Record) -> str:
-    std = "" if math.isnan(cell["std"]) else f" ± {_number(cell['std'])}"
     missing = f"\n{cell['missing']} missing" if cell["missing"] else ""
-    return f"{_number(cell['mean'])}{std}\n{_number(cell['median'])} [{_number(cell['q25'])}, {_number(cell['q75'])}]{missing}"
+    return f"{_mean_text(cell)}\n{_number(cell['median'])} [{_number(cell['q25'])}, {_number(cell['q75'])}]{missing}"
 
 
 def _group_sheet(groups: Sequence[Record]) -> Sheet:
@@ -640,7 +699,7 @@ def _test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
         interval = f"[{_number(test['ci_low'], '+')}, {_number(test['ci_high'], '+')}]"
         rows.append(
             [
-                test["group"] + (" (test-tuned)" if test["oracle"] else ""),
+                test["group"] + TUNED * test["oracle"],
                 *([test["member"] or "(main)"] if with_members else []),
                 test["region"] or "(case)",
                 f"{_number(test['mean_difference'], '+')}\n{interval}",

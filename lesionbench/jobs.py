@@ -189,13 +189,18 @@ def _finish(cfg: DictConfig, folder: RunFolder) -> None:
     """Writes the summary and prints what was done, how good it is, where it is and what to do next."""
     from lesionbench.report import print_run
 
-    test, cost = folder.path / "test" / "summary.json", folder.path / "cost.json"
+    def found(name: str) -> dict[str, Any]:
+        path = folder.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    dataset = found("test/dataset.json")
     folder.update_summary(
         status="finished",
         finished=time.time(),
         objective=_objective(cfg, folder.path),
-        test=json.loads(test.read_text()) if test.exists() else {},
-        cost=json.loads(cost.read_text()) if cost.exists() else {},
+        test=found("test/summary.json"),
+        cost=found("cost.json"),
+        **({"dataset": dataset} if dataset else {}),
     )
     print_run(folder.path)
 
@@ -471,7 +476,7 @@ def quiet() -> None:
     """Silences what is known to be harmless: a deprecation inside Lightning, its tips, and advice on worker counts."""
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*of metric PerCaseResults was called before.*")  # a process without cases
+    warnings.filterwarnings("ignore", message=r".*of metric (PerCaseResults|DatasetMetrics) was called before.*")  # a process without cases
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log.*sync_dist")  # equal on every process already
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation part, on purpose
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself

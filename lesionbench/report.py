@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from lesionbench.results import TUNED, depends_on_oracle, is_oracle
+
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     """(iteration, value) of one curve of a run, from its metrics.csv."""
@@ -38,7 +40,8 @@ def print_run(folder: Path) -> None:
         measured = list(dict.fromkeys(m for values in regions.values() for m in values))
         metrics = [m for m in measured if m.startswith(("dice", "hd95"))] or measured  # the rest is in summary.json
         for column in ("region", *metrics, "cases"):
-            table.add_column(column, justify="left" if column == "region" else "right")
+            tuned = any(values.get(column, {}).get("oracle") for values in regions.values())
+            table.add_column(column + TUNED * tuned, justify="left" if column == "region" else "right")
         for region, values in regions.items():
             table.add_row(
                 region or "case",
@@ -46,11 +49,23 @@ def print_run(folder: Path) -> None:
                 str(max((v["n"] + v["missing"] for v in values.values()), default=0)),
             )
         console.print(table)
+    for member, regions in (summary.get("dataset") or {}).items():
+        console.print(_dataset_table(member, regions))
     _baseline(console, folder)
     for line in _paths(folder, config["runs"]):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
+
+
+def _dataset_table(member: str, regions: dict[str, dict[str, float | None]]) -> Any:
+    from rich.table import Table
+
+    table = Table("", *regions, title=f"all test voxels as one set{f', {member}' if member else ''}")
+    for metric in (m for m in dict.fromkeys(m for values in regions.values() for m in values) if m != "oracle"):
+        tuned = any(depends_on_oracle(metric, is_oracle(values)) for values in regions.values())
+        table.add_row(metric + TUNED * tuned, *("-" if (v := values.get(metric)) is None else f"{v:.3f}" for values in regions.values()))
+    return table
 
 
 def _cell(values: dict[str, Any] | None) -> str:
@@ -65,7 +80,8 @@ def _baseline(console: Any, folder: Path) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         console.print(
-            f"For scale: the best single FLAIR threshold, chosen on these very cases, has a {found['region']} Dice of {found['dice']:.3f}."
+            f"For scale: the best single threshold on histogram-equalized FLAIR, chosen on these very cases, has a {found['region']} Dice of "
+            f"{found['dice']:.3f}{TUNED}."
         )
 
 

@@ -1,6 +1,7 @@
 """Result rows: how they are summed up, written and read. A row is a flat mapping with `case, patient, site, member, region` and metrics.
 
-`member` is "" for the main prediction, `region` is "" for values of the whole case.
+`member` is "" for the main prediction, `region` is "" for values of the whole case. A row with `oracle` holds masks from a threshold that
+was chosen on the truth of this very case.
 """
 
 import csv
@@ -17,8 +18,22 @@ from lesionbench.errors import SuiteError
 
 KEYS = ("case", "patient", "site", "member", "region")
 
+TUNED = " (test-tuned)"  # stands in every table beside a number whose threshold was chosen on the cases that it was measured on
+_WITHOUT_THRESHOLD = ("auroc", "brain_auroc", "ap", "auprc", "ece", "brier")
+
 Row = dict[str, Any]
 Summary = dict[str, dict[str, dict[str, dict[str, float | int | None]]]]
+
+
+def depends_on_oracle(metric: str, oracle: bool = False) -> bool:
+    """Whether a metric's value depends on a threshold that was chosen on the truth it is measured against: all that end in `_best` do,
+    and in a row marked `oracle` all that have a threshold."""
+    return metric.endswith("_best") or (oracle and metric not in _WITHOUT_THRESHOLD)
+
+
+def is_oracle(row: Mapping[str, Any]) -> bool:
+    """Whether a row is marked `oracle`, read back from a file or not."""
+    return str(row.get("oracle", "")).lower() in ("1", "1.0", "true")
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: int = 0) -> Summary:
@@ -26,7 +41,8 @@ def summarize(rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: in
 
     NaN and None are left out and counted in `missing`; `n` counts what is left. `std` has ddof 1. `ci_low` and `ci_high` bound the 95 %
     percentile-bootstrap interval of the mean. A number that does not exist (`std` of one case, everything of none) is None, so that the
-    summary is valid JSON. The order of the rows does not matter; columns that hold text are left out.
+    summary is valid JSON. The order of the rows does not matter; columns that hold text are left out. Statistics of a metric that is
+    `depends_on_oracle` in any row say so by `oracle: true`.
 
     Args:
         rows: at most one row per case, member and region.
@@ -34,14 +50,22 @@ def summarize(rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: in
         seed: of the resamples.
     """
     columns: dict[str, dict[str, dict[str, list[float]]]] = {}
+    tuned = set()
     for row in rows:
-        region = columns.setdefault(row.get("member", ""), {}).setdefault(row.get("region", ""), {})
+        member, region = row.get("member", ""), row.get("region", "")
+        metrics = columns.setdefault(member, {}).setdefault(region, {})
         for name, value in row.items():
-            if name not in KEYS and not isinstance(value, str):
-                region.setdefault(name, []).append(math.nan if value is None else float(value))
+            if name not in (*KEYS, "oracle") and not isinstance(value, str):
+                metrics.setdefault(name, []).append(math.nan if value is None else float(value))
+                if depends_on_oracle(name, is_oracle(row)):
+                    tuned.add((member, region, name))
+
+    def statistics(values: list[float], place: tuple[str, str, str]) -> dict[str, Any]:
+        return {**_statistics(np.array(values), bootstrap, seed), **({"oracle": True} if place in tuned else {})}
+
     return {
         member: {
-            region: {name: _statistics(np.array(values), bootstrap, seed) for name, values in metrics.items()}
+            region: {name: statistics(values, (member, region, name)) for name, values in metrics.items()}
             for region, metrics in regions.items()
         }
         for member, regions in columns.items()

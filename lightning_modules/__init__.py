@@ -1,10 +1,24 @@
 """Methods as Lightning modules; one file each. Networks, losses and metrics are plain and usable alone."""
 
+from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.base import Method, SegmentationMethod
+from lightning_modules.blur_residual import BlurResidual
+from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
 from lightning_modules.spin import SPiN
 from lightning_modules.supervised import Supervised
 
-__all__ = ["Method", "MultiRater", "ReciprocalAdversarial", "Robustness", "SPiN", "SegmentationMethod", "Supervised"]
+__all__ = [
+    "Autoencoder",
+    "BlurResidual",
+    "FlairThreshold",
+    "Method",
+    "MultiRater",
+    "ReciprocalAdversarial",
+    "Robustness",
+    "SPiN",
+    "SegmentationMethod",
+    "Supervised",
+]

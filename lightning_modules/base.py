@@ -18,7 +18,7 @@ from lesionbench.raters import majority
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
 from lightning_modules.losses import DeepSupervision
-from lightning_modules.metrics import CaseMetrics, PerCaseResults
+from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 
 Batch = Mapping[str, Any]
 
@@ -67,6 +67,7 @@ class Method(pl.LightningModule):
         self.metrics = metrics or CaseMetrics()
         self.validation_metrics = CaseMetrics(names=list(validation_metrics))
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
+        self.dataset_results = DatasetMetrics(self.metrics.dataset, self.metrics.thresholds)
         self.iteration = 0
         self.config: dict[str, Any] | None = None
         self._open_gradients: dict[str, torch.Tensor] = {}  # of a window of accumulation that a stop cut in two
@@ -89,7 +90,12 @@ class Method(pl.LightningModule):
             return []
         native = metrics.space == "native"
         axis = batch["geometry"][0].native_axis(self.task.slice_axis) if native else self.task.slice_axis
-        return metrics(prediction, truth, self.task, spacing, raters=_raters(batch, native), slice_axis=axis)
+        raters, brain = _raters(batch, native), _brain(batch, metrics)
+        return metrics(prediction, truth, self.task, spacing, raters=raters, brain=brain, slice_axis=axis)
+
+    def tuned_on(self, batch: Batch) -> bool:
+        """Whether the labels that the method predicts come from a threshold that was chosen on this very case; its rows then say so."""
+        return False
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
@@ -231,6 +237,9 @@ class Method(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
         return self._evaluate(batch, self.val_results, self.validation_metrics)
 
+    def on_test_start(self) -> None:
+        self.dataset_results.reset()  # sums: a second test would count every case twice
+
     def test_step(self, batch: Batch, batch_idx: int) -> CaseResult | None:
         return self._evaluate(batch, self.test_results, self.metrics)
 
@@ -252,9 +261,13 @@ class Method(pl.LightningModule):
             batch["case"][0], batch["patient"][0], batch["site"][0], prediction, truth, batch["image"][0], geometry, native=native
         )
         if metrics is not None:
+            tuned = self.tuned_on(batch)
             who = {"case": result.case, "patient": result.patient, "site": result.site}
-            result.rows = [{**who, **row} for row in self.measure(prediction, truth, batch, metrics, result.spacing)]
+            rows = self.measure(prediction, truth, batch, metrics, result.spacing)
+            result.rows = [{**who, **row, **({"oracle": True} if tuned and row.get("region") else {})} for row in rows]
             results.update(result.rows)
+            if results is self.test_results and metrics.dataset and truth is not None:
+                self.dataset_results.update(prediction, truth, self.task, _brain(batch, metrics), tuned)
         return result
 
     def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
@@ -312,6 +325,14 @@ def _truth(batch: Batch, native: bool) -> torch.Tensor | None:
         return batch["native_label"][0] if native else batch["label"][0, 0]
     raters = _raters(batch, native)
     return None if raters is None else majority(raters)
+
+
+def _brain(batch: Batch, metrics: CaseMetrics) -> torch.Tensor | None:
+    """The brain mask of the one case on the grid of the metrics, where one of them asks for it."""
+    if "brain_auroc" not in (*metrics.names, *metrics.dataset) or "brain_mask" not in batch:
+        return None
+    mask = batch["brain_mask"][0]
+    return (batch["geometry"][0].to_native(mask, discrete=True) if metrics.space == "native" else mask)[0]
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from lesionbench.geometry import Geometry
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.results import read_rows
 from lesionbench.task import Task
+from lightning_modules.metrics import DatasetMetrics
 
 TASK = Task(("flair",), {"background": 0, "ed": 2, "et": 4}, {"WT": ("ed", "et"), "ET": ("et",)})
 EPOCH = 6  # batches
@@ -90,7 +91,7 @@ class Tiny(pl.LightningModule):
         self.register_buffer("teacher", torch.zeros(1, 2))
         self.iteration, self.seen, self.validated = 0, [], []
         self.scores, self.stop_at, self.stop_in_validation, self.nan_at = list(scores), stop_at, stop_in_validation, nan_at
-        self.val_results, self.test_results = Rows(), Rows()
+        self.val_results, self.test_results, self.dataset_results = Rows(), Rows(), DatasetMetrics()
 
     def training_step(self, batch, batch_idx):
         self.seen += batch["case"]

@@ -87,6 +87,8 @@ def test_downsampling_averages_neighbors_and_rounds_the_shape(tmp_path):
     prepared = preprocess(case, TASK, Preprocessing(spacing=(2, 2, 1)))
     assert prepared.geometry.resampled == (4, 4, 4)  # round(3.5) to even
     assert np.allclose(prepared.image[0, :, 0, 0], [1.5, 3.5, 5.5, 7.5])
+    nearest = preprocess(case, TASK, Preprocessing(spacing=(2, 2, 1), interpolation="nearest")).image[0, :, 0, 0]
+    assert np.array_equal(nearest, [2, 4, 6, 8])  # values of the file, no averages
 
 
 def test_crop_is_the_box_of_any_channel_plus_margin_within_the_volume(tmp_path):

@@ -19,10 +19,12 @@ from datamodules.brats_files import find_brats
 from datamodules.folder_files import find_folder
 from datamodules.simulation import PRESETS, VARIANTS, Difficulty, Simulation, simulate, survival_text, task_of, write_brats, write_folder
 from datamodules.simulation_variants import Deformation, Smooth, draw_for, grid
-from lesionbench.baseline import flair_threshold_baseline
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
 from lesionbench.keyed import numpy_generator
+from lesionbench.score_counts import ScoreCounts
+from lesionbench.score_counts import dice as dice_of
+from lightning_modules.flair_threshold import equalized
 
 COARSE = 4.0
 
@@ -506,32 +508,9 @@ def test_brats_refuses_what_it_cannot_do(tmp_path, monkeypatch):
 # the baseline
 
 
-def test_threshold_baseline_by_hand():
-    volumes = [np.array([0.0, 1, 2, 3, 4]), np.array([[0.0, 4.0]])]
-    masks = [np.array([0, 0, 0, 1, 1], bool), np.array([[False, False]])]
-    threshold, found = flair_threshold_baseline(volumes, masks, steps=5)  # thresholds 0 1 2 3 4
-    # pooled Dice: 2*2/(5+2), 2*2/(4+2), 2*2/(3+2), 2*1/(2+2), 0
-    assert threshold == 2.0
-    assert found == [1.0, 0.0]
-    assert flair_threshold_baseline([np.array([0.0, 1.0]), np.zeros(2)], [np.array([False, True]), np.zeros(2, bool)])[1] == [1.0, 1.0]
-    with pytest.raises(ValueError):
-        flair_threshold_baseline(volumes, masks[:1])
-
-
-def test_threshold_baseline_equals_the_plain_search():
-    rng = numpy_generator("baseline")
-    masks = [rng.random((6, 7, 5)) < 0.2 for _ in range(3)]
-    volumes = [rng.normal(0, 1, m.shape).astype(np.float32) + 1.5 * m for m in masks]
-    thresholds = np.linspace(min(v.min() for v in volumes), max(v.max() for v in volumes), 100)
-    pooled = [dice(np.concatenate([(v > t).ravel() for v in volumes]), np.concatenate([m.ravel() for m in masks])) for t in thresholds]
-    threshold, found = flair_threshold_baseline(iter(volumes), iter(masks))
-    assert threshold == pytest.approx(thresholds[int(np.argmax(pooled))])
-    np.testing.assert_allclose(found, [dice(v > threshold, m) for v, m in zip(volumes, masks, strict=True)])
-
-
 def test_a_flair_threshold_is_far_from_enough_on_default_cases():
     found = [case(index=i) for i in range(8)]
-    flair = [c.images["flair"].astype(np.float32) for c in found]
-    scored = [np.where(f > 0, (f - f[f > 0].mean()) / f[f > 0].std(), 0) for f in flair]
-    _, scores = flair_threshold_baseline(scored, [c.label > 0 for c in found])
+    counts = [ScoreCounts.of(equalized(c.images["flair"], c.images["flair"] > 0), c.label > 0) for c in found]
+    _, threshold = sum(counts[1:], counts[0]).best_dice(100)
+    scores = [float(dice_of(*c.above(np.array(threshold)), c.positive)) for c in counts]
     assert 0.3 < np.mean(scores) < 0.7

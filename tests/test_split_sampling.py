@@ -89,6 +89,12 @@ def test_fewer_training_patients_are_the_first_ones():
     assert ids(few["test"]) == ids(whole["test"])
 
 
+def test_all_cases_can_be_tested_where_nothing_is_trained():
+    parts = Split(test="all", val=3, folds=5).divide(cases())
+    assert {c.id for c in parts["test"]} == {c.id for c in cases()}
+    assert not any(parts[name] for name in ("train", "val", "labeled", "unlabeled"))
+
+
 def test_a_file_decides_alone(tmp_path):
     found = cases(6, 1)
     lists = {"train": ["c001", "c003"], "val": ["c002"], "test": ["c000", "c005"]}

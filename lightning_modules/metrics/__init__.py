@@ -1,20 +1,21 @@
-"""Metrics: plain NumPy functions on masks and maps, `CaseMetrics` that turns one case into result rows, and `PerCaseResults` that
-collects the rows of all cases on all ranks.
+"""Metrics: plain NumPy functions on masks and maps, `CaseMetrics` that turns one case into result rows, `PerCaseResults` that collects
+the rows of all cases on all ranks, and `DatasetMetrics` that measures the voxels of all cases on all ranks as one set.
 """
 
 from lightning_modules.metrics.agreement import q_dice, volume_recall_rate
 from lightning_modules.metrics.case_metrics import CaseMetrics
+from lightning_modules.metrics.dataset_metrics import DatasetMetrics
 from lightning_modules.metrics.lesions import lesion_counts, lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.per_case import PerCaseResults
 from lightning_modules.metrics.slices import largest_components, slice_metrics
 from lightning_modules.metrics.surface import grid_diagonal, surface_distances, surface_metrics
-from lightning_modules.metrics.uncertainty import Ranking, auroc, average_precision, brier_score, calibration_error
+from lightning_modules.metrics.uncertainty import auroc, average_precision, brier_score, calibration_error
 
 __all__ = [
     "CaseMetrics",
+    "DatasetMetrics",
     "PerCaseResults",
-    "Ranking",
     "auroc",
     "average_precision",
     "brier_score",

@@ -10,6 +10,7 @@ import torch
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.score_counts import Ranking
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
 from lightning_modules.metrics.box import bounding_box
@@ -17,11 +18,12 @@ from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.slices import slice_metrics
 from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, surface_metrics
-from lightning_modules.metrics.uncertainty import Ranking, brier_score, calibration_error
+from lightning_modules.metrics.uncertainty import brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
 MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "slices")
-KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", "auroc", "ap", "error_auroc")
+SCORE_METRICS = ("auroc", "brain_auroc", "ap", "auprc", "dice_best")
+KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", *SCORE_METRICS, "error_auroc")
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
 
 Values = dict[str, float]
@@ -37,7 +39,8 @@ class CaseMetrics:
             end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `slices` (columns `slices_*`, see
             `slice_metrics`).
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
-            From `scores`: `auroc`, `ap` (average precision) for finding each region.
+            From `scores`, for finding each region: `auroc`, `brain_auroc` (inside the brain alone), `ap` (average precision), `auprc`
+            (trapezoids), `dice_best` (the best Dice that a threshold reaches on this very case: an oracle's).
             From `uncertainty` and `labels`: `error_auroc`, one column `auroc_<map>` for finding the voxels where a region is wrong.
         empty_distance: surface distance when one of two masks is empty: `diagonal` of the whole grid, `nan`, or a number in the unit.
         surface_tolerance: for `surface_dice`, in the unit.
@@ -46,6 +49,8 @@ class CaseMetrics:
         bins: for `ece`.
         slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
         space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
+        dataset: names of what the caller measures over the voxels of all cases as one set (see `DatasetMetrics`).
+        thresholds: tried for the data-set-wise `dice_best`; None = all.
 
     Raises:
         SuiteError: an unknown metric, `empty_distance` or `space`.
@@ -61,6 +66,8 @@ class CaseMetrics:
         bins: int = 15,
         slice_bounds: Sequence[int] = (100,),
         space: str = "native",
+        dataset: Sequence[str] = (),
+        thresholds: int | None = None,
     ) -> None:
         for name in names:
             if name not in KNOWN:
@@ -70,6 +77,7 @@ class CaseMetrics:
         if space not in ("native", "network"):
             raise unknown("space", space, ["native", "network"])
         self.space = space
+        self.dataset, self.thresholds = tuple(dataset), thresholds
         self.names = tuple(names)
         self.empty_distance = empty_distance
         self.surface_tolerance = surface_tolerance
@@ -88,6 +96,7 @@ class CaseMetrics:
         spacing: Sequence[float],
         raters: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        brain: torch.Tensor | None = None,
         slice_axis: int | None = None,
     ) -> list[dict[str, Any]]:
         """Rows `{"member", "region", <metric>: value}`: one per member and region, and one with region "" where a member has a table.
@@ -99,12 +108,15 @@ class CaseMetrics:
             spacing: voxel size along the axes of `truth`; not used for distances of a task in voxels.
             raters: class indices (R, X, Y, Z), for `q_dice`; a rater who is -1 throughout is absent, a voxel of -1 does not count.
             mask: bool (X, Y, Z), such as the brain: where calibration and AUROC are measured; default everywhere.
+            brain: bool (X, Y, Z), needed for `brain_auroc`.
             slice_axis: axis of `truth` along which `slices` cuts; default: the task's, which is right for canonical axes.
 
         Raises:
             SuiteError: a map that is not on the grid of `truth`.
         """
-        case = None if truth is None else _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask, slice_axis)
+        case = (
+            None if truth is None else _Truth(truth.detach().cpu(), task, tuple(float(s) for s in spacing), raters, mask, brain, slice_axis)
+        )
         rows = []
         for member, part in prediction.flat():
             for region, values in self._regions(part, case).items() if case else ():
@@ -173,11 +185,18 @@ class CaseMetrics:
     def _rankings(self, part: Prediction, case: "_Truth") -> list[Values]:
         """Scores against regions, and uncertainty maps against the errors of regions; every map is sorted once."""
         values: list[Values] = [{} for _ in case.task.regions]
-        if part.scores is not None and {"auroc", "ap"} & set(self.names):
-            ranking = Ranking(case.counted(part.scores[None])[0])
+        wanted = [n for n in self.names if n in SCORE_METRICS and (n != "brain_auroc" or case.brain is not None)]
+        if part.scores is not None and wanted:
+            scores = case.counted(part.scores[None])[0]
+            ranking = Ranking(scores)
+            inside = case.counted(case.brain[None])[0].astype(bool) if "brain_auroc" in wanted else None
+            within = None if inside is None else Ranking(scores[inside])
             for one, region in zip(values, case.regions, strict=True):
-                one |= {"auroc": ranking.auroc(region)} if "auroc" in self.names else {}
-                one |= {"ap": ranking.average_precision(region)} if "ap" in self.names else {}
+                counts = ranking.counts(region)
+                measures = {"auroc": counts.auroc, "ap": counts.average_precision, "auprc": counts.auprc}
+                measures |= {"dice_best": lambda c=counts: c.best_dice()[0]}
+                measures |= {"brain_auroc": lambda r=region: within.auroc(r[inside])}
+                one |= {name: measures[name]() for name in wanted}
         if part.uncertainty and part.labels is not None and "error_auroc" in self.names:
             errors = case.counted(case.task.region_masks(part.labels)) != case.regions
             for name, uncertainty in part.uncertainty.items():
@@ -196,6 +215,7 @@ class _Truth:
     spacing: tuple[float, ...]
     raters: torch.Tensor | None
     mask: torch.Tensor | None
+    brain: torch.Tensor | None = None
     axis: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from lesionbench.score_counts import Ranking
+
 
 def calibration_error(probability: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, bins: int = 15) -> float:
     """Expected calibration error of a region's probability, in [0, 1] (Guo et al. 2017, arXiv:1706.04599, eq. 3).
@@ -28,47 +30,13 @@ def brier_score(probability: np.ndarray, truth: np.ndarray, mask: np.ndarray | N
     return float(np.mean(difference**2)) if difference.size else float("nan")
 
 
-class Ranking:
-    """Scores sorted once, to be asked how well they rank different sets of positives.
-
-    Args:
-        scores: any shape, any range; higher should mean positive.
-    """
-
-    def __init__(self, scores: np.ndarray) -> None:
-        self.scores = scores.ravel()
-        self._sorted = np.sort(self.scores)
-
-    def auroc(self, positive: np.ndarray) -> float:
-        """Area under the ROC curve, in [0, 1]: the chance that a positive outscores a negative, ties counted half (Mann-Whitney).
-
-        NaN where all are positive or none is. `positive`: bool, as many as there are scores.
-        """
-        hits = np.sort(self.scores[positive.ravel()])
-        pairs = hits.size * (self.scores.size - hits.size)
-        if not pairs:
-            return float("nan")
-        below, upto = (self._sorted.searchsorted(hits, side) - hits.searchsorted(hits, side) for side in ("left", "right"))
-        return float((below + upto).sum() / 2 / pairs)
-
-    def average_precision(self, positive: np.ndarray) -> float:
-        """Average precision, in [0, 1]: precision at every distinct threshold, weighted by the recall it adds; NaN without positives."""
-        hits = np.sort(self.scores[positive.ravel()])
-        if not hits.size:
-            return float("nan")
-        thresholds, gained = np.unique(hits, return_counts=True)
-        true = hits.size - hits.searchsorted(thresholds)
-        called = self._sorted.size - self._sorted.searchsorted(thresholds)
-        return float((gained * true / called).sum() / hits.size)
-
-
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """`Ranking.auroc` for a single question, such as whether an uncertainty map finds the wrong voxels."""
+    """`ScoreCounts.auroc` for a single question, such as whether an uncertainty map finds the wrong voxels."""
     return Ranking(scores).auroc(positive)
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """`Ranking.average_precision` for a single question."""
+    """`ScoreCounts.average_precision` for a single question."""
     return Ranking(scores).average_precision(positive)
 
 

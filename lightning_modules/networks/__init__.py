@@ -5,9 +5,11 @@ network's own scalar term, already weighted). Each carries the attributes that `
 MONAI are loaded when first asked for, because importing MONAI takes seconds.
 """
 
+import importlib
 from typing import Any
 
 from lesionbench.errors import nearest
+from lightning_modules.networks.autoencoder import SpatialAutoencoder
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
@@ -15,4 +17,25 @@ from lightning_modules.networks.held import held
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.window import WindowChannels
 
-__all__ = ["DilatedUNet", "PixelCritic", "SubpixelNet", "WindowChannels", "describe", "held"]
+_MONAI = (
+    "attention_unet",
+    "basic_unet",
+    "dynunet",
+    "nnunet",
+    "segresnet",
+    "segresnet_vae",
+    "swin_unetr",
+    "unet",
+    "unet_plus_plus",
+    "unetr",
+    "vnet",
+)
+
+__all__ = ["DilatedUNet", "PixelCritic", "SpatialAutoencoder", "SubpixelNet", "WindowChannels", "describe", "held", *_MONAI]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MONAI:
+        return getattr(importlib.import_module("lightning_modules.networks.monai_networks"), name)
+    hint = "" if name.startswith("_") else nearest(name, __all__)
+    raise AttributeError(f"module {__name__!r} has no network {name!r}{hint}")
