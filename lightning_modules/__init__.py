@@ -2,5 +2,6 @@
 
 from lightning_modules.base import Method, SegmentationMethod
 from lightning_modules.supervised import Supervised
+from lightning_modules.umm import UMM
 
-__all__ = ["Method", "SegmentationMethod", "Supervised"]
+__all__ = ["UMM", "Method", "SegmentationMethod", "Supervised"]

@@ -3,12 +3,14 @@
 `kind` says what target a loss takes: `softmax` (class indices (B, 1, *spatial)) or `sigmoid` (region masks (B, R, *spatial)).
 """
 
+from lightning_modules.losses.class_balanced import ClassBalancedCE
 from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice
 from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
 from lightning_modules.losses.dice import RegionDice, SoftDice
 
 __all__ = [
+    "ClassBalancedCE",
     "CrossEntropy",
     "DeepSupervision",
     "DiceCE",

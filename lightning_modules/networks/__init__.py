@@ -10,6 +10,8 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.contract import describe
+from lightning_modules.networks.noisy import NoisyInput
+from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -25,7 +27,7 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["WindowChannels", "describe", *_MONAI]
+__all__ = ["MiddleSlice", "NoisyInput", "PackUNet", "WindowChannels", "describe", "pack_attention_unet", *_MONAI]
 
 
 def __getattr__(name: str) -> Any:
