@@ -44,6 +44,7 @@ class UMM(SegmentationMethod):
             are trained separately.
         gate: called with (uncertainty, classes, share of training done), returns where a teacher counts; for `gated`.
         mc_samples: passes T, at least 1; in training the one with gradient is the first of them.
+        passes_at_once: how many passes without gradient are one forward pass of a larger batch; more memory, faster for small networks.
         fusion: `softmin`, `mean`, or `single:<branch>`, which takes that branch as the prediction.
         extra_fusions: `softmin` or `mean`, beside `fusion`: members of the prediction, to be measured with it.
         predict_mc_mean: predict with the mean of the passes instead of a pass without dropout.
@@ -65,6 +66,7 @@ class UMM(SegmentationMethod):
         mutual: str = "gated",
         gate: Callable[[torch.Tensor, int, float], torch.Tensor] | None = None,
         mc_samples: int = 8,
+        passes_at_once: int = 1,
         fusion: str = "softmin",
         extra_fusions: Sequence[str] = (),
         predict_mc_mean: bool = False,
@@ -87,12 +89,13 @@ class UMM(SegmentationMethod):
                 raise unknown("model.extra_fusions", name, FUSIONS)
         if taken := {"maps", *FUSIONS} & set(factories):
             raise SuiteError(f"model.branches: {', '.join(sorted(taken))} cannot be the name of a branch")
-        if mc_samples < 1:
-            raise SuiteError(f"model.mc_samples={mc_samples}: at least 1")
+        if mc_samples < 1 or passes_at_once < 1:
+            raise SuiteError(f"model.mc_samples={mc_samples} model.passes_at_once={passes_at_once}: both are at least 1")
         super().__init__(task, network=partial(Branches, factories=factories, axis=task.slice_axis, seed=seed), seed=seed, **options)
         if not isinstance(self.target, ClassSoftmax):
             raise SuiteError(f"UMM needs a softmax over classes (model/target=softmax); got {type(self.target).__name__}")
-        self.mutual, self.gate, self.mc_samples = mutual, gate or RelativeMax(), mc_samples
+        self.mutual, self.gate = mutual, gate or RelativeMax()
+        self.mc_samples, self.passes_at_once = mc_samples, passes_at_once
         self.fusion, self.extra_fusions, self.predict_mc_mean = fusion, tuple(extra_fusions), predict_mc_mean
         self.max_weight, self.ramp_epochs, self.detach_teacher = max_weight, ramp_epochs, detach_teacher
 
@@ -131,10 +134,16 @@ class UMM(SegmentationMethod):
     @torch.no_grad()
     def _passes(self, name: str, image: torch.Tensor, count: int) -> RunningMoments:
         """`count` further stochastic passes of a branch; none where they would all be like the one with gradient."""
-        moments, branch = RunningMoments(), self._drawn(name, "further passes")
+        branch = self._drawn(name, "further passes")
+        return self._add_passes(RunningMoments(), branch, image, count if active_dropout(branch) else 0)
+
+    def _add_passes(self, moments: RunningMoments, branch: nn.Module, image: torch.Tensor, count: int) -> RunningMoments:
         with mc_dropout(branch):
-            for _ in range(count if active_dropout(branch) else 0):
-                moments.update(self.target.activate(branch(image)))
+            for done in range(0, count, self.passes_at_once):
+                together = min(self.passes_at_once, count - done)
+                probabilities = self.target.activate(branch(image.repeat(together, *[1] * (image.ndim - 1))))
+                for one in probabilities.chunk(together):
+                    moments.update(one)
         return moments
 
     def _kept(self, moments: RunningMoments, first: torch.Tensor, progress: float) -> torch.Tensor:
@@ -158,10 +167,7 @@ class UMM(SegmentationMethod):
         """
         own, moments = {}, {}
         for name, branch in self.network.items():
-            moments[name] = RunningMoments()
-            with mc_dropout(branch):
-                for _ in range(self.mc_samples if active_dropout(branch) else 1):
-                    moments[name].update(self.target.activate(branch(view)))
+            moments[name] = self._add_passes(RunningMoments(), branch, view, self.mc_samples if active_dropout(branch) else 1)
             own[name] = moments[name].mean if self.predict_mc_mean else self.target.activate(branch(view))
         uncertainty = {name: m.entropy for name, m in moments.items()}
         maps = {**own, **{f"{name}/entropy": u for name, u in uncertainty.items()}}

@@ -349,6 +349,20 @@ def test_ablation_modes_make_no_passes_that_they_do_not_need():
         assert len(calls) == expected, mutual
 
 
+def test_passes_at_once_are_as_many_and_differ():
+    """Of five passes of a network whose logits are its dropped input, all kept: their moments are those of five draws."""
+    for at_once, forwards in {1: 4, 3: 2, 9: 1}.items():
+        umm = method(branches={"v": partial(Pointwise, dropout=0.5)}, mc_samples=5, passes_at_once=at_once)
+        seen = []
+        umm.network["v"].register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output))
+        moments = umm._passes("v", sample()["image"], 4)
+        assert len(seen) == forwards
+        passes = torch.cat(seen).unflatten(0, (4, 2)).softmax(dim=2)
+        assert moments.count == 4
+        assert torch.allclose(moments.mean, passes.mean(dim=0), atol=1e-6)
+        assert not torch.equal(passes[0], passes[1])
+
+
 def test_dropout_of_a_branch_does_not_depend_on_the_other_terms():
     """The supervised loss of the 3D branch is the same to the bit with and without peers, gate and stochastic passes."""
     found = []
