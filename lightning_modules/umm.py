@@ -42,7 +42,7 @@ class UMM(SegmentationMethod):
             with a `window`) or 3D. Without dropout layers the uncertainty is the plain entropy. None leaves a branch out.
         mutual: `gated`; `plain`, every voxel of every teacher counts (Eq. 2, in the class-summed form of Eq. 4); `none`, branches that
             are trained separately.
-        gate: called with (uncertainty, classes, share of training done), returns where a teacher counts; for `gated`.
+        gate: called with (uncertainty, classes, share of the ramp done), returns where a teacher counts; for `gated`.
         mc_samples: passes T, at least 1; in training the one with gradient is the first of them.
         passes_at_once: how many passes without gradient are one forward pass of a larger batch; more memory, faster for small networks.
         fusion: `softmin`, `mean`, or `single:<branch>`, which takes that branch as the prediction.
@@ -101,6 +101,15 @@ class UMM(SegmentationMethod):
 
     # training
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        view, patch = (getattr(self.trainer.datamodule, name, None) for name in ("view", "patch"))
+        if view not in (None, "patch"):
+            raise SuiteError(f"data.view={view}: UMM makes the views of its branches itself and needs data.view=patch")
+        for name, branch in self.network.items():
+            if patch is not None and not branch.takes(patch):
+                raise SuiteError(f"patch={list(patch)} is too small (or not the fixed size) for model.branches.{name}")
+
     def progress(self) -> float:
         """Share of the ramp that is behind, m / Gamma of Eq. 6 in batches."""
         return self.iteration / (self.trainer.num_training_batches * (self.ramp_epochs or self.trainer.max_epochs))
@@ -116,13 +125,14 @@ class UMM(SegmentationMethod):
         total = sum(supervised.values())
         if self.mutual != "none":
             progress = self.progress()
-            kept = {name: self._kept(m, probabilities[name], progress) for name, m in moments.items()}
+            uncertainty = {name: self._uncertainty(m, probabilities[name]) for name, m in moments.items()}
+            kept = {name: self.gate(u, self.target.out_channels, progress) for name, u in uncertainty.items()}
             consistency = {name: self._consistency(name, probabilities, kept) for name in probabilities}
             weight = self.max_weight * gaussian_ramp(progress)
             total = total + weight * sum(consistency.values())
             terms |= {f"consistency_{name}": loss for name, loss in consistency.items()} | {"weight": torch.tensor(weight)}
             terms |= {f"kept_{name}": mask.float().mean() for name, mask in kept.items()}
-            terms |= {f"uncertainty_{name}": m.entropy.mean() for name, m in moments.items()}
+            terms |= {f"uncertainty_{name}": u.mean() for name, u in uncertainty.items()}
         self.log_terms(loss=total, **terms)
         return total
 
@@ -146,9 +156,10 @@ class UMM(SegmentationMethod):
                     moments.update(one)
         return moments
 
-    def _kept(self, moments: RunningMoments, first: torch.Tensor, progress: float) -> torch.Tensor:
+    def _uncertainty(self, moments: RunningMoments, first: torch.Tensor) -> torch.Tensor:
+        """U of all T passes: the further ones and the first."""
         moments.update(first)
-        return self.gate(moments.entropy, first.shape[1], progress)
+        return moments.entropy
 
     def _consistency(self, learner: str, probabilities: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """L_c of one learner: the sum over all other branches as teachers (Eqs. 2 and 5)."""
@@ -252,6 +263,13 @@ class VolumeWise(nn.Module):
             return padded(volume, net.divisor, self._answer)["logits"]
         views = to_slices(volume, axis) if net.window is None else to_windows(volume, axis, net.window)
         return from_slices(padded(views, net.divisor, self._answer, axes=2)["logits"], axis, len(volume))
+
+    def takes(self, patch: Sequence[int]) -> bool:
+        """Whether volumes of this size, once padded, leave the network enough voxels at its coarsest level."""
+        net = self.network
+        sides = [s for axis, s in enumerate(patch) if net.dimensions == 3 or axis != self.axis]
+        sides = tuple(-(-side // by) * by for side, by in zip(sides, net.divisor, strict=True))
+        return any(s >= m for s, m in zip(sides, net.min_size, strict=True)) and net.fixed_size in (None, sides)
 
     def _answer(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.network(view)

@@ -491,6 +491,15 @@ def test_mistakes_are_named():
         method(branches={"v": Extra}).network(torch.zeros(1, 2, 4, 4, 4))
 
 
+def test_patches_that_a_branch_cannot_take():
+    flat, deep = (VolumeWise(basic_unet(1, 2, dimensions=d, features=PAPER), 2) for d in (2, 3))
+    assert flat.takes((32, 16, 4))
+    assert flat.takes((17, 8, 4))  # padded to 32 x 16
+    assert not flat.takes((16, 16, 64))  # one voxel at the bottleneck, whose variance does not exist
+    assert deep.takes((16, 16, 17))
+    assert not deep.takes((16, 16, 16))
+
+
 def test_two_branch_subsets():
     for gone in "spv":
         umm = method(branches={**POINTWISE, gone: None})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.umm_effect import MODES, draw, finished, table
+from lesionbench.errors import SuiteError
 from lesionbench.report import curve
 from tests.fake_data import write_fake_folder
 from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
@@ -89,6 +90,12 @@ def test_predict_writes_fused_masks_and_uncertainty(tmp_path):
     own = [np.asarray(nib.load(out / "predictions" / f"case_00_{m}_prob_lesion.nii.gz").dataobj) for m in "spv"]
     assert (fused >= np.minimum.reduce(own) - 1e-6).all()
     assert (fused <= np.maximum.reduce(own) + 1e-6).all()
+
+
+def test_views_and_patches_that_do_not_fit_are_refused_before_training(data, tmp_path):
+    for wrong, message in [("data.view=slice", "needs data.view=patch"), ("patch=[4,4,2]", r"too small .* model\.branches\.s")]:
+        with pytest.raises(SuiteError, match=message):
+            run(*TINY, f"data.root={data}", f"runs={tmp_path}", "model.branches.s.norm=instance", wrong)
 
 
 # the small experiment of docs/umm.md
