@@ -97,6 +97,22 @@ def test_a_slice_network_sees_one_slice_and_a_pack_network_its_neighbors(axis):
     assert influence(pack_attention_unet(2, 3, channels=(4, 4)), axis, 3) == [2, 3, 4]
 
 
+def test_flat_levels_decode_the_middle_slice():
+    """Without what comes from below and without normalization, which both mix slices, only the middle one is left."""
+    network = PackUNet(1, 2, features=(4, 4, 4, 4)).eval()
+    for layer in network.narrow:
+        nn.init.zeros_(layer.weight)
+    for block in [*network.encoder, *network.decoder]:
+        block[1] = block[5] = nn.Identity()
+    packs = torch.randn(4, 1, 8, 8, 3)
+    packs[1:] = packs[0]
+    for n in range(3):
+        packs[n + 1, ..., n] += 1
+    with torch.no_grad():
+        logits = network(packs)
+    assert [torch.allclose(x, logits[0]) for x in logits[1:]] == [True, False, True]
+
+
 def test_end_slices_are_repeated():
     network = PackUNet(1, 2, features=(4, 4, 4), flat_levels=1).eval()
     slices = torch.randn(1, 1, 8, 8, 2)
@@ -277,6 +293,8 @@ def test_what_is_logged():
     umm.training_step(batch, 0)
     assert logged["kept_a"] == 0
     assert logged["kept_b"] == 0.5
+    assert logged["consistency_a"] == pytest.approx(2 * 0.39**2, abs=1e-6)  # a learns where b is certain
+    assert logged["consistency_b"] == 0  # and b nowhere, since a is certain nowhere
     a = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4) + 0.2 * math.log(0.2) + 0.8 * math.log(0.8)) / 2
     assert logged["uncertainty_a"] == pytest.approx(a, abs=1e-6)
 
@@ -423,15 +441,17 @@ def test_prediction_is_the_fusion_of_its_members():
     assert (prediction.uncertainty["entropy"] <= math.log(3) + 1e-6).all()
 
 
-def test_one_branch_is_its_own_fusion_and_without_dropout_uncertainty_is_its_entropy():
-    umm = method(branches={"v": Pointwise}).eval()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_one_branch_is_its_own_fusion_and_without_dropout_uncertainty_is_its_entropy(dropout):
+    umm = method(branches={"v": partial(Pointwise, dropout=dropout)}).eval()
     with torch.no_grad():
         prediction = umm.predict_case({"image": torch.randn(1, 2, 8, 8, 4)})
     member = prediction.members["v"]
     assert torch.equal(prediction.regions, member.regions)
     assert torch.equal(prediction.uncertainty["entropy"], member.uncertainty["entropy"])
     full = torch.cat([1 - member.regions.sum(dim=0, keepdim=True), member.regions])
-    assert torch.allclose(member.uncertainty["entropy"], -(full * full.clamp_min(1e-12).log()).sum(dim=0), atol=1e-4)
+    own = -(full * full.clamp_min(1e-12).log()).sum(dim=0)
+    assert torch.allclose(member.uncertainty["entropy"], own, atol=1e-4) == (dropout == 0)
 
 
 def test_the_mean_of_the_passes_can_be_the_prediction():
