@@ -124,7 +124,8 @@ def case_slices(result: CaseResult, task: Task, channels: list[str]) -> list[Any
     prediction = result.prediction
     spacing = geometry.spacing if result.native else geometry.network_spacing
     truth = None if result.truth is None else masks_of(result.truth.cpu(), task)
-    extra = {**prediction.uncertainty, **({} if prediction.scores is None else {"score": prediction.scores})}
+    extra = {f"{member} {name}".strip(): values for member, part in prediction.flat() for name, values in part.uncertainty.items()}
+    extra |= {} if prediction.scores is None else {"score": prediction.scores}
     maps = {name: canonical(values[None].float())[0] for name, values in extra.items()}
     return slices(canonical(image), canonical(truth), canonical(_regions(prediction, task)), maps, spacing)
 

@@ -13,6 +13,7 @@ from datamodules.sampling import Sampling
 from datamodules.semi_real import SemiReal
 from datamodules.simulated import Simulated
 from datamodules.split import Split
+from datamodules.thick_slices import ThickSlices
 from datamodules.toy_brains import ToyBrains
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "SemiReal",
     "Simulated",
     "Split",
+    "ThickSlices",
     "ToyBrains",
 ]

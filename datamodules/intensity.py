@@ -1,10 +1,11 @@
-"""Intensity transforms of nnU-Net's default training (Isensee et al., Nature Methods 2021, Supplementary Note 4; version 2) as TorchIO transforms.
+"""Intensity transforms that TorchIO lacks, as TorchIO transforms; randomness comes from torch's global generator.
 
-TorchIO lacks them or applies one draw to all channels; these draw per channel and work on the tensor in place. Randomness comes from torch's
-global generator.
+The `ChannelTransform`s are those of nnU-Net's default training (Isensee et al., Nature Methods 2021, Supplementary Note 4; version 2): they draw
+per channel and work on the tensor in place.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from scipy.ndimage import gaussian_filter
 from torchio import Subject
 from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
+
+from lesionbench.errors import SuiteError
 
 
 class ChannelTransform(RandomTransform, IntensityTransform):
@@ -109,6 +112,30 @@ class RandomPower(ChannelTransform):
         factor = std / new_std.clamp_min(1e-7)
         channel.mul_(factor).add_(mean - new_mean * factor)
         return channel.neg_() if self.invert else channel
+
+
+class RandomScaleShift(RandomTransform, IntensityTransform):
+    """Multiplies all channels by one factor and adds one number, as MONAI's RandScaleIntensity and RandShiftIntensity in turn.
+
+    Args:
+        scale: the factor is uniform in [1 - scale, 1 + scale].
+        shift: the number is uniform in [-shift, shift], in units of the normalized image.
+
+    Raises:
+        SuiteError: a negative scale or shift.
+    """
+
+    def __init__(self, scale: float = 0.1, shift: float = 0.1, **options: Any) -> None:
+        if scale < 0 or shift < 0:
+            raise SuiteError(f"augmentation: scale={scale} and shift={shift} must not be negative")
+        super().__init__(**options)
+        self.scale, self.shift = scale, shift
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        factor, offset = 1 + self.scale * (2 * torch.rand(1) - 1), self.shift * (2 * torch.rand(1) - 1)
+        for image in self.get_images(subject):
+            image.set_data(image.data * factor + offset)
+        return subject
 
 
 class MaskBackground(IntensityTransform):

@@ -32,6 +32,7 @@ class Preprocessing:
 
     Args:
         spacing: voxel size in mm along the canonical axes to resample to; None keeps the grid.
+        size: number of voxels along the canonical axes to resample every volume to, whatever its field of view; instead of `spacing`.
         crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume.
         margin: voxels added around the foreground box, within the volume.
         normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
@@ -42,13 +43,14 @@ class Preprocessing:
         percentiles: (low, high) in percent, where `normalize="percentile"` clips.
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
-        interpolation: of the image where `spacing` resamples: `linear`, or `nearest` (labels always are).
+        interpolation: of the image where it is resampled: `linear`, or `nearest` (labels always are).
 
     Raises:
-        SuiteError: an unknown crop, normalization or interpolation, a spacing, margin or clip that makes no sense.
+        SuiteError: an unknown crop, normalization or interpolation, a spacing, size, margin or clip that makes no sense, both a spacing and a size.
     """
 
     spacing: tuple[float, float, float] | None = None
+    size: tuple[int, int, int] | None = None
     crop: str = "foreground"
     margin: int = 0
     normalize: str = "zscore"
@@ -61,6 +63,12 @@ class Preprocessing:
         for name in ("spacing", "percentiles", "clip"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(int(v) for v in self.size))
+            if self.spacing is not None or len(self.size) != 3 or min(self.size) < 1:
+                raise SuiteError(
+                    f"data.preprocessing.size: three numbers of voxels, or null; got {self.size}; not with spacing ({self.spacing})"
+                )
         if self.crop not in CROPS:
             raise unknown("crop", self.crop, CROPS)
         if self.normalize not in NORMALIZATIONS:
@@ -240,7 +248,9 @@ def labeled_statistics(values: Sequence[np.ndarray]) -> Stats:
 
 
 def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, ...]:
-    """Canonical shape after resampling: the field of view divided by the wanted spacing, at least one voxel."""
+    """Canonical shape after resampling: the wanted size, or the field of view divided by the wanted spacing, at least one voxel."""
+    if settings.size is not None:
+        return settings.size
     if settings.spacing is None:
         return geometry.canonical
     sizes = zip(geometry.canonical, geometry.spacing, settings.spacing, strict=True)

@@ -9,8 +9,10 @@ from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
 from lightning_modules.spin import SPiN
 from lightning_modules.supervised import Supervised
+from lightning_modules.umm import UMM
 
 __all__ = [
+    "UMM",
     "Autoencoder",
     "BlurResidual",
     "FlairThreshold",

@@ -125,6 +125,8 @@ def test_columns_follow_what_there_is():
     score = torch.rand(SHAPE)
     assert columns() == ["t1", "flair", "truth", "prediction", "error"]
     assert columns(uncertainty={"entropy": score}) == ["t1", "flair", "truth", "prediction", "error", "entropy"]
+    branch = {"s": Prediction(uncertainty={"entropy": score})}
+    assert columns(truth=False, uncertainty={"entropy": score}, members=branch) == ["t1", "flair", "prediction", "entropy", "s entropy"]
     assert columns(truth=False) == ["t1", "flair", "prediction"]
     assert columns(truth=False, labels=None, scores=score) == ["t1", "flair", "score"]
 

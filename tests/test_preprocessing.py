@@ -64,6 +64,15 @@ def test_axes_inside_are_right_anterior_superior(tmp_path):
     assert prepared.label is None
 
 
+def test_every_volume_is_resampled_to_the_wanted_size(tmp_path):
+    images, label = blob()
+    prepared = preprocess(make_case(tmp_path, images, label, affine=PERMUTED), TASK, Preprocessing(size=[10, 8, 24], crop="none"))
+    assert prepared.image.shape == (2, 10, 8, 24)
+    assert prepared.label.shape == prepared.geometry.resampled == (10, 8, 24)
+    assert prepared.geometry.network_spacing == pytest.approx((20 * 2 / 10, 12 * 3 / 8, 16 * 1.5 / 24))
+    assert prepared.geometry.to_native(torch.from_numpy(prepared.image)).shape == (2, 12, 16, 20)
+
+
 @pytest.mark.parametrize("affine", [LPS, PERMUTED])
 def test_resampling_keeps_the_field_of_view_and_the_label_values(tmp_path, affine):
     images, label = blob()
@@ -292,7 +301,15 @@ def test_settings_survive_a_checkpoint_and_refuse_nonsense():
         Preprocessing(normalize="z_score")
     with pytest.raises(SuiteError, match="did you mean 'foreground'"):
         Preprocessing(crop="forground")
-    for wrong in ({"spacing": (1, 1)}, {"spacing": (1, 1, 0)}, {"clip": (5, 5)}, {"margin": -1}):
+    for wrong in (
+        {"size": (8, 8)},
+        {"size": (8, 8, 0)},
+        {"size": (8, 8, 8), "spacing": (1, 1, 1)},
+        {"spacing": (1, 1)},
+        {"spacing": (1, 1, 0)},
+        {"clip": (5, 5)},
+        {"margin": -1},
+    ):
         with pytest.raises(SuiteError, match=next(iter(wrong))):
             Preprocessing(**wrong)
 

@@ -5,6 +5,7 @@ Losses of another form: `VAT` (a network and an image) and those between a netwo
 """
 
 from lightning_modules.losses.adversarial import critic_loss, fooling_loss, gradient_penalty
+from lightning_modules.losses.class_balanced import ClassBalancedCE
 from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice
 from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
@@ -13,6 +14,7 @@ from lightning_modules.losses.vat import VAT
 
 __all__ = [
     "VAT",
+    "ClassBalancedCE",
     "CrossEntropy",
     "DeepSupervision",
     "DiceCE",

@@ -14,6 +14,8 @@ from lightning_modules.networks.contract import describe
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.held import held
+from lightning_modules.networks.noisy import NoisyInput
+from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.window import WindowChannels
 
@@ -31,7 +33,20 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["DilatedUNet", "PixelCritic", "SpatialAutoencoder", "SubpixelNet", "WindowChannels", "describe", "held", *_MONAI]
+__all__ = [
+    "DilatedUNet",
+    "MiddleSlice",
+    "NoisyInput",
+    "PackUNet",
+    "PixelCritic",
+    "SpatialAutoencoder",
+    "SubpixelNet",
+    "WindowChannels",
+    "describe",
+    "held",
+    "pack_attention_unet",
+    *_MONAI,
+]
 
 
 def __getattr__(name: str) -> Any:

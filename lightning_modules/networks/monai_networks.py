@@ -67,7 +67,7 @@ def basic_unet(
     Args:
         features: widths of the five encoder levels, then of the last decoder level.
         norm: `instance`, `batch`, `group` (8 groups) or `none`.
-        dropout: channel dropout rate in every convolution block, in [0, 1].
+        dropout: rate of dropout (of single values) in every convolution block, in [0, 1].
 
     Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 16.
     """
@@ -93,7 +93,7 @@ def unet(
         residual_units: convolutions per residual block; 0 = plain convolutions.
         norm: `instance`, `batch`, `group` (8 groups) or `none`. The last decoder convolution is normalized with K channels, so `group`
             needs K divisible by 8.
-        dropout: channel dropout rate in every convolution block, in [0, 1].
+        dropout: rate of dropout (of single values) in every convolution block, in [0, 1].
 
     Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 2 ** (levels - 1).
     """
@@ -190,7 +190,7 @@ def dynunet(
     Args:
         features, kernels, strides: one entry per level, finest first; the first stride is 1. An entry is one number or one per axis.
         norm: `instance`, `batch` or `group` (8 groups).
-        dropout: channel dropout rate, in [0, 1).
+        dropout: rate of dropout (of single values) in every convolution block, in [0, 1).
         residual: residual blocks in the encoder.
         deep_supervision: in training mode return `{"logits", "deep"}` with a head on every decoder level but the finest (which is
             `logits`) and the two coarsest, each at its own resolution; with fewer than four levels one head.
@@ -291,7 +291,7 @@ def attention_unet(
 
     Args:
         channels: width of each level, finest first; every level halves the resolution.
-        dropout: channel dropout rate in the convolution blocks, in [0, 1].
+        dropout: rate of dropout (of single values) in the convolution blocks, in [0, 1].
 
     Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 2 ** (levels - 1).
     """
@@ -554,7 +554,7 @@ def unet_plus_plus(
     Args:
         features: widths of the five encoder levels, then of the last decoder node.
         norm: `instance`, `batch`, `group` (8 groups) or `none`.
-        dropout: channel dropout rate in every convolution block, in [0, 1].
+        dropout: rate of dropout (of single values) in every convolution block, in [0, 1].
         deep_supervision: in training mode return `{"logits", "deep"}`; `deep` holds the logits of the three shallower nested U-Nets at
             full resolution, shallowest last (the paper weights all heads equally).
 
