@@ -3,10 +3,11 @@
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
 from datamodules.folder import Folder
+from datamodules.ibsr import IBSR
 from datamodules.images import Images
 from datamodules.preprocessing import Preprocessing
 from datamodules.sampling import Sampling
 from datamodules.simulated import Simulated
 from datamodules.split import Split
 
-__all__ = ["BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]
+__all__ = ["IBSR", "BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]

@@ -55,6 +55,6 @@ def test_runs_tiny(experiment, roots, tmp_path):
     run(*common, *more)
     (folder,) = run_folders(tmp_path)
     assert rows(folder)
-    checkpoint = folder / "checkpoints" / "best.ckpt"
+    checkpoint = folder / "checkpoints" / ("last.ckpt" if composed(*common).objective.name is None else "best.ckpt")
     run("job=predict", *common, *more, f"ckpt={checkpoint}", f"out={tmp_path / 'out'}")
     assert list((tmp_path / "out" / "predictions").glob("*.nii.gz"))
