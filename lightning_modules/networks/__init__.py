@@ -10,6 +10,8 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.contract import describe
+from lightning_modules.networks.conv_transformer import transbts
+from lightning_modules.networks.swin import swin_unet
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -25,7 +27,7 @@ _MONAI = (
     "vnet",
 )
 
-__all__ = ["WindowChannels", "describe", *_MONAI]
+__all__ = ["WindowChannels", "describe", "swin_unet", "transbts", *_MONAI]
 
 
 def __getattr__(name: str) -> Any:
