@@ -29,7 +29,8 @@ def ibsr_task(files: str = "nifti", slice_axis: int | None = None, unit: str = "
     Raises:
         SuiteError: unknown `files` or `unit`.
     """
-    axis = THICK_AXIS[_known("files", files, FILES)] if slice_axis is None else slice_axis
+    _check_known("files", files, FILES)
+    axis = THICK_AXIS[files] if slice_axis is None else slice_axis
     return Task(channels=("t1",), classes={"background": 0, "CSF": 1, "GM": 2, "WM": 3}, slice_axis=axis, unit=unit)
 
 
@@ -49,7 +50,8 @@ def find_ibsr(root: Path, files: str = "nifti", image: str = "ana_strip", label:
     Raises:
         SuiteError: unknown names, a missing folder, no cases, missing images or headers (all listed at once), no label at all.
     """
-    _known("files", files, FILES), _known("image", image, IMAGES), _known("label", label, LABELS)
+    for kind, name, known in (("files", files, FILES), ("image", image, IMAGES), ("label", label, LABELS)):
+        _check_known(kind, name, known)
     root = require_root(root, "IBSR")
     folders = _case_folders(root)
     if not folders:
@@ -68,10 +70,9 @@ def find_ibsr(root: Path, files: str = "nifti", image: str = "ana_strip", label:
     return cases
 
 
-def _known(kind: str, name: str, known: Iterable[str]) -> str:
+def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown(f"IBSR {kind} (data.{kind})", name, known)
-    return name
 
 
 def _case_folders(root: Path) -> list[Path]:

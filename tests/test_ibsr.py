@@ -1,12 +1,16 @@
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from datamodules import IBSR, Preprocessing, Sampling, Split
 from datamodules.ibsr_files import find_ibsr, ibsr_task
+from lesionbench.checkpoint import build_method
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
 from lesionbench.views import to_slices
 from tests.fake_data import write_fake_ibsr
+from tests.harness import composed
 
 SHAPE = (8, 6, 8)
 
@@ -140,3 +144,20 @@ def test_six_folds_test_every_subject_once(tmp_path):
         assert [len(parts[p]) for p in ("train", "val", "test")] == [15, 0, 3]
         tested += [c.id for c in parts["test"]]
     assert sorted(tested) == [c.id for c in cases]
+
+
+SLICES = ("data.view=slice", "model/inferer=slice", "model.network.dimensions=2", "patch=[256,256]")
+
+
+@pytest.mark.parametrize(
+    ("network", "more"),
+    [(n, ()) for n in ("small_unet", "vnet", "basic_unet", "dynunet", "segresnet", "transbts", "unetr", "swin_unetr")]
+    + [(n, SLICES) for n in ("small_unet", "unet_plus_plus", "attention_unet", "swin_unet")],
+)
+def test_networks_take_whole_volumes_or_slices(network, more):
+    cfg = composed("experiment=supervised/ibsr", f"model/network={network}", *more)
+    with torch.device("meta"):
+        method = build_method(OmegaConf.to_container(cfg.model, resolve=True), ibsr_task())
+    assert method.network.dimensions == len(cfg.patch) == len(cfg.data.patch)
+    assert all(side % by == 0 for side, by in zip(cfg.patch, method.network.divisor, strict=True))
+    assert method.network.fixed_size in (None, tuple(cfg.patch))
