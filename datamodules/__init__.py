@@ -5,6 +5,7 @@ from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
 from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
+from datamodules.ibsr import IBSR
 from datamodules.images import Images
 from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
@@ -17,6 +18,7 @@ from datamodules.thick_slices import ThickSlices
 from datamodules.toy_brains import ToyBrains
 
 __all__ = [
+    "IBSR",
     "QUBIQ",
     "Atlas",
     "BraTS",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from lesionbench.geometry import write_volume
@@ -210,6 +211,49 @@ def write_fake_masks(root: Path, count: int = 4, seed: int = 0) -> Path:
     return Path(root)
 
 
+def write_fake_ibsr(
+    root: Path,
+    files: str = "nifti",
+    count: int = 6,
+    shape: Sequence[int] = (24, 16, 24),
+    seed: int = 0,
+) -> Path:
+    """Writes the first `count` cases of IBSR-18 under `root` and returns `root`; `shape` is that of the NIfTI form, the middle axis thick.
+
+    NIfTI files have a fourth axis of length one and the first axis from right to left. The Analyze form has the same volume with the
+    thick axis last, upside down, big-endian, without orientation, and the skull in its images.
+    """
+    for number in range(count):
+        name = f"IBSR_{number + 1:02d}"
+        images, label = fake_case(("t1",), (3, 2, 1), shape, (seed, number))
+        brain = images["t1"] > 0
+        maps = {
+            "ana": images["t1"] + 90 * ~brain,
+            "ana_strip": images["t1"],
+            "ana_brainmask": brain,
+            "segTRI_ana": label,
+            "segTRI_fill_ana": np.where(brain & (label == 0), 1, label),
+        }
+        for kind, array in maps.items():
+            if files == "nifti":
+                write_volume(Path(root) / name / f"{name}_{kind}.nii.gz", array.astype(np.int16)[..., None], np.diag([-0.94, 1.5, 0.94, 1]))
+            elif kind in ("ana", "segTRI_ana", "segTRI_fill_ana"):
+                place = Path(root) / name / ("images" if kind == "ana" else "segmentation") / "analyze"
+                _write_analyze(
+                    place / f"{name}_{kind}.img", array.swapaxes(1, 2)[:, ::-1].astype(np.int16)[..., None], (0.94, 0.94, 1.5, 1)
+                )
+    return Path(root)
+
+
+def _write_analyze(path: Path, array: np.ndarray, zooms: Sequence[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = nib.AnalyzeHeader(endianness=">")
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(array.shape)
+    header.set_zooms(zooms)
+    nib.AnalyzeImage(array, None, header).to_filename(path)
+
+
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -222,4 +266,5 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "qubiq": write_fake_qubiq,
     "atlas": write_fake_atlas,
     "semireal": write_fake_masks,
+    "ibsr": write_fake_ibsr,
 }

@@ -7,6 +7,7 @@ import pytest
 
 from datamodules.brats_files import brats_task, detect_layout, find_brats
 from datamodules.folder_files import find_folder, find_images
+from datamodules.ibsr_files import find_ibsr
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
@@ -314,16 +315,17 @@ def test_brats_folders_are_prediction_input_too(tmp_path):
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_fake_data_are_deterministic_and_hold_every_class(tmp_path, name):
     roots = [WRITERS[name](tmp_path / str(n)) for n in range(2)]
-    finder = find_folder if name == "folder" else find_brats
+    finder = {"folder": find_folder, "ibsr": find_ibsr}.get(name, find_brats)
     first, second = (finder(root) for root in roots)
-    values = {"folder": {0, 1}, "brats2023": {0, 1, 2, 3}}.get(name, {0, 1, 2, 4})
+    values = {"folder": {0, 1}, "brats2023": {0, 1, 2, 3}, "ibsr": {0, 1, 2, 3}}.get(name, {0, 1, 2, 4})
     for a, b in zip(first, second, strict=True):
         assert set(np.unique(read_volume(a.label)[0]).tolist()) == values
         for x, y in zip(a.files, b.files, strict=True):
             array, affine, _ = read_volume(x)
             assert (array == read_volume(y)[0]).all()
             assert array.dtype == np.int16
-            assert (affine == LPS).all()
+            assert (affine == read_volume(y)[1]).all()
+            assert name == "ibsr" or (affine == LPS).all()
 
 
 def test_real_brats_2018(real_data):

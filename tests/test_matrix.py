@@ -55,7 +55,7 @@ def test_runs_tiny(experiment, roots, tmp_path):
     run(*common, *more)
     (folder,) = run_folders(tmp_path)
     assert rows(folder)
-    checkpoint = folder / "checkpoints" / "best.ckpt"
-    trained = [f"ckpt={checkpoint}"] if any(stage.run == "fit" for stage in composed(*common).stages) else []
-    run("job=predict", *common, *more, *trained, f"out={tmp_path / 'out'}")
+    fits = any(stage.run == "fit" for stage in composed(*common).stages)
+    checkpoint = folder / "checkpoints" / ("last.ckpt" if composed(*common).objective.name is None else "best.ckpt")
+    run("job=predict", *common, *more, *([f"ckpt={checkpoint}"] if fits else []), f"out={tmp_path / 'out'}")
     assert list((tmp_path / "out" / "predictions").glob("*.nii.gz"))

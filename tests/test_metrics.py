@@ -322,6 +322,20 @@ def test_vr70():
     assert math.isnan(volume_recall_rate([math.nan]))
 
 
+def test_vr70_of_results_is_the_share_of_volumes_with_enough_recall():
+    """Ten true voxels, of which 9, 7 (just enough), 6 and 2 are found; a case without truth has no recall and does not count."""
+    task = Task(("t1",), {"background": 0, "lesion": 1})
+    values = []
+    for found, true in ((9, 10), (7, 10), (6, 10), (2, 10), (5, 0)):
+        prediction, truth = torch.zeros(3, 4, 5, dtype=torch.int8), torch.zeros(3, 4, 5, dtype=torch.int8)
+        prediction.view(-1)[:found], truth.view(-1)[:true] = 1, 1
+        (row,) = CaseMetrics(["vr70"])(Prediction(labels=prediction), truth, task, (1, 1, 1))
+        values.append(row["vr70"])
+    assert values[:4] == [1, 1, 0, 0]
+    assert math.isnan(values[4])
+    assert np.nanmean(values) == volume_recall_rate([0.9, 0.7, 0.6, 0.2, math.nan]) == 0.5
+
+
 def test_q_dice_by_hand():
     votes, graded = np.array([1, 2 / 3, 1 / 3, 0]), np.array([1.0, 1, 0, 0])
     assert q_dice(votes, votes) == 1

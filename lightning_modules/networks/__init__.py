@@ -11,12 +11,14 @@ from typing import Any
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
 from lightning_modules.networks.contract import describe
+from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.held import held
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.subpixel import SubpixelNet
+from lightning_modules.networks.swin import swin_unet
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -45,6 +47,8 @@ __all__ = [
     "describe",
     "held",
     "pack_attention_unet",
+    "swin_unet",
+    "transbts",
     *_MONAI,
 ]
 
