@@ -9,6 +9,8 @@ from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
+from callbacks.trial_pruner import TrialPruner
+from callbacks.wandb_run import WandbRun
 
 __all__ = [
     "BestAndLast",
@@ -21,6 +23,8 @@ __all__ = [
     "NiftiWriter",
     "NonFiniteLoss",
     "OverlayFigures",
+    "TrialPruner",
+    "WandbRun",
     "montage",
     "progress_bar",
 ]

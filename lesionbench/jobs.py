@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.run_folder import RunFolder
+from lesionbench.run_folder import RunFolder, variant_hash
+from lesionbench.study import Pruned
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -37,6 +38,7 @@ def fit(cfg: DictConfig) -> float | None:
     """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
     _check_options(cfg)
     folder = RunFolder.of(cfg, resume=cfg.resume)
+    known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
     done = folder.summary
@@ -45,13 +47,13 @@ def fit(cfg: DictConfig) -> float | None:
         return done.get("objective")
     if _first_process():
         folder.write_config(cfg)
-        folder.update_summary(**{"started": time.time(), **done, "experiment": cfg.experiment_name, "seed": cfg.seed, "status": "running"})
+        folder.update_summary(**{"started": time.time(), **done, **known, "status": "running"})
     try:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
         if _first_process():
-            folder.update_summary(status="interrupted")
+            folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
@@ -115,6 +117,8 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
 
     cfg.run_folder = str(folder.path if stage.name in ("fit", "test") else folder.path / stage.name)
     cfg.maps = cfg.maps or str(folder.path / "maps")
+    if stage.name != "fit" and "pruner" in (cfg.callbacks or {}):
+        cfg.callbacks.pop("pruner")  # it judges the curve of the objective, which is that of the stage called fit
     cfg.pop("stages")
     return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
 
@@ -152,7 +156,12 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
     for logger in run.trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    try:
+        run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    except Exception as error:
+        if any(getattr(callback, "pruned", False) for callback in run.trainer.callbacks):
+            raise Pruned("given up by the search") from error  # forked processes turn every error into one of theirs
+        raise
     if run.trainer.interrupted:
         raise KeyboardInterrupt
     best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
