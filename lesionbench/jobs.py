@@ -76,10 +76,11 @@ def _check_options(cfg: DictConfig) -> None:
         )
     strategy = cfg.trainer.get("strategy")
     forks = strategy is None or (not isinstance(strategy, str) and strategy.get("start_method"))
-    if not forks and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if not forks and hydra is not None and hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".SlurmLauncher"):
         raise SuiteError(
             "trainer=ddp and trainer=multinode start further processes by repeating the command, which cannot be told apart in a sweep; "
-            "start one command per job (or try trainer=ddp_sim, which forks)"
+            "let SLURM start them (launcher=submitit_slurm), start one command per job, or try trainer=ddp_sim, which forks"
         )
 
 
@@ -464,8 +465,19 @@ def compare(cfg: DictConfig) -> None:
         _say(f"written to {cfg.out}")
 
 
+def dashboard(cfg: DictConfig) -> None:
+    """Makes a comparison workspace of the runs of `compare.runs` on W&B, or with `dashboard.dry_run` writes it to `out`."""
+    from lesionbench.dashboard import send, workspace, write
+
+    options = cfg.dashboard
+    if options.dry_run and not cfg.out:
+        raise SuiteError("dashboard.dry_run=true needs out=<file>.json")
+    made = workspace(cfg.compare.runs or [cfg.runs], list(cfg.compare.group_by), options.project, options.entity, options.name)
+    _say(f"written to {write(made, Path(cfg.out))}" if options.dry_run else send(made))
+
+
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
-    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show,
+    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
 }  # fmt: skip
 
 

@@ -213,3 +213,40 @@ def test_on_two_processes_the_first_one_tells(folder, tmp_path):
     curve = {i: v for k in kept for i, v in k.curve("val/dice").items()}
     assert sorted(curve) == [4, 8]
     assert any("test/dice_lesion" in k.summary for k in kept)
+
+
+# the dashboard
+
+
+def panels(spec: dict) -> dict[str, list[dict]]:
+    """Section -> panels of a written workspace."""
+    return {s["name"]: s["panels"] for s in spec["spec"]["section"]["panelBankConfig"]["sections"]}
+
+
+def test_dashboard_is_built_without_an_account(finished, tmp_path):
+    pytest.importorskip("wandb_workspaces", reason="needs the extra `dashboard`")
+    out = tmp_path / "dashboard.json"
+    run("job=dashboard", f"compare.runs=[{finished}]", "compare.group_by=[experiment_name,model.loss._target_]", "dashboard.dry_run=true", "dashboard.entity=me", f"out={out}")  # fmt: skip
+    made = json.loads(out.read_text())
+    assert (made["entity"], made["project"], made["name"]) == ("me", "lesionbench", "comparison")
+    sections = panels(made)
+    assert list(sections) == ["Test scores", "Validation", "Training", "Cases", "Settings"]
+    bars = {p["config"]["chartTitle"]: p["config"]["metrics"] for p in sections["Test scores"]}
+    assert bars == {"dice": ["test/dice_lesion"], "hd95_mm": ["test/hd95_mm_lesion"]}
+    assert [p["config"]["metrics"] for p in sections["Validation"]] == [["val/dice"], ["val/dice_lesion"]]
+    assert all(p["config"]["xAxis"] == "iteration" for p in sections["Validation"] + sections["Training"])
+    (shown,) = made["spec"]["section"]["runSets"]
+    assert [g["name"] for g in shown["grouping"]] == ["experiment_name.value", "model.value.loss._target_"]
+    (kept,) = offline_runs(finished)
+    logged = {key for row in kept.history for key in row} | set(kept.summary)
+    for part in ("Test scores", "Validation", "Training"):
+        assert {m for p in sections[part] for m in p["config"]["metrics"]} <= logged  # what it shows is what runs send
+
+
+def test_sending_a_dashboard_says_that_it_needs_an_account(finished, tmp_path, monkeypatch):
+    pytest.importorskip("wandb_workspaces", reason="needs the extra `dashboard`")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SuiteError, match="needs a W&B account"):
+        run("job=dashboard", f"compare.runs=[{finished}]")
+    with pytest.raises(SuiteError, match="out="):
+        run("job=dashboard", f"compare.runs=[{finished}]", "dashboard.dry_run=true")
