@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +160,8 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     for logger in run.trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
-        run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+        with _stopped_between_batches():
+            run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
         if any(getattr(callback, "pruned", False) for callback in run.trainer.callbacks):
             raise Pruned("given up by the search") from error  # forked processes turn every error into one of theirs
@@ -167,6 +170,33 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         raise KeyboardInterrupt
     best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
     return str(best if cfg.select == "best" and best.exists() else last)
+
+
+@contextmanager
+def _stopped_between_batches() -> Iterator[None]:
+    """Lets the launcher submitit, which queues a job again on SIGUSR2 and ends it at once, wait for the end of the batch and a checkpoint.
+
+    Its handler is put off: the signal is passed on as a SIGTERM, on which Lightning stops between two batches.
+    """
+    number = getattr(signal, "SIGUSR2", None)  # not on Windows
+    queue_again, caught = number and signal.getsignal(number), []
+    if not callable(queue_again):
+        yield
+        return
+
+    def stop(*arguments: Any) -> None:
+        caught.append(arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(number, stop)
+    try:
+        yield
+    except BaseException:
+        if caught:
+            queue_again(*caught[0])  # ends this process, if it is the job's first
+        raise
+    finally:
+        signal.signal(number, queue_again)
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
@@ -494,8 +524,6 @@ def quiet() -> None:
 
 
 def _first_process() -> bool:
-    import os
-
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lesionbench.errors import SuiteError, nearest, unknown
 from lesionbench.report import curve, print_run
 from lesionbench.resolvers import cap, either, offline_without_key, register
-from lesionbench.run_folder import RunFolder, config_hash, variant_hash, environment
+from lesionbench.run_folder import RunFolder, config_hash, environment, variant_hash
 from tests.harness import composed
 
 SCHEDULED = (

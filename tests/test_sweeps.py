@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from lesionbench.study import Pruned, open_study
 from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, assert_same, run, run_folders, weights
 from tests.light_jobs import optimum, process
+from tests.slurm_stand_in import install
 
 optuna = pytest.importorskip("optuna", reason="needs the extra `sweeps`")
 LR = "model.optimizer.lr=tag(log,interval(1e-4,1e-1))"
@@ -316,3 +318,45 @@ def test_launchers_train_two_seeds(launcher, folder, tmp_path):
     assert [f.name for f in found] == ["seed=0", "seed=1"]
     for a, b in zip(expected, found, strict=True):
         assert_same(weights(a), weights(b))
+
+
+# SLURM, by a stand-in for its commands
+
+
+def submitted(tmp_path: Path, *arguments: str) -> None:
+    """`run.py launcher=submitit_slurm` where sbatch, srun, scontrol and sacct are those of `slurm_stand_in`."""
+    programs = install(tmp_path / "slurm")
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(CONF.parent)}
+    asked = ["launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.mem_gb=null", "hydra.launcher.cpus_per_task=1"]
+    done = subprocess.run([sys.executable, "run.py", *arguments, *asked, f"runs={tmp_path / 'runs'}"], cwd=CONF.parent, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    logs = "\n".join(p.read_text()[-2000:] for p in sorted(programs.glob("*.log")))
+    assert done.returncode == 0, done.stderr + logs
+
+
+@pytest.mark.slow
+def test_slurm_jobs_of_two_processes_each(folder, tmp_path):
+    """A sweep of DDP runs whose processes SLURM starts equals one whose processes are forked."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the launcher submitit is not installed")
+    arguments = [*SMALL, f"data.root={folder}", "data.batch_size=1", "callbacks.writer=null"]
+    submitted(tmp_path, *arguments, "seed=0,1", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true", "hydra.launcher.tasks_per_node=2")  # fmt: skip
+    found = run_folders(tmp_path / "runs")
+    assert [f.name for f in found] == ["seed=0", "seed=1"]
+    for seed, path in enumerate(found):
+        run(*arguments, f"seed={seed}", "trainer=ddp_sim", f"runs={tmp_path / 'forked'}")
+        assert_same(weights(path), weights(run_folders(tmp_path / "forked")[seed]))
+
+
+@pytest.mark.slow
+def test_a_preempted_slurm_job_is_queued_again_and_goes_on(folder, tmp_path):
+    """The signal that SLURM sends ahead of preemption and time limit, in mid-epoch."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the launcher submitit is not installed")
+    arguments = [*SMALL, f"data.root={folder}", "callbacks.writer=null"]
+    preempted = ["callbacks.progress._target_=tests.toys.PreemptedOnce", "+callbacks.progress.iteration=6", f"+callbacks.progress.how={signal.SIGUSR2.value}"]  # fmt: skip
+    submitted(tmp_path, *arguments, *preempted)
+    (path,) = run_folders(tmp_path / "runs")
+    assert json.loads((tmp_path / "slurm/100.json").read_text())["restarts"] == 1
+    assert json.loads((path / "summary.json").read_text())["status"] == "finished"
+    run(*arguments, f"runs={tmp_path / 'whole'}")
+    (whole,) = run_folders(tmp_path / "whole")
+    assert_same(weights(path), weights(whole))
+    assert (path / "test/cases.csv").read_text() == (whole / "test/cases.csv").read_text()
