@@ -51,6 +51,7 @@ def _hydra() -> None:
     def job(cfg: DictConfig) -> float | None:
         from lesionbench.jobs import run_job
 
+        register()  # a launcher may have started another process
         with open_dict(cfg):
             cfg.experiment_name = cfg.experiment_name or HydraConfig.get().runtime.choices.experiment
         return run_job(cfg)

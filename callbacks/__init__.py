@@ -12,6 +12,8 @@ from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.reliability import Reliability
+from callbacks.trial_pruner import TrialPruner
+from callbacks.wandb_run import WandbRun
 
 __all__ = [
     "AgreementFigure",
@@ -27,6 +29,8 @@ __all__ = [
     "NonFiniteLoss",
     "OverlayFigures",
     "Reliability",
+    "TrialPruner",
+    "WandbRun",
     "montage",
     "progress_bar",
 ]

@@ -14,6 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from callbacks.nan_guard import NanGuard, NonFiniteLoss, advice
+from callbacks.wandb_run import WandbRun
 from lesionbench.errors import SuiteError, unknown
 
 
@@ -24,7 +25,7 @@ class BestAndLast(Checkpoint):
     next batch begins: by then every hook has updated its state (an EMA teacher, the iteration) and a validation that was due has run,
     so nothing is lost or repeated on resume. On SIGTERM it is written at once; a validation that was cut is repeated. On another
     exception it is written too (in one process: with several, the others could not follow), and the interrupted batch is repeated.
-    Weights that are not finite are never saved.
+    Weights that are not finite are never saved. W&B, where it is one of the loggers, gets those that it asks for when training ends.
 
     Args:
         folder: run folder.
@@ -101,6 +102,11 @@ class BestAndLast(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _check(trainer, pl_module)
         self._save_last(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbRun):
+                logger.log_checkpoints(self.folder / "checkpoints")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != TrainerFn.FITTING or pl_module.iteration == self._saved or isinstance(exception, NonFiniteLoss):

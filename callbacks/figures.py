@@ -12,7 +12,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from callbacks.gather import gather
-from callbacks.overlays import case_figure, masks_of, montage, save, score_figure, slices
+from callbacks.overlays import View, case_figure, masks_of, montage, save, score_figure, slices
+from callbacks.wandb_run import WandbRun
 from lesionbench.errors import unknown
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
@@ -22,6 +23,7 @@ __all__ = ["OverlayFigures", "montage"]
 
 class OverlayFigures(pl.Callback):
     """Writes `<folder>/figures/{best,median,worst,summary}.png` after testing and hands them to every logger that takes images.
+    W&B also gets the slices themselves, with truth and prediction as masks that can be switched on and off.
 
     Cases are ranked by their mean Dice over the regions of the main prediction; without truth the first three are drawn as
     `case_1.png` and so on. Only three slices of each case are kept, on disk, until the ranking is known.
@@ -68,16 +70,22 @@ class OverlayFigures(pl.Callback):
         rows = sorted((row for _, own in ranks for row in own), key=lambda row: row["case"])  # the same on any number of ranks
         places = {case: (rank, place) for rank, (order, _) in enumerate(ranks) for case, place in order}
         chosen = selected(rows, list(places))
-        for name, case in chosen.items():
-            rank, place = places[case]
-            if rank == trainer.global_rank:
-                self._draw(name, place, pl_module.task)
+        drawn = {
+            name: self._draw(name, places[case][1], pl_module.task)
+            for name, case in chosen.items()
+            if places[case][0] == trainer.global_rank
+        }
         if trainer.is_global_zero and _scored(rows):
             save(score_figure(rows, pl_module.task.region_names), self.folder / "summary.png")
         trainer.strategy.barrier("figures")
         self._spill.cleanup()
+        sent = {name: drawing for own in gather(drawn) for name, drawing in own.items()}
         if trainer.is_global_zero:
             self._send(trainer, pl_module, [*chosen, *(["summary"] if _scored(rows) else [])])
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbRun):
+                    for name in chosen:
+                        logger.log_overlays(f"overlays/{name}", *sent[name], pl_module.task.region_names)
 
     def _channels(self, task: Task) -> list[str]:
         for name in self.channels or ():
@@ -85,11 +93,13 @@ class OverlayFigures(pl.Callback):
                 raise unknown("figures.channels", name, task.channels)
         return self.channels or [task.channels[drawn_channel(task)]]
 
-    def _draw(self, name: str, place: int, task: Task) -> None:
+    def _draw(self, name: str, place: int, task: Task) -> tuple[str, list[View]]:
+        """Writes one figure; returns the case and its slices."""
         with open(Path(self._spill.name) / str(place), "rb") as file:
             title, subtitle, views, channels = pickle.load(file)
         label = "" if name.startswith("case_") else f" ({name} case)"
         save(case_figure(title + label, subtitle, views, channels, task.region_names, task.unit == "mm"), self.folder / f"{name}.png")
+        return title, views
 
     def _send(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: list[str]) -> None:
         from matplotlib.image import imread

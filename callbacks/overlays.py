@@ -116,7 +116,7 @@ def case_figure(title: str, subtitle: str, views: list[View], channels: Sequence
     columns += ["error"] * (first.truth is not None and first.prediction is not None) + [*first.maps]
     scale = PANEL / max(v.size[0] for v in views)
     canvas = _Canvas(len(columns), [v.size[1] * scale for v in views])
-    windows = [_window([v.image[c] for v in views]) for c in range(len(channels))]
+    windows = [gray_range([v.image[c] for v in views]) for c in range(len(channels))]
     limits = {name: _limits([v.maps[name] for v in views]) for name in first.maps}
     for row, view in enumerate(views):
         for column, name in enumerate(columns):
@@ -225,7 +225,7 @@ def _mark(ax: "Axes", letters: str) -> None:
         ax.text(x, 0.5, letter, transform=ax.transAxes, color="white", fontsize=8, ha=side, va="center")
 
 
-def _window(planes: Iterable[np.ndarray]) -> tuple[float, float]:
+def gray_range(planes: Iterable[np.ndarray]) -> tuple[float, float]:
     """Grey range: the 1st to 99.5th percentile of what is not exactly 0, and 0 where that is darker."""
     values = np.concatenate([p[p != 0].astype(np.float32).ravel() for p in planes])
     values = values[np.isfinite(values)]
@@ -290,7 +290,7 @@ def montage(cases: Sequence[tuple[str, Any, Any, Task, Sequence[float]]], path: 
     for row, (title, view, task) in enumerate(drawn):
         for column, channel in enumerate(task.channels):
             ax = canvas.panel(row, column, PANEL, heights[row])
-            _gray(ax, view.image[column], _window([view.image[column]]))
+            _gray(ax, view.image[column], gray_range([view.image[column]]))
             if view.truth is not None:
                 _contours(ax, view.truth)
             if row == 0 or task.channels != tasks[row - 1].channels:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from lesionbench.errors import SuiteError, nearest
@@ -13,6 +14,7 @@ JOBS = {
     "test": "test ckpt=... on the test part of the data",
     "predict": "apply ckpt=... to the NIfTI files in input=..., write masks to out=...",
     "compare": "compare run folders: table, costs, paired tests",
+    "dashboard": "make a comparison workspace of the runs on Weights & Biases",
     "check": "integrity check of a data set",
     "prepare": "preprocess and cache a data set ahead of training",
     "simulate": "write simulated cases to out=... in a BraTS layout",
@@ -23,6 +25,8 @@ OPTIONS = {
     "data.root=DIR": "where the data set is; default $LESIONBENCH_DATA/<name> or data/<name>",
     "trainer=NAME": "cpu, gpu, ddp, ddp_sim, multinode",
     "seed=N": "seed of training; -m seed=0,1,2 runs three",
+    "sweep=NAME": "search with Optuna (tpe: 'model.optimizer.lr=tag(log,interval(1e-4,1e-2))'), or seeds, folds",
+    "launcher=NAME": "where the jobs of a sweep run: basic, joblib, submitit_local, submitit_slurm, ray",
     "epochs=N": "length of training; an epoch is data.samples_per_epoch samples",
     "data.batch_size=N": "samples per process and step; accumulate=K adds up K batches",
     "model/loss=NAME": "and model/network=, model/optimizer=, model/scheduler=, metrics=, augmentation=",
@@ -48,6 +52,7 @@ def help_text() -> str:
         for e in (
             "python run.py",
             "python run.py -m seed=0,1,2 model/loss=dice_ce,focal",
+            "python run.py sweep=supervised hydra.sweeper.trials=30",
             "python run.py job=compare compare.group_by=[model.loss._target_]",
         )
     ]
@@ -77,6 +82,8 @@ def options(group: str) -> list[str]:
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text = str(error)
+    if "'optuna" in text and find_spec("optuna") is None:
+        return SuiteError("a search needs Optuna: pip install -e '.[sweeps]'")
     key = (
         re.search(r"full_key: (\S+)", text)
         or re.search(r"Could not override '([^']+)'", text)
@@ -85,6 +92,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     if key:
         return SuiteError(_unknown_key(key.group(1), arguments))
     missing = re.search(r"Could not find '([^']+)'", text)
+    if missing and missing.group(1).startswith("hydra/launcher/"):
+        extra = "ray" if missing.group(1).endswith("ray") else "sweeps"
+        return SuiteError(f"launcher={missing.group(1).rpartition('/')[2]} is not installed: pip install -e '.[{extra}]'")
     if missing:
         group, _, name = missing.group(1).rpartition("/")
         while group and not (CONF / group).is_dir():
@@ -107,7 +117,7 @@ def _unknown_key(full: str, arguments: Sequence[str]) -> str:
     GlobalHydra.instance().clear()
     choices = [a for a in arguments if a.partition("=")[0].lstrip("+") in {str(d.relative_to(CONF)) for d in _groups()} and "," not in a]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=choices)
+        cfg = compose("config", overrides=choices, return_hydra_config=full.startswith("hydra."))
 
     def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         for k in node:

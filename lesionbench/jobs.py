@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.run_folder import RunFolder
+from lesionbench.run_folder import RunFolder, variant_hash
+from lesionbench.study import Pruned
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -37,6 +40,7 @@ def fit(cfg: DictConfig) -> float | None:
     """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
     _check_options(cfg)
     folder = RunFolder.of(cfg, resume=cfg.resume)
+    known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
     done = folder.summary
@@ -45,13 +49,13 @@ def fit(cfg: DictConfig) -> float | None:
         return done.get("objective")
     if _first_process():
         folder.write_config(cfg)
-        folder.update_summary(**{"started": time.time(), **done, "experiment": cfg.experiment_name, "seed": cfg.seed, "status": "running"})
+        folder.update_summary(**{"started": time.time(), **done, **known, "status": "running"})
     try:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
         if _first_process():
-            folder.update_summary(status="interrupted")
+            folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
@@ -74,10 +78,11 @@ def _check_options(cfg: DictConfig) -> None:
         )
     strategy = cfg.trainer.get("strategy")
     forks = strategy is None or (not isinstance(strategy, str) and strategy.get("start_method"))
-    if not forks and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if not forks and hydra is not None and hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".SlurmLauncher"):
         raise SuiteError(
             "trainer=ddp and trainer=multinode start further processes by repeating the command, which cannot be told apart in a sweep; "
-            "start one command per job (or try trainer=ddp_sim, which forks)"
+            "let SLURM start them (launcher=submitit_slurm), start one command per job, or try trainer=ddp_sim, which forks"
         )
 
 
@@ -115,6 +120,8 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
 
     cfg.run_folder = str(folder.path if stage.name in ("fit", "test") else folder.path / stage.name)
     cfg.maps = cfg.maps or str(folder.path / "maps")
+    if stage.name != "fit" and "pruner" in (cfg.callbacks or {}):
+        cfg.callbacks.pop("pruner")  # it judges the curve of the objective, which is that of the stage called fit
     cfg.pop("stages")
     return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
 
@@ -152,11 +159,44 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
     for logger in run.trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    try:
+        with _stopped_between_batches():
+            run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    except Exception as error:
+        if any(getattr(callback, "pruned", False) for callback in run.trainer.callbacks):
+            raise Pruned("given up by the search") from error  # forked processes turn every error into one of theirs
+        raise
     if run.trainer.interrupted:
         raise KeyboardInterrupt
     best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
     return str(best if cfg.select == "best" and best.exists() else last)
+
+
+@contextmanager
+def _stopped_between_batches() -> Iterator[None]:
+    """Lets the launcher submitit, which queues a job again on SIGUSR2 and ends it at once, wait for the end of the batch and a checkpoint.
+
+    Its handler is put off: the signal is passed on as a SIGTERM, on which Lightning stops between two batches.
+    """
+    number = getattr(signal, "SIGUSR2", None)  # not on Windows
+    queue_again, caught = number and signal.getsignal(number), []
+    if not callable(queue_again):
+        yield
+        return
+
+    def stop(*arguments: Any) -> None:
+        caught.append(arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(number, stop)
+    try:
+        yield
+    except BaseException:
+        if caught:
+            queue_again(*caught[0])  # ends this process, if it is the job's first
+        raise
+    finally:
+        signal.signal(number, queue_again)
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
@@ -467,8 +507,19 @@ def compare(cfg: DictConfig) -> None:
         _say(f"written to {out}")
 
 
+def dashboard(cfg: DictConfig) -> None:
+    """Makes a comparison workspace of the runs of `compare.runs` on W&B, or with `dashboard.dry_run` writes it to `out`."""
+    from lesionbench.dashboard import send, workspace, write
+
+    options = cfg.dashboard
+    if options.dry_run and not cfg.out:
+        raise SuiteError("dashboard.dry_run=true needs out=<file>.json")
+    made = workspace(cfg.compare.runs or [cfg.runs], list(cfg.compare.group_by), options.project, options.entity, options.name)
+    _say(f"written to {write(made, Path(cfg.out))}" if options.dry_run else send(made))
+
+
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
-    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show,
+    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
 }  # fmt: skip
 
 
@@ -485,8 +536,6 @@ def quiet() -> None:
 
 
 def _first_process() -> bool:
-    import os
-
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 

@@ -19,6 +19,15 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
         return [(int(row["iteration"]), float(row["value"])) for row in csv.DictReader(file) if row["name"] == name]
 
 
+def curve_names(folder: Path) -> list[str]:
+    """Names of the curves in a run's metrics.csv, in order of appearance."""
+    path = Path(folder) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(dict.fromkeys(row["name"] for row in csv.DictReader(file)))
+
+
 def print_run(folder: Path) -> None:
     """Prints the results table of a run folder, the paths in it, and the commands that go on from it."""
     from rich.console import Console

@@ -19,11 +19,13 @@ from lesionbench.errors import SuiteError
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
-    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "show",
+    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "dashboard", "show",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
-    *(f"callbacks.{c}" for c in ("checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "reliability", "writer", "learning_rate", "progress", "baseline")),
+    *(f"callbacks.{c}" for c in (
+        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "reliability", "writer", "learning_rate", "progress", "baseline", "pruner",
+    )),
 )  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
@@ -42,6 +44,15 @@ def config_hash(cfg: DictConfig) -> str:
             node = node.get(parent) or {}
         node.pop(last, None)
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def variant_hash(cfg: DictConfig) -> str:
+    """The hash less the fold: what the replicates of one configuration, its seeds and folds, have in common."""
+    cfg = cfg.copy()
+    if "split" in cfg.data and "fold" in cfg.data.split:
+        with open_dict(cfg):
+            cfg.data.split.fold = 0
+    return config_hash(cfg)
 
 
 class RunFolder:

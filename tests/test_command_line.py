@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
-from lesionbench.command_line import CONF, JOBS, help_text, options, quoted
+from lesionbench.command_line import CONF, JOBS, explain, help_text, options, quoted
 from lesionbench.errors import SuiteError
 from tests.harness import run
 
@@ -22,7 +23,7 @@ def test_help_lists_jobs_groups_and_options_without_heavy_imports():
     code = "import sys; sys.argv=['run.py','--help']; import run; run.main(); assert not {'torch','hydra','monai'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in [*JOBS, "model/loss", "supervised/simulated", "dice_ce", "resume=true"]:
+    for word in [*JOBS, "model/loss", "supervised/simulated", "dice_ce", "resume=true", "sweep=", "tpe", "submitit_slurm"]:
         assert word in done.stdout
 
 
@@ -42,11 +43,13 @@ def test_jobs_of_help_are_the_jobs_that_exist():
         ("data.batchsize=3", "data.batch_size"),
         ("modle.seed=3", "did you mean model"),
         ("trainer=ddp2", "did you mean 'ddp'"),
-        ("sweep=tpe_x", "There is no sweep=tpe_x"),
+        ("sweep=tpee", "There is no sweep=tpee; did you mean 'tpe'"),
+        ("hydra.sweeper.trails=3 sweep=tpe", "did you mean hydra.sweeper.trials"),
+        ("launcher=joblb", "There is no launcher=joblb; did you mean 'joblib'"),
     ],
 )
 def test_mistakes_name_the_nearest(mistake, hint):
-    done = command(mistake)
+    done = command(*mistake.split())
     assert done.returncode != 0
     assert hint in done.stderr
     assert "Traceback" not in done.stderr
@@ -76,6 +79,11 @@ def test_errors_say_what_and_how(overrides, message, tmp_path):
     with pytest.raises((SuiteError, InstantiationException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
     assert message in str(_suite_error(caught.value))
+
+
+def test_a_launcher_that_is_not_installed_says_what_to_install():
+    error = ConfigCompositionException("In 'launcher/ray': Could not find 'hydra/launcher/ray'\n\nAvailable options ...")
+    assert "pip install -e '.[ray]'" in str(explain(error, ["launcher=ray"]))
 
 
 def test_paths_with_equals_signs_need_no_quotes():

@@ -6,11 +6,13 @@ import shlex
 import shutil
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -42,15 +44,20 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """The overrides of a call; of a sweep the first choice of each."""
+    """The overrides of a call; of a sweep the first choice of each. A launcher that is not installed is left out."""
     words = [a for a in arguments if a not in FLAGS]
-    if not {"-m", "--multirun"} & set(arguments):
+    launcher = next((w.partition("=")[2] for w in words if w.startswith("launcher=")), "basic")
+    if launcher != "basic" and find_spec(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher") is None:
+        words = [w for w in words if not w.lstrip("+").startswith(("launcher=", "hydra.launcher."))]
+    if not {"-m", "--multirun"} & set(arguments) and not any(a.startswith(("sweep=", "launcher=")) for a in arguments):
         return words
     parsed = OverridesParser.create().parse_overrides(words)
-    return [
-        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" if o.is_sweep_override() else word
-        for o, word in zip(parsed, words, strict=True)
-    ]
+    return [f"{o.get_key_element()}={first(o)}" if o.is_sweep_override() else word for o, word in zip(parsed, words, strict=True)]
+
+
+def first(override: Override) -> object:
+    """The first value that a sweep would try."""
+    return next(iter(override.sweep_string_iterator())) if override.is_discrete_sweep() else override.value().start
 
 
 CALLS = sorted({tuple(c) for page in PAGES for c in commands(page)})

@@ -34,7 +34,7 @@ TINY = {
     "DilatedUNet": ({"width": 4}, 16),
 }
 
-PADDED = {"swin_unet", "transbts"}  # take any size; see test_transformer_networks.py
+ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
 
 
 def tiny(name, dimensions=2, in_channels=2, out_channels=3, **options):
@@ -391,14 +391,9 @@ def test_configured_networks_build(name):
     with torch.device("meta"):
         network = factory(4, 3)
     assert network.window == config.get("window")
-<<<<<<< HEAD
     inner = config.get("network", config)
-    assert network.dimensions == (2 if network.window else inner.get("dimensions", 3))
-    assert math.prod(network.divisor) > 1 or type(network).__name__ == "SubpixelNet"  # which takes any size
-=======
-    assert network.dimensions == (2 if name in ("window", "swin_unet") else 3)
-    assert (math.prod(network.divisor) == 1) == (name in PADDED)
->>>>>>> ibsr
+    assert network.dimensions == (2 if network.window or name == "swin_unet" else inner.get("dimensions", 3))
+    assert (math.prod(network.divisor) == 1) == (name in ANY_SIZE)
 
 
 def test_the_network_in_a_window_is_a_choice():
@@ -408,11 +403,6 @@ def test_the_network_in_a_window_is_a_choice():
 
 
 def test_every_network_is_configured():
-<<<<<<< HEAD
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
     assert set(TINY) - {"DilatedUNet"} | {"dilated_unet", "window", "small_unet", "subpixel", "small_subpixel"} <= configured
     assert set(TINY) | {"PixelCritic", "SubpixelNet", "WindowChannels", "describe", "held"} <= set(networks.__all__)
-=======
-    assert set(TINY) | PADDED | {"window", "small_unet"} == {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
-    assert set(TINY) | PADDED | {"WindowChannels", "describe"} == set(networks.__all__)
->>>>>>> ibsr

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lesionbench.errors import SuiteError, nearest, unknown
 from lesionbench.report import curve, print_run
 from lesionbench.resolvers import cap, either, offline_without_key, register
-from lesionbench.run_folder import RunFolder, config_hash, environment
+from lesionbench.run_folder import RunFolder, config_hash, environment, variant_hash
 from tests.harness import composed
 
 SCHEDULED = (
@@ -57,7 +57,7 @@ def changed(cfg, override: str):
     [
         "seed=7", "resume=true", "runs=elsewhere", "out=o", "ckpt=c", "trust=[a]", "job=test", "data.root=/elsewhere", "data.cache=/fast",
         "data.num_workers=9", "data.check=false", "trainer.devices=2", "trainer.num_nodes=4", "trainer.strategy=ddp",
-        "callbacks.checkpoint.every_n_batches=1", "callbacks.figures=null", "trainer=ddp_sim", "logger=[tensorboard,wandb]",
+        "callbacks.checkpoint.every_n_batches=1", "callbacks.figures=null", "trainer=ddp_sim", "logger=[tensorboard,wandb]", "callbacks.pruner.trial=3", "dashboard.dry_run=true",
     ],
 )  # fmt: skip
 def test_where_and_how_a_run_is_computed_is_not_what_is_computed(experiment, incidental):
@@ -74,6 +74,13 @@ def test_where_and_how_a_run_is_computed_is_not_what_is_computed(experiment, inc
 )  # fmt: skip
 def test_what_is_computed_changes_the_hash(experiment, essential):
     assert config_hash(changed(experiment, essential)) != config_hash(experiment)
+
+
+def test_seeds_and_folds_are_replicates_of_one_variant(experiment):
+    same = {variant_hash(changed(experiment, c)) for c in ("seed=7", "data.split.fold=2", "runs=elsewhere")}
+    assert same == {variant_hash(experiment)}
+    assert config_hash(changed(experiment, "data.split.fold=2")) != config_hash(experiment)
+    assert variant_hash(changed(experiment, "data.split.folds=4")) not in same
 
 
 def test_the_hash_does_not_depend_on_the_order_of_keys(tmp_path):

@@ -210,6 +210,14 @@ class KillAt(pl.Callback):
             os.kill(os.getpid(), self.how)
 
 
+class PreemptedOnce(KillAt):
+    """What SLURM does to a job, unless it has been queued again already."""
+
+    def on_train_batch_end(self, *arguments):
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            super().on_train_batch_end(*arguments)
+
+
 class MeanCE(nn.Module):
     """Cross-entropy averaged over all voxels: the mean over two equal batches is the mean over both."""
 

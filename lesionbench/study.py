@@ -1,0 +1,66 @@
+"""The study of a search: its trials in an SQLite file, opened by the sweeper and, for pruning, by the runs that it starts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lesionbench.errors import SuiteError
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Pruned(Exception):
+    """Raised inside a run that the search gave up."""
+
+
+def open_study(path: Path, direction: str | None = None) -> "optuna.Study":
+    """The study in file `path`, which is also its name.
+
+    Args:
+        path: SQLite file; made if it is new and a direction is given.
+        direction: `maximize` or `minimize`; None = the study must exist.
+
+    Raises:
+        SuiteError: Optuna is not installed.
+    """
+    optuna = _optuna()
+    storage = f"sqlite:///{path}"
+    if direction is None:
+        return optuna.load_study(study_name=path.stem, storage=storage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return optuna.create_study(study_name=path.stem, storage=storage, direction=direction, load_if_exists=True)
+
+
+def running_trial(study: "optuna.Study", number: int) -> "optuna.Trial":
+    """A trial that was asked for earlier or by another process, to suggest, to report and to prune with."""
+    optuna = _optuna()
+    return optuna.trial.Trial(study, study.trials[number]._trial_id)  # the number is all that is public, the constructor wants the id
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Only one sweep at a time works on the study in `path`; a lock goes with the process that held it.
+
+    Raises:
+        SuiteError: another one does.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SuiteError(f"{path}: another sweep is working on this study; hydra.sweeper.study=<name> begins one of its own") from None
+        yield
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise SuiteError("a search needs Optuna: pip install -e '.[sweeps]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
