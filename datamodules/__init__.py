@@ -8,5 +8,6 @@ from datamodules.preprocessing import Preprocessing
 from datamodules.sampling import Sampling
 from datamodules.simulated import Simulated
 from datamodules.split import Split
+from datamodules.tumor_voxels import TumorVoxels
 
-__all__ = ["BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split"]
+__all__ = ["BraTS", "CaseDataModule", "Folder", "Images", "Preprocessing", "Sampling", "Simulated", "Split", "TumorVoxels"]
