@@ -34,7 +34,7 @@ def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
     """Patients with five planted regions in three modalities, whose survival depends on the share of the second region.
 
     Region shares are Dirichlet(3); each patient has an offset (sd 0.05) and a gain (lognormal, sd 0.1); the third modality is
-    exponentiated; 2 % of the voxels are outliers. Death ~ Exp(400 exp(-0.9 z)) days with z the standardized share, censoring ~ Exp(1500).
+    exponentiated; 2 % of the voxels are outliers, 1 + Exp(4) times as large in each modality. Death ~ Exp(400 exp(-0.9 z)) days with z the standardized share, censoring ~ Exp(1500).
     Voxels fill a box of two or more layers, region by region.
     """
     rng = numpy_generator("planted habitats", seed)
@@ -50,7 +50,7 @@ def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
         x = x * rng.lognormal(0, 0.1, 3) + rng.normal(0, 0.05, 3)
         x[:, 2] = np.exp(2 * x[:, 2])
         wild = rng.random(voxels) < 0.02
-        x[wild] += rng.exponential(4, (wild.sum(), 3))
+        x[wild] *= 1 + rng.exponential(4, (wild.sum(), 3))
         days, died = min(death[number], censoring[number]), death[number] <= censoring[number]
         tumors.append(Tumor(f"p{number:03d}", x.astype(np.float32), positions, float(days), bool(died)))
     return tumors
