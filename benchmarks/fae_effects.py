@@ -61,12 +61,19 @@ def settings(encoder: str = "fae", **changes: object) -> HabitatSettings:
     return HabitatSettings(**{"encoder": EncoderSettings(kind=encoder, **FITTING), "voxels_per_patient": None, **changes})
 
 
-def stability_by_encoder(seed: int, patients: int = 40, voxels: int = 250, clusters: tuple[int, ...] = (3, 4, 5, 6)) -> list[dict]:
+def stability_by_encoder(
+    seed: int,
+    patients: int = 40,
+    voxels: int = 250,
+    clusters: tuple[int, ...] = (3, 4, 5, 6),
+    scalings: tuple[str, ...] = ("zscore", "minmax"),
+    encoders: tuple[str, ...] = tuple(ENCODERS),
+) -> list[dict]:
     """(a) Stability 1 - Ls and Calinski-Harabasz index by encoder, scaling and number of clusters; no voxel is filtered out."""
     tumors, rows = simulate_patients(patients, voxels, seed), []
-    for scaling in ("zscore", "minmax"):
-        for name, kind in ENCODERS.items():
-            objective = HabitatObjective(tumors, settings(kind, scaling=scaling, alpha=1.0), seed)
+    for scaling in scalings:
+        for name in encoders:
+            objective = HabitatObjective(tumors, settings(ENCODERS[name], scaling=scaling, alpha=1.0), seed)
             latent = objective.encoders[1.0].transform(objective.sample)
             for k in clusters:
                 losses = objective.stability(latent, objective.patient, k)

@@ -153,10 +153,24 @@ def test_cooccurrence_equals_skimage_without_background():
     from skimage.feature import graycomatrix
 
     labels = np.random.default_rng(1).integers(0, 6, size=(31, 17)).astype(np.uint8)
-    ours = cooccurrence(labels, 5, directions(labels.shape))
-    theirs = graycomatrix(labels, [1], [0, np.pi / 4, np.pi / 2, 3 * np.pi / 4], levels=6, symmetric=True)[1:, 1:, 0]
-    assert len(ours) == 4
-    assert sorted(m.tobytes() for m in ours) == sorted(theirs[..., a].astype(np.int64).tobytes() for a in range(4))
+    angles = {(0, 1): 0, (1, 1): np.pi / 4, (1, 0): np.pi / 2, (1, -1): 3 * np.pi / 4}
+    steps = directions(labels.shape)
+    assert set(steps) == set(angles)
+    theirs = graycomatrix(labels, [1], [angles[s] for s in steps], levels=6, symmetric=True)[1:, 1:, 0]
+    assert np.array_equal(cooccurrence(labels, 5, steps), theirs.transpose(2, 0, 1))
+    volume = cooccurrence(labels[:, None], 5, [(a, 0, b) for a, b in steps])  # the same through the layout for volumes
+    assert np.array_equal(volume, theirs.transpose(2, 0, 1))
+
+
+def test_cooccurrence_of_a_volume_by_walking():
+    labels = np.random.default_rng(4).integers(0, 4, size=(5, 3, 6))
+    for counts, step in zip(cooccurrence(labels, 3, directions(labels.shape)), directions(labels.shape), strict=True):
+        expected = np.zeros((3, 3), int)
+        for here in np.argwhere(labels):
+            there = here + step
+            if (there >= 0).all() and (there < labels.shape).all() and labels[tuple(there)]:
+                expected[labels[tuple(here)] - 1, labels[tuple(there)] - 1] += 1
+        assert np.array_equal(counts, expected + expected.T), step
 
 
 def brute_runs(labels, step):

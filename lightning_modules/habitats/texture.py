@@ -5,6 +5,7 @@ all directions, background left out, every feature computed per direction and av
 lacks, is that of Li et al., BrainLes 2021, Table 2. No feature changes when labels change names.
 """
 
+import math
 from itertools import product
 
 import numpy as np
@@ -23,45 +24,49 @@ def directions(shape: tuple[int, ...], plane: int | None = None) -> list[tuple[i
 
 
 def cooccurrence(labels: np.ndarray, levels: int, steps: list[tuple[int, ...]]) -> np.ndarray:
-    """Symmetric co-occurrence counts (directions, levels, levels) of labels 1..levels; pairs with background (0) do not count."""
-    width = levels + 1
-    labels = labels.astype(np.intp, copy=False)
-    rows = labels * width
-    counts = np.empty((len(steps), width, width), np.int64)
-    for count, step in zip(counts, steps, strict=True):
-        here, there = _overlap(step)
-        count[...] = np.bincount((rows[here] + labels[there]).ravel(), minlength=width**2).reshape(width, width)
-    inner = counts[:, 1:, 1:]
-    return inner + inner.transpose(0, 2, 1)
+    """Symmetric co-occurrence counts (directions, levels, levels) of labels 1..levels; pairs with background (0) do not count.
+
+    scikit-image counts in 2D. A volume is laid out in one line, with a background voxel behind every row, where a direction is a
+    distance along the line: one call counts them all.
+    """
+    from skimage.feature import graycomatrix
+
+    if not steps:
+        return np.zeros((0, levels, levels), np.int64)
+    if labels.ndim == 2:
+        counts = graycomatrix(labels.astype(np.uint8, copy=False), [1], [math.atan2(*s) for s in steps], levels + 1, symmetric=True)
+        return counts[1:, 1:, 0].transpose(2, 0, 1)
+    line, strides = _line(labels, before=0)
+    distances = [sum(d * s for d, s in zip(step, strides, strict=True)) for step in steps]
+    return graycomatrix(line[None], distances, [0], levels + 1, symmetric=True)[1:, 1:, :, 0].transpose(2, 0, 1)
 
 
 def run_lengths(labels: np.ndarray, levels: int, steps: list[tuple[int, ...]]) -> np.ndarray:
     """Run counts (directions, levels, longest): [d, i, j] runs of j + 1 voxels of label i + 1 along direction d.
 
-    A run is followed from its first voxel, all runs of a direction at once, so the work is the number of voxels.
+    In a padded map laid out in one line a direction is a distance. Cut into rows of that length and read column by column, the voxels
+    of every line along the direction follow each other, with background between the lines, so a run is a stretch of equal values.
     """
-    padded = np.pad(labels, 1).astype(np.intp, copy=False)
-    flat = padded.ravel()
-    strides = np.array([int(np.prod(padded.shape[axis + 1 :])) for axis in range(padded.ndim)])
-    inside = np.flatnonzero(flat)
+    line, strides = _line(labels, before=1)
     longest = max(labels.shape, default=1)
-    counts = np.zeros((len(steps), longest, levels + 1), np.int64)
+    counts = np.zeros((len(steps), (levels + 1) * (longest + 1)), np.int64)
     for count, step in zip(counts, steps, strict=True):
-        offset = int(strides @ np.array(step))
-        voxel = inside[flat[inside - offset] != flat[inside]]
-        for length in range(longest):
-            goes_on = flat[voxel + offset] == flat[voxel]
-            count[length] = np.bincount(flat[voxel[~goes_on]], minlength=levels + 1)
-            voxel = voxel[goes_on] + offset
-            if not len(voxel):
-                break
-    return counts[:, :, 1:].transpose(0, 2, 1)
+        distance = sum(d * s for d, s in zip(step, strides, strict=True))
+        rows = np.zeros((-(-len(line) // distance), distance), np.uint8)
+        rows.ravel()[: len(line)] = line
+        columns = rows.T.ravel()
+        ends = np.flatnonzero(columns[1:] != columns[:-1])
+        value, length = columns[ends[1:]].astype(np.intp), np.diff(ends)
+        foreground = value > 0
+        count[...] = np.bincount(value[foreground] * (longest + 1) + length[foreground], minlength=counts.shape[1])
+    return counts.reshape(len(steps), levels + 1, longest + 1)[:, 1:, 1:]
 
 
-def _overlap(step: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    here = tuple(slice(max(-d, 0), -d if d > 0 else None) for d in step)
-    there = tuple(slice(max(d, 0), d if d < 0 else None) for d in step)
-    return here, there
+def _line(labels: np.ndarray, before: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A map in one line of bytes, with background behind every row (and `before` it), and the distance along it of a step on each axis."""
+    padded = np.zeros([n + 1 + before for n in labels.shape], np.uint8)
+    padded[tuple(slice(before, before + n) for n in labels.shape)] = labels
+    return padded.ravel(), padded.strides
 
 
 def texture_features(labels: np.ndarray, levels: int | None = None, plane: int | None = None) -> dict[str, float]:
