@@ -1,10 +1,11 @@
 """The claimed effects of the FAE and of the joint loss on synthetic voxels with planted regions and survival.
 
     python benchmarks/fae_effects.py stability 10 11 12 13     # (a) how stable K-means is on raw and on encoded voxels
-    python benchmarks/fae_effects.py joint 10 11 12            # (b) what each loss picks, and the search of (c) on the same table
+    python benchmarks/fae_effects.py joint 10 11 12            # (b) what each weight of the joint loss picks
     python benchmarks/fae_effects.py smooth 10 11 12 13 14     # (c) Bayesian optimization against random search on smooth functions
+    python benchmarks/fae_effects.py table 10 11 12 13 14      # (c) the same on the loss table of the first seed, for the other seeds
 
-Each prints rows and appends nothing: redirect to a file. The numbers are seeds.
+Each prints CSV rows; the numbers are seeds.
 """
 
 import csv
@@ -180,9 +181,15 @@ def main(experiment: str, *seeds: str) -> None:
     if experiment == "stability":
         _print([row for s in numbers for row in stability_by_encoder(s)])
     elif experiment == "joint":
-        tables = {s: loss_table(s) for s in numbers}
-        _print([row for table in tables.values() for row in choices(table)])
-        _print([row for table in tables.values() for row in table])
+        _print([row for s in numbers for row in choices(loss_table(s))])
+    elif experiment == "table":
+        table = loss_table(numbers[0])
+        _print(
+            [
+                {"alpha": alpha, "strategy": s, "seed": n, "regret": regret_on_table(table, alpha, s, n)}
+                for alpha in (1.0, 0.5) for s in ("bo", "random") for n in numbers[1:]
+            ]
+        )  # fmt: skip
     elif experiment == "smooth":
         _print(
             [

@@ -14,8 +14,8 @@ import sys
 import time
 
 import numpy as np
-
 from fae_effects import simulate_patients
+
 from lightning_modules.habitats import HabitatObjective, HabitatSettings, Theta
 from lightning_modules.habitats.texture import cooccurrence, directions, texture_features
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from benchmarks.fae_effects import PLANTED, choices, loss_table, regret_on_function, regret_on_table, stability_by_encoder
+from benchmarks.fae_effects import PLANTED, QUANTILES, choices, loss_table, regret_on_function, regret_on_table, stability_by_encoder
 
 
 def means(rows, *keys):
@@ -36,6 +36,11 @@ def test_joint_loss_small():
 
 
 def test_search_small():
+    table = [
+        {"quantile": q, "clusters": k, "stability_loss": (q - 0.8) ** 2 + (k - 5) ** 2 / 9, "significance_loss": 0.0}
+        for q in QUANTILES for k in range(3, 8)
+    ]  # fmt: skip
+    assert regret_on_table(table, 1.0, "random", 0) >= 0
     assert regret_on_function("bowl", "bo", 0) < 1e-3
 
 
