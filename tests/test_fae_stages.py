@@ -144,15 +144,18 @@ def test_tested_again_from_the_checkpoint(whole, folder, tmp_path):
         run("job=predict", f"ckpt={encoder}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}")
 
 
-def test_without_encoder_and_other_encoders(folder, tmp_path):
+def test_without_encoder_other_encoders_and_loggers(folder, tmp_path, monkeypatch):
     short = [o for o in COMMON if "search" not in o] + ["habitats.search={initial:2,iterations:0,clusters:[3,3],strategy:random}"]
-    for kind in ("habitats=raw", "habitats.encoder.kind=ensemble"):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for kind, logger in (("habitats=raw", "tensorboard"), ("habitats.encoder.kind=ensemble", "wandb")):
         runs = tmp_path / kind.rpartition("=")[2]
-        run(*short, f"data.root={folder}", f"runs={runs}", kind, "habitats.training_maps=false")
+        run(*short, f"data.root={folder}", f"runs={runs}", kind, "habitats.training_maps=false", f"logger=[csv,{logger}]")
         (found,) = run_folders(runs)
         assert len(rows(found)) == 4
         assert not (found / "cluster" / "predictions").exists()
         assert (found / "encoder").exists() == (kind != "habitats=raw")
+        assert list(found.rglob("optimize/tensorboard/events.out*" if logger == "tensorboard" else "*.wandb"))
 
 
 def test_presets_and_options_reach_the_search_and_the_settings():
@@ -162,6 +165,26 @@ def test_presets_and_options_reach_the_search_and_the_settings():
     cfg = composed("experiment=fae/brats2020", "habitats.search.strategy=grid", "habitats.alpha=0.25", "habitats.encoder.update=joint")
     assert (search_of(cfg).strategy, search_of(cfg).quantile) == ("grid", (0.8, 1.0))
     assert (settings_of(cfg, 2).alpha, settings_of(cfg, 2).encoder.update, cfg.model["update"]) == (0.25, "joint", "joint")
+
+
+def test_stored_voxels_are_streamed_by_case_and_key(whole):
+    from datamodules import TumorVoxels
+
+    data, same = (TumorVoxels(whole / "voxels", voxels=16, batch_size=2, samples_per_epoch=16, seed=3) for _ in range(2))
+    for module in (data, same):
+        module.setup("fit")
+    batches, again = list(data.train_dataloader()), list(same.train_dataloader())
+    assert len(batches) == 8
+    assert batches[0]["image"].shape == (32, 2)
+    assert batches[0]["case_index"].tolist() == [0] * 16 + [1] * 16
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batches, again, strict=True))
+    drawn = [case for batch in batches for case in batch["case"]]
+    assert all(drawn.count(case) == 2 for case in set(drawn))  # sixteen samples of eight cases
+    values = data.voxel_store.values(batches[0]["case"][0])
+    assert all((values == row.numpy()).all(axis=1).any() for row in batches[0]["image"][:16])
+    assert data.voxel_sample(10, 0).shape == (80, 2)
+    with pytest.raises(SuiteError, match="no voxels here"):
+        TumorVoxels(whole / "test")
 
 
 def changed_attributes(root, column, value):

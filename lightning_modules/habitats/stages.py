@@ -87,11 +87,9 @@ def analyze(cfg: DictConfig, folder: Path) -> Path:
     log = EvaluationLog(run / "optimize" / "evaluations.csv")
     figures = {"kaplan_meier": kaplan_meier_figure(groups), "clusters": clusters_figure(_read_table(run / "cluster" / "clusters.csv"))}
     figures["search"] = search_figure(search_of(cfg), log)
+    loggers = _loggers(cfg)
     for name, figure in figures.items():
-        path = save(figure, run / "figures" / f"{name}.png")
-        for logger in _loggers(cfg):
-            if hasattr(logger, "log_image"):
-                logger.log_image(key=f"figures/{name}", images=[str(path)])
+        _send(f"figures/{name}", save(figure, run / "figures" / f"{name}.png"), loggers)
     return table
 
 
@@ -213,6 +211,17 @@ def _loggers(cfg: DictConfig) -> list[Any]:
         if hasattr(logger, "truncate_after"):
             logger.truncate_after(0)  # a search that goes on tells everything again
     return loggers
+
+
+def _send(name: str, path: Path, loggers: Sequence[Any]) -> None:
+    """Hands a picture to the loggers that take some: W&B and TensorBoard."""
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[str(path)])
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            from matplotlib.image import imread
+
+            logger.experiment.add_image(name, imread(path)[..., :3], dataformats="HWC")
 
 
 def _groups(path: Path) -> tuple[Survival, np.ndarray]:
