@@ -36,7 +36,7 @@ def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
 
     Region shares are Dirichlet(3); each patient has an offset (sd 0.05) and a gain (lognormal, sd 0.1); the third modality is
     exponentiated; 2 % of the voxels are outliers, 1 + Exp(4) times as large in each modality. Death ~ Exp(400 exp(-0.9 z)) days with z the standardized share, censoring ~ Exp(1500).
-    Voxels fill a box of two or more layers, region by region.
+    Voxels fill a box: those of the second region are scattered over it, the others lie region by region.
     """
     rng = numpy_generator("planted habitats", seed)
     shares = rng.dirichlet(np.full(PLANTED, 3.0), count)
@@ -46,7 +46,7 @@ def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
     positions = np.stack(np.unravel_index(np.arange(voxels), (-(-voxels // side**2), side, side)), axis=1)
     tumors = []
     for number in range(count):
-        region = np.sort(rng.choice(PLANTED, voxels, p=shares[number]))
+        region = _arranged(rng.choice(PLANTED, voxels, p=shares[number]), rng)
         x = CENTROIDS[region] + rng.normal(0, 0.07, (voxels, 3))
         x = x * rng.lognormal(0, 0.1, 3) + rng.normal(0, 0.05, 3)
         x[:, 2] = np.exp(2 * x[:, 2])
@@ -55,6 +55,14 @@ def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
         days, died = min(death[number], censoring[number]), death[number] <= censoring[number]
         tumors.append(Tumor(f"p{number:03d}", x.astype(np.float32), positions, float(days), bool(died)))
     return tumors
+
+
+def _arranged(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The regions (N,) in the order of the voxels of the box: the second scattered, the others sorted."""
+    arranged = np.ones_like(region)
+    others = np.sort(region[region != 1])
+    arranged[np.sort(rng.choice(len(region), len(others), replace=False))] = others
+    return arranged
 
 
 def settings(encoder: str = "fae", **changes: object) -> HabitatSettings:
