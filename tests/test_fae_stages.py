@@ -266,3 +266,18 @@ def test_masks_of_a_segmentation_run_replace_the_labels(folder, tmp_path):
     assert len(maps) + len(rows(found)) == 9
     for path in maps:
         assert np.array_equal(np.asarray(nib.load(path).dataobj) > 0, np.asarray(nib.load(masks / path.name).dataobj) > 0)
+
+
+def test_real_cases(real_data, tmp_path):
+    """Six real cases without enough patients for a test: stability alone, masks filled exactly."""
+    run(
+        "experiment=fae/brats2020", "data=brats2018", f"data.root={real_data / 'brats18'}", f"data.cache={tmp_path / 'cache'}", "data.split.test=1", "trainer=cpu",
+        f"runs={tmp_path / 'runs'}", "habitats.alpha=1", "habitats.search.limit=2", "habitats.repeats=3", "epochs=2", "threads=1", "data.num_workers=0",
+    )  # fmt: skip
+    (found,) = run_folders(tmp_path / "runs")
+    maps = [*(found / "cluster" / "predictions").glob("*.nii.gz"), *(found / "predictions").glob("*.nii.gz")]
+    assert len(maps) == 6
+    for path in maps:
+        label = nib.load(next((real_data / "brats18").rglob(f"{path.name.removesuffix('.nii.gz')}_seg.nii*")))
+        assert np.array_equal(np.asarray(nib.load(path).dataobj) > 0, np.asarray(label.dataobj) > 0)
+        assert np.array_equal(nib.load(path).affine, label.affine)
