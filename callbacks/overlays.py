@@ -343,7 +343,7 @@ def band_figure(views: Mapping[str, BandView], raters: int) -> "Figure":
     for row, (name, view) in enumerate(views.items()):
         for column, kind in enumerate(("image", "drawn", "predicted")):
             ax = canvas.panel(row, column, PANEL, heights[row])
-            _gray(ax, shown[name]["image"], _window([shown[name]["image"]]))
+            _gray(ax, shown[name]["image"], gray_range([shown[name]["image"]]))
             if kind != "image":
                 share = np.round(shown[name][kind] * view.raters) / view.raters
                 ax.imshow(np.where((share > 0)[..., None], colors(share) * (1, 1, 1, 0.6), 0), aspect="auto", interpolation="nearest")

@@ -16,6 +16,7 @@ from datamodules.simulated import Simulated
 from datamodules.split import Split
 from datamodules.thick_slices import ThickSlices
 from datamodules.toy_brains import ToyBrains
+from datamodules.tumor_voxels import TumorVoxels
 
 __all__ = [
     "IBSR",
@@ -34,4 +35,5 @@ __all__ = [
     "Split",
     "ThickSlices",
     "ToyBrains",
+    "TumorVoxels",
 ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules.augmentation import Chain
+from datamodules.brats_files import nifti
 from datamodules.cache import CaseCache
 from datamodules.integrity import Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
@@ -48,6 +50,8 @@ class CaseDataModule(pl.LightningDataModule):
         cache: folder of the preprocessed cases; default `<root>/.cache`.
         num_workers: loader processes.
         limit_cases: use only the first so many cases (debugging).
+        labels: folder with a label map `<case>.nii.gz` for each case, in the task's values on disk, that replaces the data set's own (what
+            a segmentation run predicted, say); a case without one has no label.
         repeat: see `TrainingSamples`.
         seed: of the training samples.
 
@@ -76,6 +80,7 @@ class CaseDataModule(pl.LightningDataModule):
         cache: str | Path | None = None,
         num_workers: int = 0,
         limit_cases: int | None = None,
+        labels: str | Path | None = None,
         repeat: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -100,6 +105,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.allow_missing = self.preprocessing.allow_missing
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
+        self.labels = None if labels is None else Path(labels).expanduser()
         self.maps: MapStore | None = None  # set by whoever owns the run folder
         self.statistics: dict | None = None
         self.parts: dict[str, list[Case]] = {}
@@ -129,7 +135,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     def cases(self) -> list[Case]:
         """The cases used, in a fixed order."""
-        return sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+        cases = sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+        return cases if self.labels is None else with_labels(cases, self.labels)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         """The parts of the split; only cases that have labels are divided."""
@@ -316,3 +323,15 @@ class CaseDataModule(pl.LightningDataModule):
         self._resume = (int(state_dict["epoch"]), int(state_dict["batch"]))
         if self.maps is not None:
             self.maps.load_state_dict(state_dict["maps"])
+
+
+def with_labels(cases: Sequence[Case], folder: Path) -> list[Case]:
+    """The cases with `<folder>/<case>.nii.gz` (or `.nii`) for their label; without one, and without raters, where there is no such file.
+
+    Raises:
+        SuiteError: no folder, or nothing in it for any case.
+    """
+    found = {case.id: nifti(folder, case.id) for case in cases}
+    if cases and not any(found.values()):
+        raise SuiteError(f"data.labels={folder}: no label map for any of {len(cases)} cases; expected files such as {cases[0].id}.nii.gz")
+    return [replace(case, label=found[case.id], raters=[]) for case in cases]

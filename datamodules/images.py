@@ -15,13 +15,23 @@ from lesionbench.task import Task
 class Images(CaseDataModule):
     """Every case under `root`, named `<case>_<channel>.nii.gz` (see `find_images`); preprocessed as the checkpoint says.
 
+    `labels` is a folder of masks `<case>.nii.gz`, for methods that work inside of a mask.
+
     The preprocessed copies live in a temporary folder that goes away with the object, so that nothing is left beside the user's files.
     """
 
-    def __init__(self, root: str | Path, *, task: Mapping[str, Any], preprocessing: Preprocessing, statistics: dict | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        task: Mapping[str, Any],
+        preprocessing: Preprocessing,
+        statistics: dict | None = None,
+        labels: str | Path | None = None,
+    ) -> None:
         self._task = Task.from_dict(task)
         self._temporary = TemporaryDirectory(prefix="lesionbench-")
-        super().__init__(root, preprocessing=preprocessing, cache=self._temporary.name, check=True)
+        super().__init__(root, preprocessing=preprocessing, cache=self._temporary.name, check=True, labels=labels)
         self.statistics = statistics
         self.predict_cases = self.cases()
 

@@ -404,7 +404,8 @@ def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, 
     from hydra.utils import get_class, instantiate
 
     if cfg.input:
-        return get_class("datamodules.images.Images")(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics)
+        images = get_class("datamodules.images.Images")
+        return images(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics, labels=cfg.data.get("labels"))
     data = instantiate(cfg.data, _convert_="all")
     if data.task.to_dict() != task:
         raise SuiteError(

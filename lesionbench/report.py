@@ -31,7 +31,6 @@ def curve_names(folder: Path) -> list[str]:
 def print_run(folder: Path) -> None:
     """Prints the results table of a run folder, the paths in it, and the commands that go on from it."""
     from rich.console import Console
-    from rich.table import Table
 
     summary = json.loads((folder / "summary.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -45,19 +44,7 @@ def print_run(folder: Path) -> None:
     )
     console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
     for member, regions in test.items():
-        table = Table(title=f"test cases{f', {member}' if member else ''}: mean ± std (median)")
-        measured = list(dict.fromkeys(m for values in regions.values() for m in values))
-        metrics = [m for m in measured if m.startswith(("dice", "hd95"))] or measured  # the rest is in summary.json
-        for column in ("region", *metrics, "cases"):
-            tuned = any(values.get(column, {}).get("oracle") for values in regions.values())
-            table.add_column(column + TUNED * tuned, justify="left" if column == "region" else "right")
-        for region, values in regions.items():
-            table.add_row(
-                region or "case",
-                *(_cell(values.get(m)) for m in metrics),
-                str(max((v["n"] + v["missing"] for v in values.values()), default=0)),
-            )
-        console.print(table)
+        console.print(_results(member, regions))
     for member, regions in (summary.get("dataset") or {}).items():
         console.print(_dataset_table(member, regions))
     _baseline(console, folder)
@@ -65,6 +52,26 @@ def print_run(folder: Path) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
+
+
+def _results(member: str, regions: dict[str, Any]) -> Any:
+    """Regions in rows and metrics in columns; the other way round for a method with many case-level results."""
+    from rich.table import Table
+
+    table = Table(title=f"test cases{f', {member}' if member else ''}: mean ± std (median)")
+    measured = list(dict.fromkeys(m for values in regions.values() for m in values))
+    metrics = [m for m in measured if m.startswith(("dice", "hd95"))] or measured  # the rest is in summary.json
+    tuned = {m: any(values.get(m, {}).get("oracle") for values in regions.values()) for m in metrics}
+    count = {region: str(max((v["n"] + v["missing"] for v in values.values()), default=0)) for region, values in regions.items()}
+    rows = [[region or "case", *(_cell(values.get(m)) for m in metrics), count[region]] for region, values in regions.items()]
+    columns = ["region", *(m + TUNED * tuned[m] for m in metrics), "cases"]
+    if len(metrics) > 8:
+        columns, *rows = zip(columns, *rows, strict=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "region" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _dataset_table(member: str, regions: dict[str, dict[str, float | None]]) -> Any:

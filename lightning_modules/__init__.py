@@ -3,7 +3,9 @@
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.base import Method, SegmentationMethod
 from lightning_modules.blur_residual import BlurResidual
+from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
+from lightning_modules.habitat_maps import Habitats
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
@@ -12,10 +14,12 @@ from lightning_modules.supervised import Supervised
 from lightning_modules.umm import UMM
 
 __all__ = [
+    "FAE",
     "UMM",
     "Autoencoder",
     "BlurResidual",
     "FlairThreshold",
+    "Habitats",
     "Method",
     "MultiRater",
     "ReciprocalAdversarial",

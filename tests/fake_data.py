@@ -105,8 +105,9 @@ def write_fake_folder(
     raters: int = 0,
     shape: Sequence[int] = SHAPE,
     seed: int = 0,
+    survival: bool = False,
 ) -> Path:
-    """Writes `images/`, `labels/` and `attributes.csv` under `root` and returns `root`.
+    """Writes `images/`, `labels/` and `attributes.csv` (with `survival`, also days and events) under `root` and returns `root`.
 
     `classes` maps names to values on disk (default background 0, lesion 1). With `raters`, every second case has one rater fewer
     (but at least one); raters differ by a shift of one voxel.
@@ -122,7 +123,8 @@ def write_fake_folder(
         for rater in range(max(raters - number % 2, min(raters, 1))):
             write_volume(root / "labels" / f"{name}_rater{rater + 1}.nii.gz", np.roll(label, rater, axis=0), LPS)
     rows = [[name, f"patient_{n:02d}", "north" if n % 2 else "south", 50 + n, "" if n == 0 else f"{n}.5"] for n, name in enumerate(names)]
-    _write_csv(root / "attributes.csv", ["case", "patient", "site", "age", "score"], rows)
+    rows = [[*row, 100 + 37 * n, int(n % 3 > 0)] for n, row in enumerate(rows)] if survival else rows
+    _write_csv(root / "attributes.csv", ["case", "patient", "site", "age", "score", *(["survival", "event"] if survival else [])], rows)
     return root
 
 
@@ -262,7 +264,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object
 # Data set name -> function that writes it under a folder and returns what to pass as data.root.
 WRITERS: dict[str, Callable[[Path], Path]] = {
     **{f"brats{layout}": partial(write_fake_brats, layout=layout) for layout in _BRATS_NAMES},
-    "folder": write_fake_folder,
+    "folder": partial(write_fake_folder, survival=True),
     "qubiq": write_fake_qubiq,
     "atlas": write_fake_atlas,
     "semireal": write_fake_masks,

@@ -1,0 +1,211 @@
+"""The claimed effects of the FAE and of the joint loss on synthetic voxels with planted regions and survival.
+
+    python benchmarks/fae_effects.py stability 10 11 12 13     # (a) how stable K-means is on raw and on encoded voxels
+    python benchmarks/fae_effects.py joint 10 11 12            # (b) what each weight of the joint loss picks
+    python benchmarks/fae_effects.py smooth 10 11 12 13 14     # (c) Bayesian optimization against random search on smooth functions
+    python benchmarks/fae_effects.py table 10 11 12 13 14      # (c) the same on the loss table of the first seed, for the other seeds
+
+Each prints CSV rows; the numbers are seeds.
+"""
+
+import csv
+import math
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from lesionbench.keyed import numpy_generator
+from lightning_modules.habitats import EncoderSettings, HabitatObjective, HabitatSettings, Search, Theta, Tumor, run_search
+from lightning_modules.habitats.bayesopt import EvaluationLog
+from lightning_modules.habitats.pipeline import calinski_harabasz, survival_of
+from lightning_modules.habitats.survival import log_rank
+
+CENTROIDS = np.array([(0.2, 0.2, 0.2), (0.8, 0.3, 0.3), (0.3, 0.8, 0.5), (0.7, 0.7, 0.8), (0.5, 0.5, 0.15)])
+PLANTED = len(CENTROIDS)
+ENCODERS = {"raw": "none", "ae": "ae", "ensemble": "ensemble", "fae": "fae"}
+QUANTILES = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FITTING = {"epochs": 20, "batch_size": 512, "lr": 3e-3}
+
+
+def simulate_patients(count: int, voxels: int, seed: int) -> list[Tumor]:
+    """Patients with five planted regions in three modalities, whose survival depends on the share of the second region.
+
+    Region shares are Dirichlet(3); each patient has an offset (sd 0.05) and a gain (lognormal, sd 0.1); the third modality is
+    exponentiated; 2 % of the voxels are outliers, 1 + Exp(4) times as large in each modality. Death ~ Exp(400 exp(-0.9 z)) days with z the standardized share, censoring ~ Exp(1500).
+    Voxels fill a box: those of the second region are scattered over it, the others lie region by region.
+    """
+    rng = numpy_generator("planted habitats", seed)
+    shares = rng.dirichlet(np.full(PLANTED, 3.0), count)
+    z = (shares[:, 1] - shares[:, 1].mean()) / shares[:, 1].std()
+    death, censoring = rng.exponential(400 * np.exp(-0.9 * z)), rng.exponential(1500, count)
+    side = math.isqrt(voxels // 2)
+    positions = np.stack(np.unravel_index(np.arange(voxels), (-(-voxels // side**2), side, side)), axis=1)
+    tumors = []
+    for number in range(count):
+        region = _arranged(rng.choice(PLANTED, voxels, p=shares[number]), rng)
+        x = CENTROIDS[region] + rng.normal(0, 0.07, (voxels, 3))
+        x = x * rng.lognormal(0, 0.1, 3) + rng.normal(0, 0.05, 3)
+        x[:, 2] = np.exp(2 * x[:, 2])
+        wild = rng.random(voxels) < 0.02
+        x[wild] *= 1 + rng.exponential(4, (wild.sum(), 3))
+        days, died = min(death[number], censoring[number]), death[number] <= censoring[number]
+        tumors.append(Tumor(f"p{number:03d}", x.astype(np.float32), positions, float(days), bool(died)))
+    return tumors
+
+
+def _arranged(region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The regions (N,) in the order of the voxels of the box: the second scattered, the others sorted."""
+    arranged = np.ones_like(region)
+    others = np.sort(region[region != 1])
+    arranged[np.sort(rng.choice(len(region), len(others), replace=False))] = others
+    return arranged
+
+
+def settings(encoder: str = "fae", **changes: object) -> HabitatSettings:
+    """The settings of these experiments."""
+    return HabitatSettings(**{"encoder": EncoderSettings(kind=encoder, **FITTING), "voxels_per_patient": None, **changes})
+
+
+def stability_by_encoder(
+    seed: int,
+    patients: int = 40,
+    voxels: int = 250,
+    clusters: tuple[int, ...] = (3, 4, 5, 6),
+    scalings: tuple[str, ...] = ("zscore", "minmax"),
+    encoders: tuple[str, ...] = tuple(ENCODERS),
+) -> list[dict]:
+    """(a) Stability 1 - Ls and Calinski-Harabasz index by encoder, scaling and number of clusters; no voxel is filtered out."""
+    tumors, rows = simulate_patients(patients, voxels, seed), []
+    for scaling in scalings:
+        for name in encoders:
+            objective = HabitatObjective(tumors, settings(ENCODERS[name], scaling=scaling, alpha=1.0), seed)
+            latent = objective.encoders[1.0].transform(objective.sample)
+            for k in clusters:
+                losses = objective.stability(latent, objective.patient, k)
+                quality = calinski_harabasz(latent, _habitats(objective, latent, k))
+                found = {"stability": 1 - losses.mean(), "stability_std": losses.std(), "calinski_harabasz": quality}
+                rows.append({"seed": seed, "scaling": scaling, "encoder": name, "clusters": k, **found})
+    return rows
+
+
+def _habitats(objective: HabitatObjective, latent: np.ndarray, clusters: int) -> np.ndarray:
+    from lightning_modules.habitats.clustering import HabitatClustering
+
+    return HabitatClustering(clusters, "effects", objective.seed).fit(latent).predict(latent)
+
+
+def loss_table(
+    seed: int, train: int = 70, test: int = 30, voxels: int = 150, quantiles: tuple[float, ...] = QUANTILES, most: int = 7
+) -> list[dict]:
+    """(b) Every setting of a grid: stability loss, training p, and the p of the held-out patients, which nothing is chosen by."""
+    tumors = simulate_patients(train + test, voxels, seed)
+    objective, rows = HabitatObjective(tumors[:train], settings(), seed), []
+    held_out = tumors[train:]
+    for quantile in quantiles:
+        for k in range(3, most + 1):
+            row = objective(Theta(quantile, k))
+            p_test = math.nan
+            if objective.encoders[quantile].network is not None:
+                model, _ = objective.fit(Theta(quantile, k))
+                high = np.array([model.predict(t.values, t.positions).high_risk for t in held_out])
+                p_test = log_rank(survival_of(held_out), high)
+            names = ("stability_loss", "significance_loss", "p_train", "kept")
+            rows.append({"seed": seed, "quantile": quantile, "clusters": k, **{n: row[n] for n in names}, "p_test": p_test})
+    return rows
+
+
+def joint_loss(row: dict, alpha: float) -> float:
+    """L of a row of `loss_table`."""
+    return alpha * row["stability_loss"] + (1 - alpha) * row["significance_loss"]
+
+
+def choices(table: list[dict]) -> list[dict]:
+    """(b) The setting that each weight of the stability loss picks."""
+    rows = []
+    for alpha in ALPHAS:
+        best = min(table, key=lambda row: joint_loss(row, alpha))
+        rows.append({"alpha": alpha, **best, "loss": joint_loss(best, alpha)})
+    return rows
+
+
+class TableSearch(Search):
+    """A search among the settings of a table."""
+
+    def quantiles(self) -> np.ndarray:
+        return np.array(QUANTILES)
+
+
+def regret_on_table(table: list[dict], alpha: float, strategy: str, seed: object) -> float:
+    """(c) Best loss after 10 + 20 evaluations, less the smallest of the table."""
+    losses = {(row["quantile"], row["clusters"]): joint_loss(row, alpha) for row in table}
+    search = TableSearch(strategy=strategy, quantile=(QUANTILES[0], QUANTILES[-1]))
+    return _regret(search, lambda t: losses[t.quantile, t.clusters], min(losses.values()), seed)
+
+
+def bowl(theta: Theta) -> float:
+    """A smooth function of both parameters with minimum 0 at (0.7, 5)."""
+    return (theta.quantile - 0.7) ** 2 + (theta.clusters - 5) ** 2 / 4
+
+
+def branin(theta: Theta) -> float:
+    """The Branin function with the quantile as x1 in [-5, 10] and the clusters 0..15 as x2, less its smallest value among them."""
+    x, y = 15 * theta.quantile - 5, float(theta.clusters - 2)
+    return (y - 5.1 / (4 * math.pi**2) * x**2 + 5 / math.pi * x - 6) ** 2 + 10 * (1 - 1 / (8 * math.pi)) * math.cos(x) + 10
+
+
+SMOOTH = {"bowl": (bowl, Search(quantile=(0, 1))), "branin": (branin, Search(quantile=(0, 1), clusters=(2, 17)))}
+
+
+def regret_on_function(name: str, strategy: str, seed: object) -> float:
+    """(c) Regret after 10 + 20 evaluations of a smooth function."""
+    function, space = SMOOTH[name]
+    search = Search(strategy=strategy, quantile=space.quantile, clusters=space.clusters)
+    smallest = min(function(Theta(float(q), int(k))) for q, k in search.settings())
+    return _regret(search, function, smallest, seed)
+
+
+def _regret(search: Search, loss: object, smallest: float, seed: object) -> float:
+    log = EvaluationLog()
+    run_search(search, lambda theta: {"loss": loss(theta)}, log, seed=seed)
+    return min(log.losses) - smallest
+
+
+def _print(rows: list[dict]) -> None:
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def main(experiment: str, *seeds: str) -> None:
+    """Prints the table of one experiment."""
+    import torch
+
+    torch.set_num_threads(1)
+    numbers = [int(s) for s in seeds]
+    if experiment == "stability":
+        _print([row for s in numbers for row in stability_by_encoder(s)])
+    elif experiment == "joint":
+        _print([row for s in numbers for row in choices(loss_table(s))])
+    elif experiment == "table":
+        table = loss_table(numbers[0])
+        _print(
+            [
+                {"alpha": alpha, "strategy": s, "seed": n, "regret": regret_on_table(table, alpha, s, n)}
+                for alpha in (1.0, 0.5) for s in ("bo", "random") for n in numbers[1:]
+            ]
+        )  # fmt: skip
+    elif experiment == "smooth":
+        _print(
+            [
+                {"function": f, "strategy": s, "seed": n, "regret": regret_on_function(f, s, n)}
+                for f in SMOOTH for s in ("bo", "random") for n in numbers
+            ]
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
