@@ -28,6 +28,8 @@ class Atlas(CaseDataModule):
             raise unknown("named split (data.named_split)", named_split, NAMED_SPLITS)
         self.release, self.named_split = str(release), named_split
         super().__init__(root, **options)
+        if named_split is not None and self.split.file is not None:
+            raise SuiteError(f"data.named_split={named_split} and data.split.file={self.split.file}: give one of them")
 
     def default_task(self) -> Task:
         return Task(("t1",), {"background": 0, "lesion": 1}, {"LESION": ("lesion",)})

@@ -79,6 +79,8 @@ def test_what_is_wrong_is_said(tmp_path, new):
         find_atlas(tmp_path, "1.2")
     with pytest.raises(SuiteError, match="named split"):
         Atlas(new, named_split="wong")
+    with pytest.raises(SuiteError, match="one of them"):
+        Atlas(new, named_split="wong2021", split=Split(file="split.json"))
 
 
 # labels
