@@ -162,7 +162,8 @@ class ReciprocalAdversarial(SegmentationMethod):
         """The VAT term (eq. 4): against the truth or the clean prediction, for unlabeled images always the latter."""
         if self.gradients == "published":
             noise = VAT(self.kind, self.vat.eps, self.vat.xi, iterations=0)
-            return noise(self.network, labeled["image"], truth, valid=valid, **self._vat_options(labeled)).detach()
+            with torch.no_grad():
+                return noise(self.network, labeled["image"], truth, valid=valid, **self._vat_options(labeled))
         reference = truth if self.vat_target == "truth" else None
         loss = self.vat(self.network, labeled["image"], reference, valid=valid, **self._vat_options(labeled))
         if unlabeled is None:

@@ -68,7 +68,7 @@ class PixelCritic(nn.Module):
             if not plain and norm == "instance":
                 layers.append((nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 2](n_out, affine=True))
             if not plain:
-                layers.append(nn.LeakyReLU(0.2))
+                layers.append(nn.LeakyReLU(0.2, inplace=True))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, masks: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
