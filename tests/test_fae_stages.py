@@ -18,7 +18,7 @@ from tests.harness import assert_same, composed, rows, run, run_folders, run_kil
 
 COMMON = [
     "experiment=fae/folder", "data.channels=[t1,flair]", "data.check=false", "data.split.test=4", "epochs=2", "threads=1", "data.num_workers=0",
-    "habitats.encoder.batch_size=256", "habitats.voxels_per_patient=200", "habitats.repeats=2", "habitats.search={initial:3,iterations:1,clusters:[3,4],quantile:[0.8,1.0]}",
+    "habitats.encoder.batch_size=256", "habitats.encoder.samples_per_epoch=40", "habitats.voxels_per_patient=200", "habitats.repeats=2", "habitats.search={initial:2,iterations:1,clusters:[3,4],quantile:[0.8,1.0]}",
     "callbacks.figures=null",
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_every_stage_leaves_what_it_should(whole, folder):
     assert len(rows(whole)) == 4
     row = rows(whole)[0]
     assert {"tumor_voxels", *FEATURES, "fraction_1", "high_risk", "days", "died"} <= set(row)
-    assert len(table(whole / "optimize" / "evaluations.csv")) == 5
+    assert len(table(whole / "optimize" / "evaluations.csv")) == 4
     assert "search/best" in (whole / "optimize" / "metrics.csv").read_text()
     assert {p.name for p in (whole / "figures").iterdir()} == {"kaplan_meier.png", "clusters.png", "search.png"}
     survival = table(whole / "analyze" / "survival.csv")
@@ -78,27 +78,27 @@ def test_maps_lie_on_the_input_and_agree_with_the_table(whole, folder):
 
 def test_killed_after_an_evaluation_and_in_training_it_ends_the_same(whole, folder, tmp_path, monkeypatch):
     common = [*COMMON, f"data.root={folder}", f"runs={tmp_path}", "callbacks.checkpoint.every_n_batches=1"]
-    kill = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=130"]
+    kill = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=13"]
     assert run_killed(*common, *kill) == -signal.SIGKILL
     append = EvaluationLog.append
 
     def dying(log, row):
         append(log, row)
-        if len(log.rows) == 4:
+        if len(log.rows) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(EvaluationLog, "append", dying)
     assert run_killed(*common, "resume=true") == -signal.SIGKILL
     monkeypatch.setattr(EvaluationLog, "append", append)
     (killed,) = run_folders(tmp_path)
-    assert len(table(killed / "optimize" / "evaluations.csv")) == 4
+    assert len(table(killed / "optimize" / "evaluations.csv")) == 3
     run(*common, "resume=true")
     assert_same(weights(whole / "encoder"), weights(killed / "encoder"))
     assert table(whole / "optimize" / "evaluations.csv") == table(killed / "optimize" / "evaluations.csv")
     assert_same(fitted(whole), fitted(killed))
     assert rows(whole) == rows(killed)
     search = [line.split(",")[:3] for line in (killed / "optimize" / "metrics.csv").read_text().splitlines() if "search/loss" in line]
-    assert [int(line[0]) for line in search] == [1, 2, 3, 4, 5]
+    assert [int(line[0]) for line in search] == [1, 2, 3, 4]
 
 
 def test_held_out_patients_change_nothing_that_is_fitted(whole, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,10 +332,10 @@ def test_expected_improvement(mean, variance, value):
 
 
 def test_search_proposes_whole_clusters_and_nothing_twice():
-    search, log = Search(initial=4, iterations=4, quantile=(0.9, 1.0), step=0.05), EvaluationLog()
+    search, log = Search(initial=4, iterations=2, quantile=(0.9, 1.0), step=0.05), EvaluationLog()
     run_search(search, lambda t: {"loss": 1.0}, log)  # a flat loss: the surrogate has nothing to prefer
-    assert len(log.rows) == 12
-    assert len(set(log.thetas)) == 12
+    assert len(log.rows) == 8
+    assert len(set(log.thetas)) == 8
     assert all(isinstance(t.clusters, int) and 3 <= t.clusters <= 7 and 0.9 <= t.quantile <= 1 for t in log.thetas)
     everything = Search(strategy="random", initial=50, quantile=(0.9, 1.0), step=0.05)
     assert everything.budget == 15
@@ -366,19 +367,19 @@ def test_rounds_take_the_improvement_then_the_posterior_minimum():
 
 def test_search_stops_when_nothing_improves():
     log = EvaluationLog()
-    run_search(Search(initial=3, iterations=10, patience=2, quantile=(0.9, 1.0)), lambda t: {"loss": 0.5}, log)
-    assert len(log.rows) == 7
+    run_search(Search(initial=3, iterations=10, patience=1, quantile=(0.9, 1.0)), lambda t: {"loss": 0.5}, log)
+    assert len(log.rows) == 5
 
 
 def test_search_goes_on_from_its_log_as_if_nothing_had_happened(tmp_path):
-    search = Search(initial=3, iterations=2)
+    search = Search(initial=3, iterations=1)
 
     def loss(theta):
         return {"loss": (theta.quantile - 0.7) ** 2 + (theta.clusters - 5) ** 2 / 4 + 1 / 3, "extra": float("nan")}
 
     whole = EvaluationLog(tmp_path / "whole.csv")
     run_search(search, loss, whole, seed=1)
-    for done in (2, 5, 6):
+    for done in (2, 4):
         log = EvaluationLog(tmp_path / f"{done}.csv")
         calls = []
 
@@ -393,7 +394,7 @@ def test_search_goes_on_from_its_log_as_if_nothing_had_happened(tmp_path):
         seen = []
         run_search(search, loss, EvaluationLog(log.path), seed=1, watch=lambda n, row, seen=seen: seen.append(n))
         assert log.path.read_text() == whole.path.read_text()
-        assert seen == list(range(1, 8))
+        assert seen == list(range(1, 6))
 
 
 @pytest.mark.parametrize(
@@ -495,6 +496,14 @@ def test_bad_settings_are_named():
         HabitatSettings(alpha=2)
     with pytest.raises(SuiteError, match="texture=4d"):
         HabitatSettings(texture="4d")
+
+
+def test_example_of_the_page():
+    page = (Path(__file__).parent.parent / "docs" / "fae.md").read_text()
+    names = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["found"].labels.shape == (120,)
+    assert len(names["training"]) == 12
 
 
 # leaks: what belongs to held-out patients reaches nothing that is fitted (see also tests/test_fae_stages.py)
