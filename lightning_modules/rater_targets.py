@@ -307,7 +307,7 @@ class RandomRater(RaterTarget):
 class DecoderPerRater(RaterTarget):
     """Every rater has an output (and, with `own_decoders`, a decoder) of its own, the encoder is shared; the loss is summed over raters.
 
-    "U-Net-and-a-half" (Zhang et al., QUBIQ 2020). Raters are told apart by their order; those a case lacks teach nothing (the others then weigh more). U is the mean
+    "U-Net-and-a-half" (Zhang et al., arXiv:2108.04658, 2021). Raters are told apart by their order; those a case lacks teach nothing (the others then weigh more). U is the mean
     over the outputs, of probabilities or of masks.
     """
 

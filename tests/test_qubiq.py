@@ -160,6 +160,39 @@ def test_brightness_is_affine_per_channel_and_leaves_masks_alone():
     assert torch.equal(subject["image"].data, image)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("agreement", (12, 10, 8)), ("agreement_2d", (12, 10, 2))])
+def test_every_transform_of_the_paper_s_augmentation_runs(name, shape):
+    import torchio
+    from hydra.utils import instantiate
+
+    from tests.harness import composed
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, *shape, generator=generator)
+    mask = torch.zeros(3, *shape)
+    mask[:, 4:8, 3:7] = 1
+    transforms = {k: v for k, v in composed(f"augmentation={name}").augmentation.items() if k != "_target_"}
+    assert len(transforms) == 7
+    for part, config in transforms.items():
+        subject = torchio.Subject(image=torchio.ScalarImage(tensor=image), mask=torchio.LabelMap(tensor=mask))
+        with torch_seeded(part):
+            changed = instantiate({**config, "p": 1, **({"flip_probability": 1} if part == "flip" else {})})(subject)
+        assert changed["image"].data.shape == image.shape
+        assert not torch.equal(changed["image"].data, image), part
+        assert set(changed["mask"].data.unique().tolist()) <= {0, 1}
+        assert part in ("rotation", "scaling", "flip") or torch.equal(changed["mask"].data, mask)
+        if name == "agreement_2d" and part in ("rotation", "scaling"):  # slices do not mix
+            assert torch.allclose(changed["image"].data[..., 0], _alone(instantiate({**config, "p": 1}), image, part), atol=1e-4)
+
+
+def _alone(transform, image: torch.Tensor, part: str) -> torch.Tensor:
+    """The first slice of what a transform makes of a volume whose slices are all the first."""
+    import torchio
+
+    with torch_seeded(part):
+        return transform(torchio.Subject(image=torchio.ScalarImage(tensor=image[..., :1].expand_as(image).clone())))["image"].data[..., 0]
+
+
 # ellipses
 
 

@@ -148,7 +148,7 @@ class DeepDynUNet(DynUNet):
 
 
 class OwnDecoders(nn.Module):
-    """One encoder, and for every output channel a decoder of its own ("U-Net-and-a-half", Zhang et al., QUBIQ 2020).
+    """One encoder, and for every output channel a decoder of its own ("U-Net-and-a-half", Zhang et al., arXiv:2108.04658, 2021).
 
     Args:
         networks: one per output channel, each with one output; the first keeps its encoder, the others lose theirs.
