@@ -95,7 +95,7 @@ def test_keys_and_choices_in_the_text_exist():
     variants = [
         [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
         ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
-        ["experiment=flair_threshold/simulated"],
+        ["experiment=flair_threshold/simulated"], ["experiment=blur_residual/simulated"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
