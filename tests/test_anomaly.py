@@ -243,6 +243,22 @@ def test_comparison_labels_what_was_tuned_on_the_test(folder, tmp_path, capsys):
     assert cells['["test"]', "auroc"]["oracle"] == "False"
 
 
+def test_two_processes_measure_the_same_set(folder, tmp_path):
+    for trainer in ("cpu", "ddp_sim"):
+        run(
+            *SMALL,
+            f"data.root={folder}",
+            "data.split.test=3",
+            "calibration.parts=[test]",
+            f"trainer={trainer}",
+            f"runs={tmp_path / trainer}",
+        )
+    one, two = (run_folders(tmp_path / trainer)[0] for trainer in ("cpu", "ddp_sim"))
+    assert rows(one) == rows(two)
+    assert (one / "test" / "dataset.json").read_text() == (two / "test" / "dataset.json").read_text()
+    assert summary(two)["dataset"][""]["lesion"]["oracle"] == 1
+
+
 def test_the_search_looks_at_unfiltered_maps(folder, tmp_path):
     """Where dropping components changes which threshold is best, the unfiltered search keeps its own and the filtered one wins."""
     cfg = composed(*SMALL, f"data.root={folder}", f"run_folder={tmp_path}", "metrics.thresholds=20", "calibration.filter_in_search=true")
