@@ -1,6 +1,6 @@
 """What a UMM step costs, against the plain steps of its branches: `python benchmarks/umm_step.py [rounds] [x,y,z] [cpu|cuda]`.
 
-All times are of one process, interleaved: in each round a step of UMM, then for each branch a plain step (forward, loss, backward) and a
+All times are of one process (processor time on a CPU, where one thread is used), interleaved: in each round a step of UMM, then for each branch a plain step (forward, loss, backward) and a
 forward pass without gradient, dropout on. The bound is 1.05 (sum of plain + 7 x sum of passes without gradient) / sum of plain: T = 8
 passes, one of them with gradient. Memory is the peak of a step above what there was before it, each in a process of its own: resident
 memory on a CPU, allocated memory on a GPU (where bfloat16 is used).
@@ -66,17 +66,18 @@ class Bench:
             self.method.network[name](self.batch["image"])
 
     def seconds(self, work: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        start = clock()
         work()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def memory(size: tuple[int, ...], device: str, name: str | None) -> float:
     """Peak of a plain step of branch `name`, or of a UMM step, in MiB."""
     bench = Bench(size, device)
-    small = Bench((16, 16, 16) if min(size) > 16 else size, device)  # loads every kernel
+    small = Bench((32, 32, 4), device)  # loads every kernel
     work = bench.step if name is None else partial(bench.plain, name)
     (small.step if name is None else partial(small.plain, name))()
     if device == "cuda":
@@ -91,13 +92,20 @@ def memory(size: tuple[int, ...], device: str, name: str | None) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
 
 
+def measured(size: tuple[int, ...], device: str, name: str | None) -> float:
+    """`memory`, on a CPU in a process of its own: the peak of a process never falls."""
+    if device == "cuda":
+        return memory(size, device, name)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(memory, (size, device, name))
+
+
 def main(rounds: int = 5, sizes: str = "48,48,32", device: str = "cpu") -> None:
     size = tuple(int(s) for s in sizes.split(","))
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores, one thread"
     print(f"{where}, torch {torch.__version__}; one sample of 4 x {' x '.join(map(str, size))}, T = 8, dropout 0.1")
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {name: pool.apply(memory, (size, device, name)) for name in (None, *BRANCHES)}
     torch.set_num_threads(1)
+    peaks = {name: measured(size, device, name) for name in (None, *BRANCHES)}
     bench, fused = Bench(size, device), Bench(size, device, passes_at_once=7)
     times: dict[str, list[float]] = {}
     for _ in range(int(rounds) + 1):  # the first warms up
