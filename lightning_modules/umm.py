@@ -101,9 +101,9 @@ class UMM(SegmentationMethod):
 
     # training
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        view, patch = (getattr(self.trainer.datamodule, name, None) for name in ("view", "patch"))
+    def check(self, data: Any) -> None:
+        super().check(data)
+        view, patch = (getattr(data, name, None) for name in ("view", "patch"))
         if view not in (None, "patch"):
             raise SuiteError(f"data.view={view}: UMM makes the views of its branches itself and needs data.view=patch")
         for name, branch in self.network.items():

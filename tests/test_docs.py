@@ -114,7 +114,7 @@ def test_keys_and_choices_in_the_text_exist():
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
-    known |= {f"hydra.sweeper.{f.name}" for f in dataclasses.fields(OptunaSearchConf)}
+    known |= {f"hydra.sweeper.{f.name}" for f in dataclasses.fields(OptunaSearchConf)} | {"hydra.sweeper.pruner.n_warmup_steps"}
     known |= {"use_distributed_sampler", "lesion_min_iou", "lesion_dilation", "bins", "slice_bounds"}  # arguments in Python
     wrong = []
     for page in PAGES:
