@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_modules.habitats.bayesopt import EvaluationLog, Search, Surrogate
-from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank
+from lightning_modules.habitats.survival import Survival, log_rank, testable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,7 @@ def kaplan_meier_figure(groups: Mapping[str, tuple[Survival, np.ndarray]]) -> "F
     for (title, (survival, high)), ax, below in zip(groups.items(), panels[0], panels[1], strict=True):
         known = survival.known
         _curves(ax, below, survival.days[known], survival.died[known], high[known])
-        tested = min((high & known).sum(), (~high & known).sum()) >= MIN_GROUP and survival.died[known].any()
-        p = f"log-rank p = {log_rank(survival, high):.3g}" if tested else "too few patients or deaths for a test"
+        p = f"log-rank p = {log_rank(survival, high):.3g}" if testable(survival, high) else "too few patients or deaths for a test"
         ax.set_title(f"{title} patients: {p}", fontsize=10)
     return figure
 

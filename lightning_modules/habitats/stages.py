@@ -1,5 +1,6 @@
 """The stages of an experiment that are no training: search for theta, fit the habitats, analyze survival. Called by `run.py`."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning_modules.habitats.bayesopt import EvaluationLog, Search, Theta, ru
 from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.figures import clusters_figure, kaplan_meier_figure, save, search_figure
 from lightning_modules.habitats.pipeline import EncoderFits, HabitatModel, HabitatObjective, HabitatSettings, Tumor, calinski_harabasz
-from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank
+from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank, testable
 
 
 def optimize(cfg: DictConfig, folder: Path) -> Path:
@@ -97,10 +98,9 @@ def survival_row(survival: Survival, high: np.ndarray) -> dict[str, float]:
     """Group sizes, deaths, p and median survival (days; NaN where half of a group did not die) of patients with known survival."""
     from lifelines import KaplanMeierFitter
 
+    row: dict[str, float] = {"p": log_rank(survival, high) if testable(survival, high) else float("nan")}
     known = survival.known
     days, died, high = survival.days[known], survival.died[known], high[known]
-    tested = min(high.sum(), (~high).sum()) >= MIN_GROUP and died.any()
-    row: dict[str, float] = {"p": log_rank(Survival(days, died), high) if tested else float("nan")}
     for name, group in (("low", ~high), ("high", high)):
         median = KaplanMeierFitter().fit(days[group], died[group]).median_survival_time_ if group.any() else float("nan")
         row |= {name: int(group.sum()), f"{name}_deaths": int(died[group].sum()), f"{name}_median": float(median)}
@@ -110,7 +110,8 @@ def survival_row(survival: Survival, high: np.ndarray) -> dict[str, float]:
 def by_clusters(objective: HabitatObjective, quantile: float, search: Search) -> list[dict[str, Any]]:
     """Stability 1 - Ls and Calinski-Harabasz index by number of clusters (Table 1 of the paper), for the encoder and the raw modalities."""
     raw = HabitatSettings(**{**vars(objective.settings), "encoder": EncoderSettings(kind="none")})
-    fits = {objective.settings.encoder.kind: objective.encoders, "raw": EncoderFits(objective.sample, raw, objective.seed)}
+    own = "raw" if objective.settings.encoder.kind == "none" else objective.settings.encoder.kind
+    fits = {own: objective.encoders, "raw": EncoderFits(objective.sample, raw, objective.seed)}
     rows = []
     for name, encoders in fits.items():
         encoder = encoders[quantile]
@@ -233,8 +234,6 @@ def _groups(path: Path) -> tuple[Survival, np.ndarray]:
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    import csv
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -244,7 +243,5 @@ def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    import csv
-
     with path.open(newline="", encoding="utf-8") as file:
         return [{k: v if k == "encoder" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]

@@ -43,18 +43,27 @@ class Survival:
             raise SuiteError(f"all {known.sum()} training patients with a survival time are censored (event=0); {hint}")
 
 
-def log_rank(survival: Survival, high: np.ndarray) -> float:
-    """p of the two-sided log-rank test between patients with `high` (N,) bool and the others.
+def testable(survival: Survival, high: np.ndarray) -> bool:
+    """Whether a log-rank test between patients with `high` (N,) bool and the others can say anything.
 
-    Patients without a survival time are left out; 1.0 where a group has fewer than `MIN_GROUP` patients or nobody died.
+    Needs `MIN_GROUP` patients with a survival time in either group, and a death.
     """
     known = survival.known
-    days, died, high = survival.days[known], survival.died[known], high[known]
-    if min(high.sum(), (~high).sum()) < MIN_GROUP or not died.any():
+    return bool(min((known & high).sum(), (known & ~high).sum()) >= MIN_GROUP and survival.died[known].any())
+
+
+def log_rank(survival: Survival, high: np.ndarray) -> float:
+    """p of the two-sided log-rank test between patients with `high` (N,) bool and the others; 1.0 where they are not `testable`.
+
+    Patients without a survival time are left out.
+    """
+    if not testable(survival, high):
         return 1.0
     from lifelines.statistics import logrank_test
 
-    p = float(logrank_test(days[high], days[~high], died[high], died[~high]).p_value)
+    high, low = survival.known & high, survival.known & ~high
+    days, died = survival.days, survival.died
+    p = float(logrank_test(days[high], days[low], died[high], died[low]).p_value)
     return p if np.isfinite(p) else 1.0
 
 
