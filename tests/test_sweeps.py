@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, read_write
 
 from callbacks import TrialPruner
 from lesionbench.command_line import CONF, quoted
 from lesionbench.errors import SuiteError
-from lesionbench.jobs import run_job
+from lesionbench.jobs import _check_options, run_job
 from lesionbench.resolvers import register
 from lesionbench.study import Pruned, open_study
 from tests.fake_data import write_fake_folder
@@ -360,3 +361,17 @@ def test_a_preempted_slurm_job_is_queued_again_and_goes_on(folder, tmp_path):
     (whole,) = run_folders(tmp_path / "whole")
     assert_same(weights(path), weights(whole))
     assert (path / "test/cases.csv").read_text() == (whole / "test/cases.csv").read_text()
+
+
+def test_ddp_in_a_sweep_needs_processes_that_slurm_starts(tmp_path):
+    arguments = ["trainer=ddp", "seed=0,1", f"runs={tmp_path}", "hydra.mode=MULTIRUN"]
+    with pytest.raises(SuiteError, match="let SLURM start them"):
+        sweep(CONF, _check_options, *arguments)
+
+    def under_slurm(cfg):
+        launcher = HydraConfig.instance().cfg.hydra.launcher
+        with read_write(launcher):
+            launcher._target_ = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+        _check_options(cfg)
+
+    sweep(CONF, under_slurm, *arguments)
