@@ -24,7 +24,8 @@ class BestAndLast(Checkpoint):
     `last.ckpt` is written at every epoch end and, where asked for, every so many batches or minutes. These are saved just before the
     next batch begins: by then every hook has updated its state (an EMA teacher, the iteration) and a validation that was due has run,
     so nothing is lost or repeated on resume. On SIGTERM it is written at once; a validation that was cut is repeated. On another
-    exception it is written too (in one process: with several, the others could not follow), and the interrupted batch is repeated.
+    exception it is written too (in one process: with several, the others could not follow), unless the batch had changed gradients or
+    weights by then: what comes after the last checkpoint is then computed again.
     Weights that are not finite are never saved. W&B, where it is one of the loggers, gets those that it asks for when training ends.
 
     Args:
@@ -58,6 +59,7 @@ class BestAndLast(Checkpoint):
         self.best_model_path, self.last_model_path = "", ""  # Lightning reads both, and sets them after a forked run
         self._saved = 0  # iteration of last.ckpt; 0 = nothing trained yet
         self._since = time.monotonic()
+        self._within_batch = False  # from the first gradient of a batch to its end
 
     @property
     def best_model_score(self) -> float | None:
@@ -87,6 +89,12 @@ class BestAndLast(Checkpoint):
             with _between_batches(trainer):
                 self._save_last(trainer, pl_module)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self._within_batch = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._within_batch = False
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -111,7 +119,9 @@ class BestAndLast(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != TrainerFn.FITTING or pl_module.iteration == self._saved or isinstance(exception, NonFiniteLoss):
             return
-        if (trainer.world_size > 1 and not isinstance(exception, SIGTERMException)) or not _finite(pl_module):
+        if not isinstance(exception, SIGTERMException) and (trainer.world_size > 1 or self._within_batch):
+            return
+        if not _finite(pl_module):
             return
         if trainer.validating and not _rewind_validation(trainer, pl_module):
             return

@@ -319,6 +319,37 @@ def test_another_exception_keeps_the_work_too(tmp_path):
     assert read(tmp_path / "checkpoints/last.ckpt")["iteration"] == 3
 
 
+class FailingStep(Tiny):
+    """Breaks off before the forward pass, or between the optimizer's step and the end of the batch, of iteration 8."""
+
+    def __init__(self, scores, after_step):
+        super().__init__(scores)
+        self.after_step = after_step
+
+    def training_step(self, batch, batch_idx):
+        if not self.after_step and self.iteration == 8:
+            raise RuntimeError("unreadable file")
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *arguments, **options):
+        super().optimizer_step(*arguments, **options)
+        if self.after_step and self.iteration == 8:
+            raise RuntimeError("no more memory")
+
+
+@pytest.mark.parametrize("after_step", [False, True])
+def test_a_batch_that_was_broken_off_is_not_trained_on_twice(tmp_path, after_step):
+    whole, first, second = Tiny([0.1, 0.2, 0.3]), FailingStep([0.1, 0.2, 0.3], after_step), Tiny([0.1, 0.2, 0.3])
+    fit(tmp_path, whole, epochs=3, enable_checkpointing=False)
+    with pytest.raises(RuntimeError):
+        fit(tmp_path, first, BestAndLast(str(tmp_path)), epochs=3)
+    saved = read(tmp_path / "checkpoints/last.ckpt")["iteration"]
+    assert saved == (EPOCH if after_step else 8)
+    fit(tmp_path, second, BestAndLast(str(tmp_path)), epochs=3, ckpt=tmp_path / "checkpoints/last.ckpt")
+    assert whole.seen == first.seen[:saved] + second.seen
+    assert torch.equal(state(second), state(whole))
+
+
 def test_an_exception_before_the_first_batch_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="out of luck"):
         fit(tmp_path, Tiny([0.1, 0.2]), BestAndLast(str(tmp_path)), Fails(0))
