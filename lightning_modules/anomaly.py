@@ -1,7 +1,6 @@
 """What all anomaly methods share: from a map of scores to a mask by a threshold and a rule on components, and how a threshold is chosen."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,9 @@ class AnomalyMethod(Method):
         self.min_component, self.connectivity = min_component, connectivity
         self.slice_range = None if slice_range is None else tuple(slice_range)
 
-    @abstractmethod
     def score_map(self, batch: Batch) -> torch.Tensor:
         """Scores (X, Y, Z) of the one whole case of `batch`, higher = more abnormal, 0 outside the brain."""
+        raise TypeError(f"{type(self).__name__} must define score_map()")
 
     def predict_case(self, batch: Batch) -> Prediction:
         scores = self.score_map(batch)
