@@ -4,14 +4,16 @@
     python benchmarks/fae_effects.py joint 20 21 22            # (b) what each weight of the joint loss picks
     python benchmarks/fae_effects.py smooth 10 11 12 13 14     # (c) Bayesian optimization against random search on smooth functions
     python benchmarks/fae_effects.py table 20 10 11 12 13      # (c) the same on the loss table of the first seed, for the other seeds
+    python benchmarks/fae_effects.py figures 20                # a search on the patients of (b), and their survival: docs/images
 
-Each prints CSV rows; the numbers are seeds.
+Each prints CSV rows (the last one writes pictures); the numbers are seeds.
 """
 
 import csv
 import math
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -183,6 +185,20 @@ def _regret(search: Search, loss: object, smallest: float, seed: object) -> floa
     return min(log.losses) - smallest
 
 
+def draw(seed: int, folder: Path) -> None:
+    """Searches on the patients of (b) with alpha = 0.75 and draws the search and the survival of the training and 300 held-out patients."""
+    from lightning_modules.habitats.figures import kaplan_meier_figure, save, search_figure
+
+    tumors, search, log = simulate_patients(370, 150, seed), Search(), EvaluationLog()
+    objective = HabitatObjective(tumors[:70], settings(alpha=0.75), seed)
+    model, training = objective.fit(run_search(search, objective, log, seed=seed))
+    held_out = [model.predict(t.values, t.positions) for t in tumors[70:]]
+    parts = {"training": (tumors[:70], training), "held-out": (tumors[70:], held_out)}
+    groups = {name: (survival_of(own), np.array([f.high_risk for f in found])) for name, (own, found) in parts.items()}
+    save(search_figure(search, log), folder / "fae_search.png")
+    save(kaplan_meier_figure(groups), folder / "fae_kaplan_meier.png")
+
+
 def _print(rows: list[dict]) -> None:
     writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -207,6 +223,8 @@ def main(experiment: str, *seeds: str) -> None:
                 for alpha in (1.0, 0.5) for s in ("bo", "random") for n in numbers[1:]
             ]
         )  # fmt: skip
+    elif experiment == "figures":
+        draw(numbers[0], Path(__file__).parent.parent / "docs" / "images")
     elif experiment == "smooth":
         _print(
             [

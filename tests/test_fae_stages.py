@@ -144,18 +144,17 @@ def test_tested_again_from_the_checkpoint(whole, folder, tmp_path):
         run("job=predict", f"ckpt={encoder}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}")
 
 
-def test_without_encoder_other_encoders_and_loggers(folder, tmp_path, monkeypatch):
-    short = [o for o in COMMON if "search" not in o] + ["habitats.search={initial:2,iterations:0,clusters:[3,3],strategy:random}"]
+def test_another_encoder_and_all_loggers(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for kind, logger in (("habitats=raw", "tensorboard"), ("habitats.encoder.kind=ensemble", "wandb")):
-        runs = tmp_path / kind.rpartition("=")[2]
-        run(*short, f"data.root={folder}", f"runs={runs}", kind, "habitats.training_maps=false", f"logger=[csv,{logger}]")
-        (found,) = run_folders(runs)
-        assert len(rows(found)) == 4
-        assert not (found / "cluster" / "predictions").exists()
-        assert (found / "encoder").exists() == (kind != "habitats=raw")
-        assert list(found.rglob("optimize/tensorboard/events.out*" if logger == "tensorboard" else "*.wandb"))
+    short = [o for o in COMMON if "search" not in o] + ["habitats.search={initial:2,iterations:0,clusters:[3,3],strategy:random}"]
+    more = ["habitats.encoder.kind=ensemble", "habitats.training_maps=false", "logger=[csv,tensorboard,wandb]"]
+    run(*short, f"data.root={folder}", f"runs={tmp_path}", *more)
+    (found,) = run_folders(tmp_path)
+    assert len(rows(found)) == 4
+    assert not (found / "cluster" / "predictions").exists()
+    assert list(found.glob("optimize/tensorboard/events.out*"))
+    assert list(found.rglob("*.wandb"))
 
 
 def test_presets_and_options_reach_the_search_and_the_settings():
@@ -219,6 +218,8 @@ def test_unusable_survival_is_refused_and_alpha_one_needs_none(folder, tmp_path)
     with pytest.raises(SuiteError, match="survival time"):
         run(*common)
     run(*common, "habitats.alpha=1")
+    (found,) = [f for f in run_folders(tmp_path / "runs-censored") if (f / "test").exists()]
+    assert not (found / "encoder").exists()  # habitats=raw
 
 
 def test_empty_masks_are_left_out_and_constant_modalities_refused(folder, tmp_path, capsys):
