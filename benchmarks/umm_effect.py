@@ -90,7 +90,8 @@ def draw(runs: dict[str, dict[int, Path]], rows: list[dict], path: Path) -> None
         right.bar(place, row["mean"], 0.8 / len(members), yerr=row["std"], color=color, label=label, error_kw={"linewidth": 0.8})
     right.set_xticks(range(len(modes)), modes)
     right.set_title("mean entropy (nats), test cases", fontsize=9)
-    right.legend(fontsize=7)
+    right.margins(y=0.3)
+    right.legend(fontsize=7, loc="upper center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
