@@ -398,5 +398,7 @@ def test_the_network_in_a_window_is_a_choice():
 
 
 def test_every_monai_network_is_configured():
-    assert set(TINY) | {"window", "small_unet", "subpixel", "small_subpixel"} == {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
+    assert set(TINY) | {"window", "small_unet", "subpixel", "small_subpixel"} == {
+        path.stem for path in (CONF / "model" / "network").glob("*.yaml")
+    }
     assert set(TINY) | {"SubpixelNet", "WindowChannels", "describe"} == set(networks.__all__)
