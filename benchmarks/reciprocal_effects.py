@@ -59,7 +59,7 @@ def collected(root: Path) -> dict[str, dict[str, dict[int, dict[tuple[str, str],
         if summary.get("status") == "finished" and "experiment" in summary:
             model = yaml.safe_load((path.parent / "config.yaml").read_text())["model"]
             found[summary["experiment"]][variant(model)][summary["seed"]] = measured(path.parent)
-    return found
+    return {experiment: dict(sorted(variants.items(), key=lambda item: (len(item[0]), item[0]))) for experiment, variants in found.items()}
 
 
 def write_table(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], float]]]) -> None:
@@ -77,19 +77,17 @@ def write_table(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], 
 
 
 def print_table(variants: dict[str, dict[int, dict[tuple[str, str], float]]]) -> None:
-    """The table of the page: a row per variant and, for every member, its Dice; then HD95, AUROC and violations of the clean prediction."""
+    """The table of the page: a column per variant; rows are the Dice of every member, and whatever else the clean prediction has."""
     keys = dict.fromkeys(k for seeds in variants.values() for values in seeds.values() for k in values)
-    shown = [k for k in keys if k[1] == "dice" or (k[0] == "" and k[1] != "nesting_violations")]
-    names = [f"Dice {m}".strip() if n == "dice" else n for m, n in shown]
-    print("| variant | seeds | " + " | ".join(names) + " |")
-    print("|---" * (2 + len(names)) + "|")
-    for variant_name, seeds in variants.items():
+    print("| | " + " | ".join(f"{name} ({len(seeds)} seeds)" for name, seeds in variants.items()) + " |")
+    print("|---" * (1 + len(variants)) + "|")
+    for member, metric in (k for k in keys if k[1] == "dice" or (k[0] == "" and k[1] != "nesting_violations")):
         cells = []
-        for key in shown:
-            numbers = [values[key] for values in seeds.values() if key in values]
+        for seeds in variants.values():
+            numbers = [values[member, metric] for values in seeds.values() if (member, metric) in values]
             spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
             cells.append(f"{statistics.mean(numbers):.3f}{spread}" if numbers else "")
-        print(f"| {variant_name} | {len(seeds)} | " + " | ".join(cells) + " |")
+        print(f"| {metric}{', ' if member else ''}{member} | " + " | ".join(cells) + " |")
 
 
 def draw_robustness(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], float]]], scale: float) -> None:
