@@ -52,7 +52,7 @@ def _curves(ax: Any, below: Any, days: np.ndarray, died: np.ndarray, high: np.nd
             KaplanMeierFitter().fit(days[group], died[group], label=name).plot_survival_function(ax=ax, color=color, ci_alpha=0.15)
         for tick in ticks:
             below.text(tick, 1 - row, str(int((days[group] >= tick).sum())), ha="center", va="center", fontsize=8, color=color)
-    ax.set_xticks(ticks)
+    ax.set_xticks(ticks, [""] * len(ticks))
     ax.set(xlabel="", ylabel="survival", ylim=(0, 1.03))
     below.set(xlim=ax.get_xlim(), ylim=(-0.6, 1.6), yticks=[], xlabel="days, and numbers at risk")
     below.set_xticks(ticks)
