@@ -126,6 +126,7 @@ def choose_threshold(cfg: Any, folder: Path) -> Path:
     from lesionbench.jobs import Assembled
 
     run = Assembled(cfg)
+    run.prepare()
     if cfg.ckpt:
         run.load(cfg.ckpt)
     run.data.setup("test")

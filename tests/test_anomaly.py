@@ -263,6 +263,7 @@ def test_the_search_looks_at_unfiltered_maps(folder, tmp_path):
     """Where dropping components changes which threshold is best, the unfiltered search keeps its own and the filtered one wins."""
     cfg = composed(*SMALL, f"data.root={folder}", f"run_folder={tmp_path}", "metrics.thresholds=20", "calibration.filter_in_search=true")
     made = Assembled(cfg)
+    made.prepare()
     made.data.setup("test")
     from lightning_modules.anomaly import Scored, choose_threshold
 

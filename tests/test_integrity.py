@@ -41,7 +41,7 @@ def same(array):
     return array
 
 
-@pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.parametrize("name", [n for n in WRITERS if n.startswith("brats") or n == "folder"])
 def test_clean_data_give_no_finding(tmp_path, name):
     root = WRITERS[name](tmp_path)
     if name == "folder":

@@ -409,11 +409,10 @@ def test_missing_modality_trains_when_allowed(tmp_path):
         "trainer=cpu",
         f"data.root={root}",
         "debug=tiny",
-        f"runs={tmp_path / 'runs'}",
         "threads=1",
         "model/network=small_unet",
     ]
     with pytest.raises(SuiteError, match="t2"):
-        run(*common)
-    run(*common, "data.preprocessing.allow_missing=true", "data.samples_per_epoch=6")
-    assert rows(run_folders(tmp_path / "runs")[-1])
+        run(*common, f"runs={tmp_path / 'refused'}")
+    run(*common, f"runs={tmp_path / 'runs'}", "data.preprocessing.allow_missing=true", "data.samples_per_epoch=6")
+    assert rows(run_folders(tmp_path / "runs")[0])
