@@ -75,7 +75,7 @@ def table(places: Sequence[str | Path], keys: Sequence[str] = KEYS) -> list[dict
             found = [measured(run) for run in members]
             row = dict(zip(keys, group, strict=True)) | {"stratum": name, "n": found[0][0], "seeds": len(members)}
             for m in MEASURES:
-                values = [v[m] for _, v in found]
+                values = [v[m] for _, v in found if not math.isnan(v[m])]
                 row |= {m: round(average(values), 4), f"{m}_std": round(stdev(values), 4) if len(values) > 1 else math.nan}
             result.append(row)
     return result
