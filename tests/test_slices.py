@@ -110,7 +110,7 @@ def test_case_table_writes_the_pooled_table(tmp_path):
 
     labels = torch.from_numpy(volume().astype(np.int8))
     rows = [{"case": c, **r} for c in "ab" for r in CaseMetrics(["slices"])(Prediction(labels=labels), labels, TASK, (1, 1, 1))]
-    module = SimpleNamespace(test_results=SimpleNamespace(compute=lambda: rows))
+    module = SimpleNamespace(test_results=SimpleNamespace(compute=lambda: rows), dataset_results=SimpleNamespace(compute=dict))
     CaseTable(str(tmp_path)).on_test_epoch_end(SimpleNamespace(is_global_zero=True, loggers=[]), module)
     with (tmp_path / "test" / "slices.csv").open(newline="") as file:
         small, large = csv.DictReader(file)
