@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from callbacks.gather import gather
 from callbacks.overlays import masks_of
 from lesionbench.prediction import CaseResult
+from lesionbench.reliability import reliability
 from lesionbench.task import IGNORE
 
 COLUMNS = ("member", "region", "bin", "voxels", "probability", "true")
@@ -51,7 +52,7 @@ class Calibration(pl.Callback):
             if part.regions is None:
                 continue
             for region, probability, mask in zip(pl_module.task.region_names, part.regions.float().cpu().numpy(), masks, strict=True):
-                counts = self._binned(probability[known], mask[known])
+                counts = reliability(probability[known], mask[known], self.bins)
                 self._counts[name, region] = self._counts.get((name, region), 0) + counts
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,12 +65,6 @@ class Calibration(pl.Callback):
             with open(self.path, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(COLUMNS)
-                for (member, region), (voxels, probability, true) in total.items():
-                    for place in range(self.bins):
-                        writer.writerow([member, region, place, int(voxels[place]), float(probability[place]), int(true[place])])
-
-    def _binned(self, probability: np.ndarray, true: np.ndarray) -> np.ndarray:
-        """(3, bins): voxels, summed probability, true voxels."""
-        index = np.clip((probability * self.bins).astype(np.int64), 0, self.bins - 1)
-        weights = (None, probability.astype(np.float64), true.astype(np.float64))
-        return np.stack([np.bincount(index, weights=w, minlength=self.bins) for w in weights])
+                for (member, region), counts in total.items():
+                    for place, (voxels, probability, true) in enumerate(counts):
+                        writer.writerow([member, region, place, int(voxels), float(probability), int(true)])
