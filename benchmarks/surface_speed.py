@@ -47,7 +47,7 @@ def distorted(truth: np.ndarray, seed: int) -> np.ndarray:
 
 def ours(prediction: np.ndarray, truth: np.ndarray) -> list[list[float]]:
     return [
-        [overlap_metrics(p, t, ("dice",))["dice"], *surface_metrics(p, t, SPACING, ("hd95", "asd")).values()]
+        [overlap_metrics(p, t)["dice"], *surface_metrics(p, t, SPACING, ("hd95", "asd")).values()]
         for p, t in zip(prediction, truth, strict=True)
     ]
 
