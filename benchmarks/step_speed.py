@@ -20,6 +20,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from interleaved import machine
 from omegaconf import open_dict
+from torch.utils.data import DataLoader
 
 from lesionbench.command_line import CONF
 from lesionbench.jobs import Assembled
@@ -66,7 +67,7 @@ def through_the_job(scratch: str, batches: list[Any] | None) -> list[float]:
     """One epoch through the job; `batches` None = by the real loader."""
     run = assembled(scratch)
     if batches is not None:
-        run.data.train_dataloader = lambda: batches
+        run.data.train_dataloader = lambda: DataLoader(batches, batch_size=None)
     stamps = Stamps()
     run.trainer.callbacks.append(stamps)
     with contextlib.redirect_stdout(io.StringIO()):
