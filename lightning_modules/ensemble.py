@@ -158,6 +158,11 @@ class Ensemble(Method):
         if self.out_of_fold:
             self.admit(data.task, [c.patient for c in (data.cases() if data.predict_cases is None else data.predict_cases)])
 
+    def _asked(self, patient: str) -> list[tuple[int, list[Member]]]:
+        """Who answers for a patient: place and checkpoints of every model that has any."""
+        asked = [[m for m in group if not (self.out_of_fold and patient in m.patients)] for group in self.groups]
+        return [(place, group) for place, group in enumerate(asked) if group]
+
     def admit(self, task: Task, patients: Iterable[str]) -> None:
         """Refuses data of another task, and patients that members have seen in training.
 
@@ -167,12 +172,10 @@ class Ensemble(Method):
         problems = _differences(self.task, task)
         patients = set(patients)
         if self.out_of_fold:
-            for place, group in enumerate(self.groups, 1):
-                nobody = sorted(p for p in patients if all(p in m.patients for m in group))
-                if nobody:
-                    problems.append(
-                        f"{_named(place, group)}: no checkpoint without {len(nobody)} of the patients ({', '.join(nobody[:5])})"
-                    )
+            nobody = sorted(p for p in patients if not self._asked(p))
+            if nobody:
+                known = "every member was trained or selected on them"
+                problems.append(f"nobody is left for {len(nobody)} of the patients ({', '.join(nobody[:5])}): {known}")
         else:
             for member in (m for group in self.groups for m in group):
                 seen = sorted(patients & member.patients)
@@ -188,24 +191,22 @@ class Ensemble(Method):
 
     def predict_case(self, batch: Batch) -> Prediction:
         """What all members say together; on the native grid already."""
-        patient = batch["patient"][0]
         fusion = Staple(self.task, self.staple_margin) if self.fusion == "staple" else FUSIONS[self.fusion](self.task)
         answers: dict[str, Prediction] = {}
-        for place, (group, weight) in enumerate(zip(self.groups, self.weights, strict=True), 1):
-            regions, labels = self._group(group, patient, batch)
-            fusion.add(regions, labels, weight, f"m{place}")
+        for place, group in self._asked(batch["patient"][0]):
+            regions, labels = self._group(group, batch)
+            fusion.add(regions, labels, self.weights[place], f"m{place + 1}")
             if self.keep_members:
-                answers[f"m{place}"] = Prediction(labels=labels)
-            del regions
+                answers[f"m{place + 1}"] = Prediction(labels=labels)
+            del regions  # before the next model makes its own
         return self._prediction(fusion.result(), answers)
 
     def _prediction(self, fused: Fused, answers: dict[str, Prediction]) -> Prediction:
         labels = self.target.labels(fused.regions[None])[0]
         return Prediction(fused.regions, labels, uncertainty={"disagreement": fused.disagreement}, members=answers, table=fused.table)
 
-    def _group(self, group: Sequence[Member], patient: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean region probabilities (R, *spatial) of the checkpoints that answer for this patient, and their class indices (*spatial)."""
-        asked = [m for m in group if not (self.out_of_fold and patient in m.patients)]
+    def _group(self, asked: Sequence[Member], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean region probabilities (R, *spatial) of the checkpoints of one model, and their class indices (*spatial)."""
         if len(asked) == 1:
             regions, labels = self._answer(asked[0], batch)
         else:
@@ -291,10 +292,6 @@ def _differences(theirs: Task, ours: Task) -> list[str]:
 
 def _plain(items: Sequence[tuple[str, Sequence[Any]]]) -> str:
     return ", ".join(f"{name}: {'+'.join(map(str, values))}" for name, values in items)
-
-
-def _named(place: int, group: Sequence[Member]) -> str:
-    return group[0].path if len(group) == 1 else f"m{place} ({len(group)} checkpoints)"
 
 
 def _raise(problems: Sequence[str], title: str, most: int = 20) -> None:

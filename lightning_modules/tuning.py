@@ -138,7 +138,7 @@ def tune(
             problems.append(f"{folder}: {run.status}")
             continue
         try:
-            cases += _held_out(folder, region, metric, rules, data_root)
+            cases += held_out(folder, region, metric, rules, data_root)
             folders.append(str(folder))
         except SuiteError as error:
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
@@ -152,13 +152,17 @@ def tune(
     for folder in folders if len(folders) > 1 else ():
         found, _ = best_threshold([c for c in cases if c.run != folder], grid, lower)
         others += [c.dropped if c.volume < found else c.kept for c in cases if c.run == folder]
-    held_out = float(np.mean(others)) if others else None
+    honest = float(np.mean(others)) if others else None
     patients = sorted({c.patient for c in cases})
-    return Tuned(region, metric, threshold, tried[0], tried[threshold], held_out, patients, folders, tried)
+    return Tuned(region, metric, threshold, tried[0], tried[threshold], honest, patients, folders, tried)
 
 
-def _held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None) -> list[HeldOut]:
-    """What the predictions of one run say about every threshold."""
+def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None) -> list[HeldOut]:
+    """What the predictions of one run say about every threshold; arguments as in `tune`.
+
+    Raises:
+        SuiteError: see `tune`.
+    """
     from hydra.utils import instantiate
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -210,7 +214,7 @@ def _refuse_seen(folder: Path, config: Mapping[str, Any], patients: set[str]) ->
         groups = [[g] if isinstance(g, str) else g for g in groups]
         seen = [[_patients(path) for path in group] for group in groups]
         if model.get("out_of_fold"):
-            leaked = {p for p in patients if any(all(p in known for known in group) for group in seen)}
+            leaked = {p for p in patients if all(p in known for group in seen for known in group)}
         else:
             leaked = patients & set().union(*(known for group in seen for known in group))
     else:

@@ -63,7 +63,7 @@ def predicted(trained, folder, out, *names, more=()):
     return volumes(out, "_prob_lesion"), volumes(out)
 
 
-def tested(folder, out, *more):
+def job_test(folder, out, *more):
     """The run folder of job=test."""
     run("job=test", *SHORT, f"data.root={folder}", f"runs={out}", *more)
     (found,) = run_folders(out)
@@ -78,9 +78,9 @@ def scores(found, member=""):
 
 
 def test_an_ensemble_of_one_is_that_one(trained, folder, tmp_path):
-    alone = tested(folder, tmp_path / "alone", f"ckpt={trained['fold0'] / 'checkpoints' / 'last.ckpt'}")
+    alone = job_test(folder, tmp_path / "alone", f"ckpt={trained['fold0'] / 'checkpoints' / 'last.ckpt'}")
     for fusion in ("mean", "vote", "staple"):
-        together = tested(folder, tmp_path / fusion, checkpoint(trained, "fold0"), f"ensemble.fusion={fusion}")
+        together = job_test(folder, tmp_path / fusion, checkpoint(trained, "fold0"), f"ensemble.fusion={fusion}")
         assert scores(together) == scores(alone) == scores(trained["fold0"])
         assert together.parent.parent.name == f"folder-{fusion}"
 
@@ -125,7 +125,7 @@ def test_weights_and_groups(trained, folder, tmp_path):
 def test_an_ensemble_writes_what_a_run_writes(trained, folder, tmp_path):
     figures = ["+callbacks.figures._target_=callbacks.OverlayFigures", "+callbacks.figures.folder=${run_folder}"]
     options = ["ensemble.members=true", "ensemble.fusion=staple", "writer.uncertainty=true", "metrics.names=[dice,error_auroc]"]  # fmt: skip
-    found = tested(folder, tmp_path, checkpoint(trained, "fold0", "regions"), *options, *figures)
+    found = job_test(folder, tmp_path, checkpoint(trained, "fold0", "regions"), *options, *figures)
     assert {(r["member"], r["region"]) for r in rows(found)} == {("", "lesion"), ("", ""), ("m1", "lesion"), ("m2", "lesion")}
     assert {p.name for p in (found / "figures").iterdir()} >= {"best.png", "worst.png", "summary.png"}
     assert len(list((found / "predictions").glob("*_uncertainty_disagreement.nii.gz"))) == 4
@@ -153,21 +153,21 @@ def test_mirroring_and_rules_reach_the_members(trained, folder, tmp_path):
 
 
 def test_out_of_fold_every_case_is_tested_by_the_fold_that_held_it_out(trained, folder, tmp_path):
-    found = tested(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "fold1"), "ensemble.out_of_fold=true")
+    found = job_test(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "fold1"), "ensemble.out_of_fold=true")
     assert scores(found) == {**scores(trained["fold0"]), **scores(trained["fold1"])}
     assert len(scores(found)) == 8
 
 
 def test_patients_that_a_member_knows_are_refused(trained, folder, tmp_path):
     with pytest.raises(SuiteError) as caught:
-        tested(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "fold1"))
+        job_test(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "fold1"))
     text = str(caught.value)
     assert str(trained["fold0"]) in text
     assert str(trained["fold1"]) in text
     assert "on 4 of the test patients" in text
     assert not list(tmp_path.rglob("cases.csv"))
-    with pytest.raises(SuiteError, match="no checkpoint without 4 of the patients"):
-        tested(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "uncropped"), "ensemble.out_of_fold=true")
+    with pytest.raises(SuiteError, match="nobody is left for 4 of the patients"):
+        job_test(folder, tmp_path, *ALL, checkpoint(trained, "fold0", "uncropped"), "ensemble.out_of_fold=true")
     with pytest.raises(SuiteError, match="patients of a data set"):
         predicted(trained, folder, tmp_path / "out", "fold0", "fold1", more=["ensemble.out_of_fold=true"])
 
@@ -188,7 +188,7 @@ def test_everything_wrong_with_the_members_is_one_screen(trained, folder, tmp_pa
     assert len(text.splitlines()) == 6
     assert not (tmp_path / "out").exists()
     with pytest.raises(SuiteError, match=r"needs the channel\(s\) t1; there are flair"):
-        tested(folder, tmp_path / "t", checkpoint(trained, "fold0", "flair"), "task.channels=[flair]")
+        job_test(folder, tmp_path / "t", checkpoint(trained, "fold0", "flair"), "task.channels=[flair]")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_everything_wrong_with_the_members_is_one_screen(trained, folder, tmp_pa
 )
 def test_wrong_options_are_refused(trained, folder, tmp_path, options, message):
     with pytest.raises(SuiteError, match=message):
-        tested(folder, tmp_path, checkpoint(trained, "fold0", "uncropped"), *options)
+        job_test(folder, tmp_path, checkpoint(trained, "fold0", "uncropped"), *options)
 
 
 def test_other_members_make_another_run_and_moved_ones_the_same(trained, folder, tmp_path):
@@ -213,7 +213,7 @@ def test_other_members_make_another_run_and_moved_ones_the_same(trained, folder,
     shutil.copy(trained["fold0"] / "checkpoints" / "last.ckpt", moved)
     names = {}
     for name, ckpt in {"a": checkpoint(trained, "fold0"), "b": checkpoint(trained, "uncropped"), "moved": f"ckpt=[{moved}]"}.items():
-        names[name] = tested(folder, tmp_path / name, ckpt).parent.name
+        names[name] = job_test(folder, tmp_path / name, ckpt).parent.name
     assert names["a"] == names["moved"] != names["b"]
 
 
@@ -278,7 +278,7 @@ def test_candidates_that_cannot_be_compared(tmp_path):
 def test_best_per_fold_through_the_job(trained, folder, tmp_path, capsys):
     names = ["fold0", "fold1", "uncropped"]  # the last is of fold 0 as well
     options = ["ensemble.policy=best_per_fold", "ensemble.score=test", "ensemble.out_of_fold=true"]
-    found = tested(folder, tmp_path, *ALL, checkpoint(trained, *names), *options)
+    found = job_test(folder, tmp_path, *ALL, checkpoint(trained, *names), *options)
     mean = {n: np.mean([float(v[0]) for v in scores(trained[n]).values()]) for n in names}
     best = "fold0" if mean["fold0"] >= mean["uncropped"] else "uncropped"
     assert scores(found) == {**scores(trained[best]), **scores(trained["fold1"])}
@@ -305,14 +305,14 @@ def test_tune_reads_folds_and_its_threshold_is_applied(trained, folder, tmp_path
 
     found["min_volume"] = {"lesion": 100000}
     out.write_text(json.dumps(found))
-    again = tested(folder, tmp_path / "again", f"ckpt={trained['fold0'] / 'checkpoints' / 'last.ckpt'}", "postprocessing=tuned", f"postprocessing.thresholds={out}", "postprocessing.min_component=null")  # fmt: skip
+    again = job_test(folder, tmp_path / "again", f"ckpt={trained['fold0'] / 'checkpoints' / 'last.ckpt'}", "postprocessing=tuned", f"postprocessing.thresholds={out}", "postprocessing.min_component=null")  # fmt: skip
     assert all(float(r["dice"]) in (0, 1) and r["oracle"] == "1" for r in rows(again))
     with pytest.raises(SuiteError, match="smallest volume already"):
         run("job=tune", f"tune.runs=[{again}]", "tune.region=lesion", f"out={out}")
 
 
 def test_tune_takes_ensembles_out_of_fold(trained, folder, tmp_path):
-    together = tested(folder, tmp_path / "e", *ALL, checkpoint(trained, "fold0", "fold1"), "ensemble.out_of_fold=true")
+    together = job_test(folder, tmp_path / "e", *ALL, checkpoint(trained, "fold0", "fold1"), "ensemble.out_of_fold=true")
     run("job=tune", f"tune.runs=[{together}]", "tune.region=lesion", f"out={tmp_path / 'a.json'}")
     run("job=tune", f"tune.runs=[{trained['fold0']},{trained['fold1']}]", "tune.region=lesion", f"out={tmp_path / 'b.json'}")
     a, b = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "ab")

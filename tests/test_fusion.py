@@ -117,7 +117,7 @@ def test_a_mark_of_one_of_three_is_dropped():
 def cube(generator, miss, false, shape=24):
     """A rater who misses and adds voxels independently: (1, *spatial)."""
     truth = torch.zeros(shape, shape, shape, dtype=torch.bool)
-    truth[8:16, 8:16, 8:16] = True
+    truth[6:18, 6:18, 6:18] = True
     flips = torch.rand(truth.shape, generator=generator)
     return (torch.where(truth, flips >= miss, flips < false)[None]).float(), truth
 
