@@ -268,6 +268,8 @@ class Assembled:
             torch.set_num_threads(cfg.threads)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
         self.data = instantiate(cfg.data, _convert_="all") if data is None else data
+        self.rules = instantiate(cfg.postprocessing, _convert_="all")
+        self.rules.check(self.data.task)
         if cfg.maps:
             from lesionbench.maps import MapStore
 
@@ -316,13 +318,10 @@ class Assembled:
 
     def dress(self, cfg: DictConfig) -> None:
         """Gives the method what only tested and predicted cases get: test-time mirroring and rules on the labels."""
-        from hydra.utils import instantiate
-
         if cfg.mirror:
             self.method.mirror(list(cfg.mirror))
-        rules = instantiate(cfg.postprocessing, _convert_="all")
-        if rules.active:
-            self.method.postprocess(rules)
+        if self.rules.active:
+            self.method.postprocess(self.rules)
 
     def load(self, checkpoint: str) -> None:
         """Puts the weights of a checkpoint into the method."""

@@ -98,6 +98,7 @@ class Ensemble(Method):
         self.keep_members, self.out_of_fold, self.postprocess_members = members, out_of_fold, postprocess_members
         self.staple_margin, self.chosen_on, self.trust = staple_margin, frozenset(chosen_on), tuple(trust)
         self._mirrored: Sequence[int] | None = None
+        self._tuned = False  # the threshold of a member was chosen on the case of the moment
         self._loaded: dict[str, tuple[Method, Mapping[str, Any]]] | None = {} if keep_loaded else None
         known = self._examined([path for group in groups for path in group])
         self.groups = [[known[path] for path in group] for group in groups]
@@ -187,12 +188,13 @@ class Ensemble(Method):
     # a case
 
     def tuned_on(self, batch: Batch) -> bool:
-        return batch["patient"][0] in self.chosen_on
+        return self._tuned or batch["patient"][0] in self.chosen_on
 
     def predict_case(self, batch: Batch) -> Prediction:
         """What all members say together; on the native grid already."""
         fusion = Staple(self.task, self.staple_margin) if self.fusion == "staple" else FUSIONS[self.fusion](self.task)
         answers: dict[str, Prediction] = {}
+        self._tuned = False
         for place, group in self._asked(batch["patient"][0]):
             regions, labels = self._group(group, batch)
             fusion.add(regions, labels, self.weights[place], f"m{place + 1}")
@@ -228,6 +230,7 @@ class Ensemble(Method):
         torch.manual_seed(key(method.seed, "case", batch["case"][0]))
         with torch.no_grad():
             said = method.to_native(method.predict_case(view), view["geometry"][0])
+        self._tuned |= method.tuned_on(view)
         if said.labels is None and said.regions is None:
             raise SuiteError(f"{member.path}: gives neither probabilities nor masks of the regions, which an ensemble could fuse")
         regions = said.regions if said.regions is not None else self.task.region_masks(said.labels).float()

@@ -59,6 +59,12 @@ class PostProcessing:
         """Whether there is any rule."""
         return bool(self.min_component or self.min_volume)
 
+    def check(self, task: Task) -> None:
+        """Refuses rules for regions that the task does not have."""
+        for region in (*self.min_component, *self.min_volume):
+            if region not in task.regions:
+                raise unknown("region (postprocessing)", region, task.regions)
+
     def __call__(self, prediction: Prediction, task: Task) -> Prediction:
         """The prediction on the native grid with its rules applied to every label map."""
         members = {name: self(member, task) for name, member in prediction.members.items()}
@@ -67,9 +73,7 @@ class PostProcessing:
 
     def labels(self, labels: torch.Tensor, task: Task) -> torch.Tensor:
         """Class indices (X, Y, Z) -> a changed copy."""
-        for region in (*self.min_component, *self.min_volume):
-            if region not in task.regions:
-                raise unknown("region (postprocessing)", region, task.regions)
+        self.check(task)
         result = labels.cpu().numpy().copy()
         order = nesting(task)
         heirs = {r: 0 if parent is None else next(own for s, _, own in order if s == parent) for r, parent, _ in order}

@@ -217,6 +217,20 @@ def test_other_members_make_another_run_and_moved_ones_the_same(trained, folder,
     assert names["a"] == names["moved"] != names["b"]
 
 
+def test_a_member_whose_threshold_was_chosen_on_the_case_marks_its_row(trained, folder, tmp_path, monkeypatch):
+    from tests.toys import Branches
+
+    monkeypatch.setattr(Branches, "tuned_on", lambda self, batch: batch["case"][0] != "case_00", raising=False)
+    found = job_test(folder, tmp_path, checkpoint(trained, "fold0", "branches"))
+    assert {r["case"]: r["oracle"] == "1" for r in rows(found)} == {c: c != "case_00" for c in scores(trained["fold0"])}
+
+
+def test_rules_for_unknown_regions_are_refused_before_training(folder, tmp_path):
+    with pytest.raises(SuiteError, match="tumor"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "postprocessing.min_component={tumor:3}")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 # which checkpoints
 
 
