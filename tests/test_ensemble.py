@@ -300,6 +300,20 @@ def test_best_per_fold_through_the_job(trained, folder, tmp_path, capsys):
     assert all(r["oracle"] == "1" for r in rows(found))  # chosen by the very cases it was tested on
 
 
+def test_compare_pools_the_folds_of_real_runs(trained):
+    from lesionbench.comparison import compare
+
+    comparison = compare([trained["fold0"], trained["fold1"]], metrics="dice")
+    (cell,) = comparison.cells
+    every = [float(v[0]) for n in ("fold0", "fold1") for v in scores(trained[n]).values()]
+    assert (cell["n_folds"], cell["n_cases"], cell["n_seeds"]) == (2, 8, 1)
+    assert cell["mean"] == pytest.approx(np.mean(every))
+    assert cell["std_cases"] == pytest.approx(np.std(every, ddof=1))
+    assert [cell["q25"], cell["median"], cell["q75"]] == pytest.approx(np.percentile(every, [25, 50, 75]).tolist())
+    by_fold = [np.mean([float(v[0]) for v in scores(trained[n]).values()]) for n in ("fold0", "fold1")]
+    assert [f["mean"] for f in comparison.folds] == pytest.approx(by_fold)
+
+
 # thresholds tuned out of fold
 
 

@@ -136,7 +136,7 @@ def test_staple_beats_the_vote_with_one_good_and_two_poor_raters_of_independent_
     assert overlap(labels_of(together), truth) > 0.95
     assert overlap(labels_of(vote), truth) < most
     found = [together.table[f"staple_sensitivity_lesion_m{m}"] for m in (1, 2, 3)]
-    assert found == pytest.approx([0.98, 1 - poor[0], 1 - poor[0]], abs=0.06)
+    assert found == pytest.approx([0.98, 1 - poor[0], 1 - poor[0]], abs=0.1)
     assert together.table["staple_specificity_lesion_m1"] > together.table["staple_specificity_lesion_m2"]
 
 
