@@ -122,6 +122,12 @@ def test_vote_is_the_majority_of_masks(trained, alone, folder, tmp_path):
         assert np.array_equal(masks[case] > 0, votes >= 2)
 
 
+def test_patterns_and_references_to_other_keys(trained, folder, tmp_path):
+    pattern = str(trained["fold0"]).replace("seed=0", "seed=${seed}") + "/checkpoints/l*.ckpt"
+    found = job_test(folder, tmp_path, f"ckpt=['{pattern}']", "seed=0")
+    assert scores(found) == scores(trained["fold0"])
+
+
 def test_weights_and_groups(trained, alone, folder, tmp_path):
     names = ["fold0", "uncropped", "regions"]
     a, b, c = (alone(n)[0] for n in names)
