@@ -2,7 +2,7 @@
 
     python benchmarks/ensemble_memory.py [side of the volume, default 128]
 
-Each line is a process of its own that predicts one simulated case of that many voxels along each side with 1, 2, 4 and 8 members: first its
+Each line is a process of its own that predicts one random case of that many voxels along each side with 1, 2, 4 and 8 members: first its
 peak resident memory, then what the fusion holds when the last member has answered. Members are checkpoints of a 3D U-Net with random
 weights. Fails if mean or vote need so much more with eight members than with two as a third of
 six members' weights, or if STAPLE holds more than one bit per member, region and voxel.
