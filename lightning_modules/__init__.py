@@ -6,6 +6,7 @@ from lightning_modules.blur_residual import BlurResidual
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
+from lightning_modules.modality_pairing import ModalityPairing
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
@@ -21,6 +22,7 @@ __all__ = [
     "FlairThreshold",
     "Habitats",
     "Method",
+    "ModalityPairing",
     "MultiRater",
     "ReciprocalAdversarial",
     "Robustness",
