@@ -7,6 +7,7 @@ from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
 from datamodules.ibsr import IBSR
 from datamodules.images import Images
+from datamodules.modality_toy import ModalityToy
 from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
@@ -27,6 +28,7 @@ __all__ = [
     "Ellipses",
     "Folder",
     "Images",
+    "ModalityToy",
     "Planting",
     "Preprocessing",
     "Sampling",

@@ -6,6 +6,7 @@ from lightning_modules.blur_residual import BlurResidual
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
+from lightning_modules.missing_modalities import MissingModalities
 from lightning_modules.modality_pairing import ModalityPairing
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
@@ -22,6 +23,7 @@ __all__ = [
     "FlairThreshold",
     "Habitats",
     "Method",
+    "MissingModalities",
     "ModalityPairing",
     "MultiRater",
     "ReciprocalAdversarial",
