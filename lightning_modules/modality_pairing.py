@@ -1,6 +1,6 @@
 """Modality-pairing learning: branches for groups of modalities whose last features are made to agree (Wang et al., BrainLes 2020)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -50,8 +50,10 @@ class ModalityPairing(SegmentationMethod):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         output = self(batch["image"])
-        if "features" not in output:
-            raise SuiteError(f"ModalityPairing needs a network that returns features by branch (networks.PairedUNet), not {type(self.network).__name__}")
+        if not isinstance(output, Mapping) or "features" not in output:
+            raise SuiteError(
+                f"ModalityPairing needs a network that returns features by branch (networks.PairedUNet), not {type(self.network).__name__}"
+            )
         total = supervised = self.loss(output, self.training_target(batch))
         terms = {"supervised": supervised}
         if len(output["features"]) > 1:
@@ -65,5 +67,7 @@ class ModalityPairing(SegmentationMethod):
 
     def weight(self) -> float:
         """Weight of the pairing loss in this batch."""
-        length = self.mp_warmup if self.mp_warmup >= 1 else self.mp_warmup * self.trainer.num_training_batches * self.trainer.max_epochs
+        length = self.mp_warmup
+        if 0 < length < 1:
+            length *= self.trainer.num_training_batches * self.trainer.max_epochs
         return self.mp_weight * min(1.0, (self.iteration + 1) / max(length, 1))

@@ -12,7 +12,7 @@ MANY = [conflict(0, n) for n in range(40)]
 def lift(channel: str, label: int) -> float:
     """Mean brightness of a class over that of the edema, or of the edema over the background: 1.15 where the class shows, on average."""
     reference = 2 if label == 4 else 0
-    found = [i[channel][l == label].mean() - i[channel][l == reference].mean() for i, l in MANY if (l == label).any()]
+    found = [i[channel][m == label].mean() - i[channel][m == reference].mean() for i, m in MANY if (m == label).any()]
     return float(np.mean(found))
 
 
@@ -25,8 +25,8 @@ def test_contrasts_show_what_they_should(channel):
 
 def test_no_contrast_alone_tells_the_tumor():
     """Bright voxels outside of the tumor in FLAIR or in T2 are many, in both few."""
-    bright = {c: np.mean([((i[c] > 0.9) & (l == 0)).sum() / ((i[c] > 0.9) & (l > 0)).sum() for i, l in MANY]) for c in ("flair", "t2")}
-    both = np.mean([((i["flair"] > 0.9) & (i["t2"] > 0.9) & (l == 0)).sum() / (l > 0).sum() for i, l in MANY])
+    bright = {c: np.mean([((i[c] > 0.9) & (m == 0)).sum() / ((i[c] > 0.9) & (m > 0)).sum() for i, m in MANY]) for c in ("flair", "t2")}
+    both = np.mean([((i["flair"] > 0.9) & (i["t2"] > 0.9) & (m == 0)).sum() / (m > 0).sum() for i, m in MANY])
     assert min(bright.values()) > 0.3
     assert both < 0.05
 

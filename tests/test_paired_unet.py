@@ -77,7 +77,14 @@ def test_parameters_of_crossings_by_hand():
 @pytest.mark.parametrize("norm_order", ["conv_norm_act", "norm_act_conv"])
 @pytest.mark.parametrize(
     ("cross", "meets"),
-    [({}, True), ({"encoder": False}, True), ({"skips": False}, True), ({"granularity": "conv"}, True), (OFF, False), ({**OFF, "granularity": "conv"}, False)],
+    [
+        ({}, True),
+        ({"encoder": False}, True),
+        ({"skips": False}, True),
+        ({"granularity": "conv"}, True),
+        (OFF, False),
+        ({**OFF, "granularity": "conv"}, False),
+    ],
 )
 def test_branches_see_each_other_only_across(cross, meets, norm_order):
     network = built(cross=cross, norm_order=norm_order)
@@ -130,7 +137,15 @@ def test_shapes(fusion, dimensions):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cross": {"granularity": "conv"}}, {"norm_order": "norm_act_conv"}, {"fusion": "late"}, {"norm": "batch"}, {"widths": [4, 4, 4, 4]}]
+    "options",
+    [
+        {},
+        {"cross": {"granularity": "conv"}},
+        {"norm_order": "norm_act_conv"},
+        {"fusion": "late"},
+        {"norm": "batch"},
+        {"widths": [4, 4, 4, 4]},
+    ],
 )
 def test_every_parameter_gets_a_gradient(options):
     network = built(deep_supervision=True, **options)

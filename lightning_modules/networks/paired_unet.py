@@ -108,12 +108,17 @@ class PairedUNet(nn.Module):
         self.encoders = nn.ModuleList()  # [branch][level][0 or 1]
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()  # [branch][level], finest first
         for group in self.groups:
-            firsts = [unit(len(group), widths[0], first=True), *(unit(readers["encoder"] * widths[i - 1], widths[i], 2) for i in levels[1:])]
+            firsts = [
+                unit(len(group), widths[0], first=True),
+                *(unit(readers["encoder"] * widths[i - 1], widths[i], 2) for i in levels[1:]),
+            ]
             seconds = [unit(dense * width, width) for width in widths]
             self.encoders.append(nn.ModuleList(nn.ModuleList(block) for block in zip(firsts, seconds, strict=True)))
             self.ups.append(nn.ModuleList(up(i) for i in levels[:-1]))
             self.decoders.append(
-                nn.ModuleList(nn.Sequential(unit((1 + readers["skips"]) * widths[i], widths[i]), unit(widths[i], widths[i])) for i in levels[:-1])
+                nn.ModuleList(
+                    nn.Sequential(unit((1 + readers["skips"]) * widths[i], widths[i]), unit(widths[i], widths[i])) for i in levels[:-1]
+                )
             )
         self.dense = dense > 1
         self.head = head(0)
