@@ -72,6 +72,9 @@ def test_one_channel_always_stays_and_it_is_one_that_the_case_has(tmp_path):
     incomplete = [s for s in found if s["case"] == "case_00"]
     assert not any(s["channel_mask"][0] for s in incomplete)
     assert len({int(s["channel_mask"].float().argmax()) for s in found}) == 4
+    found = samples(root, 0.3, split=Split(test=1, val=0), preprocessing=Preprocessing(allow_missing=True))
+    assert not any(s["channel_mask"][0] for s in found if s["case"] == "case_00")
+    assert any(s["channel_mask"][0] for s in found)
 
 
 def test_evaluation_and_repeated_samples_keep_all(root):
