@@ -274,3 +274,16 @@ def test_toy_preset_is_frozen():
     assert (cfg.epochs, cfg.data.samples_per_epoch, cfg.data.batch_size, cfg.data.count, cfg.data.split.test) == (40, 40, 4, 84, 60)
     assert (cfg.data.simulation_seed, cfg.model.optimizer.lr, list(cfg.model.network.widths)) == (3, 2e-3, [8, 16, 32])
     assert (cfg.model.mp_weight, cfg.model.mp.mode, cfg.model.mp_warmup) == (0.5, "flat", 0)
+
+
+@pytest.mark.slow
+def test_crossed_branches_beat_late_fusion_and_the_loss_makes_them_agree(tmp_path):
+    found = {arm: [trained(tmp_path, arm, seed) for seed in range(3)] for arm in ARMS}
+    gains = [pair["ET"] - late["ET"] for pair, late in zip(found["paired, 0.5"], found["late"], strict=True)]
+    assert min(gains) > 0.03, found
+    correlation = {arm: [f["correlation"] for f in seeds] for arm, seeds in found.items()}
+    assert min(correlation["paired, 0.5"]) > 0.9, found
+    assert all(0.15 < c < 0.6 for c in correlation["paired, 0.05"]), found
+    assert all(abs(c) < 0.4 for c in correlation["paired"]), found
+    for region in ("WT", "ET"):  # at little cost, if any
+        assert mean(f[region] for f in found["paired, 0.5"]) > mean(f[region] for f in found["paired"]) - 0.02, found
