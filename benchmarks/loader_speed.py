@@ -114,7 +114,7 @@ class Loader:
         return speed
 
     def end(self) -> None:
-        self._send(signal.SIGKILL)
+        self._send(signal.SIGCONT)  # so that they can end with their loader
 
     def _send(self, number: int) -> None:
         for worker in self.workers:
