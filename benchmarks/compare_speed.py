@@ -36,7 +36,13 @@ def make_run(root: Path, number: int) -> None:
         for region in ("WT", "TC", "ET")
     ]
     block = {f"option{i}": {"_target_": "package.module.Name", "rate": 0.1, "sizes": [1, 2, 3]} for i in range(6)}
-    config = {"experiment": experiment, "experiment_name": experiment, "seed": seed, "data": {"name": "fake", "split": {"fold": fold}}, "objective": {"name": "val/dice"}}
+    config = {
+        "experiment": experiment,
+        "experiment_name": experiment,
+        "seed": seed,
+        "data": {"name": "fake", "split": {"fold": fold}},
+        "objective": {"name": "val/dice"},
+    }
     config |= {f"part{i}": block for i in range(8)}
     write_rows(folder / "test" / "cases.csv", rows)
     write_json(folder / "summary.json", {"experiment": experiment, "seed": seed, "status": "finished", "cost": {"parameters": 1e6}})
