@@ -1,5 +1,6 @@
 """Data sets as Lightning data modules; one file each."""
 
+from datamodules.acdc import ACDC
 from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
@@ -7,6 +8,7 @@ from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
 from datamodules.ibsr import IBSR
 from datamodules.images import Images
+from datamodules.left_atrium import LeftAtrium
 from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
@@ -19,6 +21,7 @@ from datamodules.toy_brains import ToyBrains
 from datamodules.tumor_voxels import TumorVoxels
 
 __all__ = [
+    "ACDC",
     "IBSR",
     "QUBIQ",
     "Atlas",
@@ -27,6 +30,7 @@ __all__ = [
     "Ellipses",
     "Folder",
     "Images",
+    "LeftAtrium",
     "Planting",
     "Preprocessing",
     "Sampling",
