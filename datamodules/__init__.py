@@ -2,6 +2,7 @@
 
 from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
+from datamodules.blobs import Blobs
 from datamodules.brats import BraTS
 from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
@@ -22,6 +23,7 @@ __all__ = [
     "IBSR",
     "QUBIQ",
     "Atlas",
+    "Blobs",
     "BraTS",
     "CaseDataModule",
     "Ellipses",
