@@ -11,6 +11,7 @@ from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
+from callbacks.pseudo_label_quality import PseudoLabelQuality
 from callbacks.reliability import Reliability
 from callbacks.trial_pruner import TrialPruner
 from callbacks.wandb_run import WandbRun
@@ -28,6 +29,7 @@ __all__ = [
     "NiftiWriter",
     "NonFiniteLoss",
     "OverlayFigures",
+    "PseudoLabelQuality",
     "Reliability",
     "TrialPruner",
     "WandbRun",

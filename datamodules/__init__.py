@@ -3,6 +3,7 @@
 from datamodules.acdc import ACDC
 from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
+from datamodules.blobs import Blobs
 from datamodules.brats import BraTS
 from datamodules.ellipses import Ellipses
 from datamodules.folder import Folder
@@ -25,6 +26,7 @@ __all__ = [
     "IBSR",
     "QUBIQ",
     "Atlas",
+    "Blobs",
     "BraTS",
     "CaseDataModule",
     "Ellipses",

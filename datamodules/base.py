@@ -205,7 +205,7 @@ class CaseDataModule(pl.LightningDataModule):
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:
-            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["train"]])
+            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
 
     def _wants(self, cases: str) -> bool:
         return any(spec.get("cases") == cases for spec in self.streams.values())
@@ -271,6 +271,10 @@ class CaseDataModule(pl.LightningDataModule):
             cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
         )
         return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
+
+    def unlabeled_loader(self) -> DataLoader:
+        """Whole unlabeled training cases, without labels even where there are some."""
+        return self.case_loader([replace(c, label=None, raters=[]) for c in self.parts["unlabeled"]])
 
     def val_dataloader(self) -> DataLoader | list:
         return self.case_loader(self.parts["val"]) if self.parts["val"] else []

@@ -6,9 +6,11 @@ from lightning_modules.blur_residual import BlurResidual
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
+from lightning_modules.mean_teacher import MeanTeacher
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.robustness import Robustness
+from lightning_modules.semi_supervised import SemiSupervised
 from lightning_modules.spin import SPiN
 from lightning_modules.supervised import Supervised
 from lightning_modules.umm import UMM
@@ -20,11 +22,13 @@ __all__ = [
     "BlurResidual",
     "FlairThreshold",
     "Habitats",
+    "MeanTeacher",
     "Method",
     "MultiRater",
     "ReciprocalAdversarial",
     "Robustness",
     "SPiN",
     "SegmentationMethod",
+    "SemiSupervised",
     "Supervised",
 ]
