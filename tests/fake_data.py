@@ -359,5 +359,5 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "semireal": write_fake_masks,
     "ibsr": write_fake_ibsr,
     "leftatrium": write_fake_left_atrium,
-    "acdc": write_fake_acdc,
+    "acdc": partial(write_fake_acdc, shape=(22, 26, 3)),  # networks on slices of 256 x 256 take their time
 }
