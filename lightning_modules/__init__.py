@@ -3,6 +3,7 @@
 from lightning_modules.autoencoder import Autoencoder
 from lightning_modules.base import Method, SegmentationMethod
 from lightning_modules.blur_residual import BlurResidual
+from lightning_modules.coranet import CoraNet
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
@@ -20,6 +21,7 @@ __all__ = [
     "UMM",
     "Autoencoder",
     "BlurResidual",
+    "CoraNet",
     "FlairThreshold",
     "Habitats",
     "MeanTeacher",
