@@ -135,8 +135,12 @@ class CaseDataModule(pl.LightningDataModule):
 
     def cases(self) -> list[Case]:
         """The cases used, in a fixed order."""
-        cases = sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+        cases = self.ordered(self.find_cases())[: self.limit_cases]
         return cases if self.labels is None else with_labels(cases, self.labels)
+
+    def ordered(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases in the order that `limit_cases` takes them: by id."""
+        return sorted(cases, key=lambda c: c.id)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         """The parts of the split; only cases that have labels are divided."""
