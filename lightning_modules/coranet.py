@@ -16,8 +16,8 @@ from lightning_modules.semi_supervised import Batch, Output, SemiSupervised, log
 from lightning_modules.teachers import Teacher
 
 CHOICES = {
-    "certain": ("off", "all", "masked"),
-    "uncertain": ("off", "all", "certain_only", "uncertain_only"),
+    "certain": ("none", "all", "masked"),
+    "uncertain": ("none", "all", "certain_only", "uncertain_only"),
     "certain_heads": ("main", "all"),
     "uncertain_heads": ("main", "all"),
     "pseudo_weights": ("same", "swapped"),
@@ -40,8 +40,8 @@ class CoraNet(SemiSupervised):
 
     Args:
         mask: says what is uncertain, see `certainty_masks`.
-        certain: self-training: `off`, on `all` pixels, or `masked` to the certain ones.
-        uncertain: consistency: `off`, on `all` pixels, on `certain_only` or `uncertain_only`.
+        certain: self-training: `none`, on `all` pixels, or `masked` to the certain ones.
+        uncertain: consistency: `none`, on `all` pixels, on `certain_only` or `uncertain_only`.
         certain_heads: also train the conservative and the radical head on certain pixels (`all`), or the `main` one only.
         pseudo_weights: costs of these two there: `same` as on labels, or `swapped` (as in the code published with the paper).
         uncertain_heads: consistency of the `main` head, or the mean over `all` three.
@@ -118,8 +118,8 @@ class CoraNet(SemiSupervised):
         """The terms on unlabeled images that count in this batch; before the first labeling there is nothing to go by."""
         labeled = "pseudo_label" in unlabeled
         known = {
-            "certain": self.certain != "off" and labeled,
-            "uncertain": self.uncertain == "all" or (self.uncertain != "off" and labeled),
+            "certain": self.certain != "none" and labeled,
+            "uncertain": self.uncertain == "all" or (self.uncertain != "none" and labeled),
         }
         return [name for name, there in known.items() if there and self.weights[name]]
 
@@ -169,7 +169,7 @@ class CoraNet(SemiSupervised):
     # pseudo labels
 
     def relabel(self) -> None:
-        if self.certain != "off" or self.uncertain in ("certain_only", "uncertain_only"):
+        if self.certain != "none" or self.uncertain in ("certain_only", "uncertain_only"):
             super().relabel()
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
