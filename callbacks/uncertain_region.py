@@ -14,8 +14,8 @@ from callbacks.gather import gather
 class UncertainRegion(pl.Callback):
     """Appends to `<folder>/uncertain_region.csv` after every labeling of the unlabeled cases; looks at no true label.
 
-    Columns: epoch, iteration, version (of the map), cases, voxels, share (of all voxels that are uncertain), distance (median over the
-    uncertain voxels of all cases of the distance to the nearest voxel of a predicted boundary, in voxels; of cases with a boundary).
+    Columns: epoch, iteration, version (of the map), cases, voxels, share (of all voxels that are uncertain), distance and
+    mean_distance (median and mean, over the uncertain voxels of all cases that have a boundary, of the distance to its nearest voxel).
     `<folder>/uncertain_region.npz` keeps, of every version and the first `keep` cases, `label_v<version>_<case>` and `uncertain_v<version>_<case>`
     (X, Y, Z).
 
@@ -26,7 +26,7 @@ class UncertainRegion(pl.Callback):
         keep: cases.
     """
 
-    HEADER = ("epoch", "iteration", "version", "cases", "voxels", "share", "distance")
+    HEADER = ("epoch", "iteration", "version", "cases", "voxels", "share", "distance", "mean_distance")
 
     def __init__(self, folder: str, map: str = "pseudo_label", mask: str = "uncertain", keep: int = 4) -> None:
         self.folder, self.map, self.mask, self.keep = Path(folder), map, mask, keep
@@ -55,8 +55,10 @@ class UncertainRegion(pl.Callback):
             return
         distances = np.concatenate([d for d, _, _ in ranks])
         uncertain, voxels = sum(n for _, n, _ in ranks), sum(n for _, _, n in ranks)
-        median = float(np.median(distances)) if len(distances) else ""
-        self._write([trainer.current_epoch, pl_module.iteration, version, len(cases), voxels, uncertain / voxels if voxels else "", median])
+        middle = [float(np.median(distances)), float(distances.mean())] if len(distances) else ["", ""]
+        self._write(
+            [trainer.current_epoch, pl_module.iteration, version, len(cases), voxels, uncertain / voxels if voxels else "", *middle]
+        )
         if self.keep:
             self._remember(version, [self._read(data, c.id) for c in cases[: self.keep]], [c.id for c in cases[: self.keep]])
 
