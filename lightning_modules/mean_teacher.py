@@ -40,5 +40,9 @@ class MeanTeacher(SemiSupervised):
         if self.weights["consistency"]:
             teacher = self.target.activate(self.aside(self.teacher, self.noisy(image, "teacher", self.noise, 2 * self.noise), "teacher"))
             student = torch.cat([self.probabilities(mine), self.probabilities(others)])
-            terms["consistency"] = gated_consistency(student, teacher)
+            terms["consistency"] = gated_consistency(student, teacher, self.kept(image))
         return terms
+
+    def kept(self, image: torch.Tensor) -> torch.Tensor | None:
+        """Where the teacher counts, bool (B, 1, *spatial); None = everywhere."""
+        return None

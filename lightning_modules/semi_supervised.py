@@ -12,7 +12,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
 from lesionbench.target import RegionSigmoid
-from lesionbench.task import Task
+from lesionbench.task import IGNORE, Task
 from lightning_modules.base import SegmentationMethod
 from lightning_modules.networks.held import held
 from lightning_modules.ramps import Ramp
@@ -35,7 +35,7 @@ class SemiSupervised(SegmentationMethod):
         ramp: weight over time, called with (batches done, batches of all) since the warm start, or term -> such a call; None = constant.
         warm_start: batches on labeled samples alone before the other terms begin; below 1 a share of all. A method that writes maps goes
             on to the end of the epoch.
-        predict_with: name out of `answers`, or `mean` of all; None = the first.
+        predict_with: name out of `answers`, or `mean` of the students' probabilities; None = the first of `answers`.
         predict_members: also predict with every one of `answers` alone (members of the prediction).
         relabel_every: epochs between two labelings of the unlabeled cases, for methods that write maps.
 
@@ -180,6 +180,13 @@ class SemiSupervised(SegmentationMethod):
             return (logits > 0).to(torch.int8)
         return logits.argmax(dim=1, keepdim=True)
 
+    def as_maps(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training target -> maps (B, K, *spatial) in {0, 1} that probabilities compare with, and which voxels count (float, broadcasts)."""
+        valid = (target != IGNORE).float()
+        if isinstance(self.target, RegionSigmoid):
+            return target.clamp_min(0).float(), valid
+        return nn.functional.one_hot(target[:, 0].long().clamp_min(0), self.target.out_channels).movedim(-1, 1).float(), valid
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         if self.iteration == self.warm_iterations:
@@ -235,10 +242,9 @@ class SemiSupervised(SegmentationMethod):
         """`maps` of what `predict_with` names and, with `predict_members`, those of every network by name."""
         answers = self.answers()
         main = self.predict_with or next(iter(answers))
-        wanted = answers if self.predict_members or main == "mean" else {main: answers[main]}
-        maps = {name: self.probabilities(network(view)) for name, network in wanted.items()}
-        whole = sum(maps.values()) / len(maps) if main == "mean" else maps[main]
-        return {"maps": whole, **(maps if self.predict_members else {})}
+        used = list(self.students()) if main == "mean" else [main]
+        maps = {name: self.probabilities(answers[name](view)) for name in (answers if self.predict_members else used)}
+        return {"maps": sum(maps[name] for name in used) / len(used), **(maps if self.predict_members else {})}
 
     def predict_case(self, batch: Batch) -> Prediction:
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
