@@ -1,5 +1,6 @@
 """Co-learning: the six checks of its formulas, its switches, and which student learns from what."""
 
+import signal
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from lightning_modules.losses import RegionDice, SoftDice
 from lightning_modules.mixing import box_mask
 from lightning_modules.networks import BranchedUNet
 from lightning_modules.schedules import steps
-from tests.harness import composed, rows, run, run_folders, weights
+from tests.harness import assert_same, composed, rows, run, run_folders, run_killed, weights
 
 TASK = Task(("image",), {"background": 0, "blob": 1}, {"BLOB": ("blob",)}, unit="vox")
 DICE = partial(SoftDice, squared=True)
@@ -319,14 +320,37 @@ def test_refusals(options, message):
         method(**options)
 
 
-def test_a_run_predicts_with_every_network_and_resumes_exactly(tmp_path):
-    common = [
-        "experiment=colearning/blobs", "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=2", "data.samples_per_epoch=8",
-        "data.batch_size=2", "model.network.features=[4,8]", "threads=1", "callbacks.calibration=null", f"data.root={tmp_path / 'data'}", "model.warm_start=1",
-    ]  # fmt: skip
-    run(*common, f"runs={tmp_path / 'runs'}")
+TINY = [
+    "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=3", "data.samples_per_epoch=8", "data.batch_size=2",
+    "model.network.features=[4,8]", "threads=1", "callbacks.calibration=null",
+]  # fmt: skip
+
+
+def test_a_run_predicts_with_every_network(tmp_path):
+    run(
+        "experiment=colearning/blobs",
+        *TINY,
+        "epochs=1",
+        "model.warm_start=1",
+        f"data.root={tmp_path / 'data'}",
+        f"runs={tmp_path / 'runs'}",
+    )
     (folder,) = run_folders(tmp_path / "runs")
     assert {r["member"] for r in rows(folder)} == {"", "student1", "student2", "teacher"}
     state = weights(folder)
-    assert int(state["teacher.updates"]) == 8
+    assert int(state["teacher.updates"]) == 4
     assert any(not torch.equal(state[k], state[k.replace("second", "network", 1)]) for k in state if k.startswith("second"))
+
+
+@pytest.mark.parametrize("name", ["colearning", "temporal_ensembling"])
+def test_kill_and_resume_is_bit_identical(name, tmp_path):
+    """The teacher's average, its warm-up, the students, and for stored labels their number and versions: all of it is in the checkpoint."""
+    common = [f"experiment={name}/blobs", *TINY, "model.warm_start=1", f"data.root={tmp_path / 'data'}"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
+    stop = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=10"]
+    assert run_killed(*killed, *stop) == -signal.SIGKILL
+    run(*killed, "resume=true")
+    whole, resumed = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
+    assert_same(weights(whole[0]), weights(resumed[0]))
+    assert rows(whole[0]) == rows(resumed[0])
