@@ -12,6 +12,8 @@ from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
 from lightning_modules.mean_teacher import MeanTeacher
+from lightning_modules.missing_modalities import MissingModalities
+from lightning_modules.modality_pairing import ModalityPairing
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.pi_model import PiModel
 from lightning_modules.pseudo_label import PseudoLabel
@@ -40,6 +42,8 @@ __all__ = [
     "Habitats",
     "MeanTeacher",
     "Method",
+    "MissingModalities",
+    "ModalityPairing",
     "MultiRater",
     "PiModel",
     "PseudoLabel",
