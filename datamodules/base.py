@@ -300,7 +300,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     def case_batch(self, case_id: str, task: Task, preprocessing: Preprocessing, statistics: dict | None = None) -> dict[str, Any]:
         """One raw case as an evaluation batch, preprocessed in another way than this data module's (a member of an ensemble, say)."""
-        case = next(c for c in (self.cases() if self.predict_cases is None else self.predict_cases) if c.id == case_id)
+        known = {c.id: c for cases in (*self.parts.values(), self.predict_cases or ()) for c in cases}
+        case = known[case_id] if case_id in known else next(c for c in self.cases() if c.id == case_id)
         with TemporaryDirectory(prefix="lesionbench-") as folder:
             cache = CaseCache(Path(folder), task, preprocessing)
             cache.prepare([case], progress=False)
