@@ -7,8 +7,8 @@ from lightning_modules.co_learning import CoLearning
 from lightning_modules.copy_paste import CopyPaste
 from lightning_modules.coranet import CoraNet
 from lightning_modules.cross_pseudo import CrossPseudo
-from lightning_modules.entropy_minimization import EntropyMinimization
 from lightning_modules.ensemble import Ensemble
+from lightning_modules.entropy_minimization import EntropyMinimization
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
@@ -38,8 +38,8 @@ __all__ = [
     "CopyPaste",
     "CoraNet",
     "CrossPseudo",
-    "EntropyMinimization",
     "Ensemble",
+    "EntropyMinimization",
     "FlairThreshold",
     "Habitats",
     "MeanTeacher",
