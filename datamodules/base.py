@@ -43,7 +43,8 @@ class CaseDataModule(pl.LightningDataModule):
         batch_size: samples per process and batch of a stream that does not say its own.
         samples_per_epoch: an epoch, in samples of the first stream over all processes.
         augmentation: TorchIO transform applied to training samples, or a list of them.
-        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping.
+        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping;
+            one that is null is left out.
             Batches of `unlabeled` cases carry no label at all.
         extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
         check: run the integrity check once per set of files before training.
@@ -101,7 +102,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
         self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
-        self.streams = {name: dict(spec or {}) for name, spec in (streams or {"default": {}}).items()}
+        self.streams = {name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None}
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
@@ -140,8 +141,12 @@ class CaseDataModule(pl.LightningDataModule):
 
     def cases(self) -> list[Case]:
         """The cases used, in a fixed order."""
-        cases = sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+        cases = self.ordered(self.find_cases())[: self.limit_cases]
         return cases if self.labels is None else with_labels(cases, self.labels)
+
+    def ordered(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases in the order that `limit_cases` takes them: by id."""
+        return sorted(cases, key=lambda c: c.id)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         """The parts of the split; only cases that have labels are divided."""
@@ -206,7 +211,7 @@ class CaseDataModule(pl.LightningDataModule):
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:
-            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["train"]])
+            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
 
     def _wants(self, cases: str) -> bool:
         return any(spec.get("cases") == cases for spec in self.streams.values())
@@ -274,6 +279,10 @@ class CaseDataModule(pl.LightningDataModule):
         )
         return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
 
+    def unlabeled_loader(self) -> DataLoader:
+        """Whole unlabeled training cases, without labels even where there are some."""
+        return self.case_loader([replace(c, label=None, raters=[]) for c in self.parts["unlabeled"]])
+
     def val_dataloader(self) -> DataLoader | list:
         return self.case_loader(self.parts["val"]) if self.parts["val"] else []
 
@@ -291,7 +300,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     def case_batch(self, case_id: str, task: Task, preprocessing: Preprocessing, statistics: dict | None = None) -> dict[str, Any]:
         """One raw case as an evaluation batch, preprocessed in another way than this data module's (a member of an ensemble, say)."""
-        case = next(c for c in (self.cases() if self.predict_cases is None else self.predict_cases) if c.id == case_id)
+        known = {c.id: c for cases in (*self.parts.values(), self.predict_cases or ()) for c in cases}
+        case = known[case_id] if case_id in known else next(c for c in self.cases() if c.id == case_id)
         with TemporaryDirectory(prefix="lesionbench-") as folder:
             cache = CaseCache(Path(folder), task, preprocessing)
             cache.prepare([case], progress=False)

@@ -140,7 +140,7 @@ class TrainingSamples(Dataset):
         if self.labeled and case.raters:
             sample["raters"] = read(cached.raters)
         for name in self.maps:
-            if self.store.has(name, case.id):
+            if self.store is not None and self.store.has(name, case.id):
                 sample[name] = read(lambda b, n=name: self.store.read(n, case.id, b))
         if placement.matrix is not None:
             linear = self._interpolated_linearly
@@ -269,7 +269,7 @@ class WholeCases(Dataset):
             item["native_raters"] = torch.from_numpy(np.stack([self._native(case, path) for path in case.raters]))
             item["raters"] = torch.from_numpy(np.array(cached.raters(None)))
         for name in self.maps:
-            if self.store.has(name, case.id):
+            if self.store is not None and self.store.has(name, case.id):
                 array = np.array(self.store.read(name, case.id))
                 item[name] = torch.from_numpy(array if array.ndim == 4 else array[None])
         return item

@@ -6,8 +6,8 @@ Losses of another form: `VAT` (a network and an image), `PairingLoss` (features 
 
 from lightning_modules.losses.adversarial import critic_loss, fooling_loss, gradient_penalty
 from lightning_modules.losses.class_balanced import ClassBalancedCE
-from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice
-from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, TopK
+from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice, RegionTopKDice
+from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, RegionTopK, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
 from lightning_modules.losses.dice import RegionDice, SoftDice
 from lightning_modules.losses.modality_pairing import PairingLoss
@@ -26,6 +26,8 @@ __all__ = [
     "RegionBCEDice",
     "RegionDice",
     "RegionFocal",
+    "RegionTopK",
+    "RegionTopKDice",
     "SoftDice",
     "TopK",
     "critic_loss",

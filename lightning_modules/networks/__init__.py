@@ -1,8 +1,9 @@
 """Networks: factories `(in_channels, out_channels, *, options) -> nn.Module`, meant as Hydra partials.
 
-A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of other heads, coarsest last), `loss` (the
-network's own scalar term, already weighted), `features` (the last ones of each branch). Each carries the attributes that `contract.describe` documents. Networks that stand on
-MONAI are loaded when first asked for, because importing MONAI takes seconds.
+A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of coarser levels, coarsest last), `heads`
+(logits of further heads on the same trunk), `features` (the last ones of each branch), `loss` (the network's own scalar term, already
+weighted). Each carries the attributes that `contract.describe` documents. Networks that stand on MONAI are loaded when first asked for,
+because importing MONAI takes seconds.
 """
 
 import importlib
@@ -10,6 +11,9 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
+from lightning_modules.networks.branched_resnet import BranchedResNet
+from lightning_modules.networks.branched_unet import BranchedUNet
+from lightning_modules.networks.branched_vnet import BranchedVNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
@@ -37,6 +41,9 @@ _MONAI = (
 )
 
 __all__ = [
+    "BranchedResNet",
+    "BranchedUNet",
+    "BranchedVNet",
     "DilatedUNet",
     "MiddleSlice",
     "NoisyInput",
