@@ -284,6 +284,28 @@ def curves(folder) -> list[tuple[str, str, str]]:
         return [(r["iteration"], r["name"], r["value"]) for r in csv.DictReader(file)]
 
 
+def test_whole_unlabeled_cases_and_statistics_know_no_label(tmp_path):
+    """Neither the cases that pseudo labels are made for nor the intensities of labeled voxels (`normalize: ct`)."""
+    statistics = []
+    for name in ("true", "garbage"):
+        options = {**_blob_options(), "preprocessing": Preprocessing(crop="none", normalize="ct")}
+        data = Blobs(tmp_path / name, **options)
+        data.prepare_data()
+        data.setup()
+        if name == "garbage":
+            for case in data.parts["unlabeled"]:
+                array, affine, _ = read_volume(case.label)
+                write_volume(case.label, (1 - array).astype(np.uint8), affine)
+            data = Blobs(tmp_path / name, **options)
+            data.prepare_data()
+            data.setup()
+        statistics.append(data.statistics)
+        batches = list(data.unlabeled_loader())
+        assert [b["case"][0] for b in batches] == [c.id for c in data.parts["unlabeled"]]
+        assert not any({"label", "native_label", "raters"} & set(b) for b in batches)
+    assert statistics[0] == statistics[1]
+
+
 def test_stored_labels_are_renewed_at_ends_of_epochs(tmp_path):
     run(
         *STORED,
