@@ -14,6 +14,7 @@ from callbacks.progress import LineProgress, progress_bar
 from callbacks.pseudo_label_quality import PseudoLabelQuality
 from callbacks.reliability import Reliability
 from callbacks.trial_pruner import TrialPruner
+from callbacks.uncertain_region import UncertainRegion
 from callbacks.wandb_run import WandbRun
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PseudoLabelQuality",
     "Reliability",
     "TrialPruner",
+    "UncertainRegion",
     "WandbRun",
     "montage",
     "progress_bar",

@@ -5,6 +5,7 @@ from lightning_modules.base import Method, SegmentationMethod
 from lightning_modules.blur_residual import BlurResidual
 from lightning_modules.co_learning import CoLearning
 from lightning_modules.copy_paste import CopyPaste
+from lightning_modules.coranet import CoraNet
 from lightning_modules.cross_pseudo import CrossPseudo
 from lightning_modules.entropy_minimization import EntropyMinimization
 from lightning_modules.fae import FAE
@@ -32,6 +33,7 @@ __all__ = [
     "BlurResidual",
     "CoLearning",
     "CopyPaste",
+    "CoraNet",
     "CrossPseudo",
     "EntropyMinimization",
     "FlairThreshold",

@@ -1,6 +1,7 @@
 """What the branched networks share: normalized convolutions, upsampling, and several heads on one trunk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -65,7 +66,10 @@ class Branches(nn.Module):
         make: makes one head, features -> logits (B, K, *spatial).
         heads: number of heads.
 
-    Returns of `forward`: the main head's logits, or with several heads {"logits": of the main one, "heads": [of the others]}.
+    Attributes:
+        every: whether all heads answer; None = in training only, so that the others cost nothing when the network is used.
+
+    Returns of `forward`: the main head's logits, or where several answer {"logits": of the main one, "heads": [of the others]}.
 
     Raises:
         SuiteError: no head.
@@ -76,10 +80,22 @@ class Branches(nn.Module):
         if heads < 1:
             raise SuiteError(f"network.heads={heads}: a network needs at least its main head")
         self.heads = nn.ModuleList(make() for _ in range(heads))
+        self.every: bool | None = None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor | Mapping[str, torch.Tensor | list[torch.Tensor]]:
-        main, *others = [head(features) for head in self.heads]
+        every = self.training if self.every is None else self.every
+        main, *others = [head(features) for head in (self.heads if every else self.heads[:1])]
         return {"logits": main, "heads": others} if others else main
+
+
+@contextmanager
+def every_head(network: nn.Module) -> Iterator[None]:
+    """Inside, all heads of a branched network answer, also in evaluation mode."""
+    before, network.branches.every = network.branches.every, True
+    try:
+        yield
+    finally:
+        network.branches.every = before
 
 
 def keep_main_head(network: nn.Module) -> nn.Module:
