@@ -133,10 +133,10 @@ class CoLearning(SemiSupervised):
         if self.mix == "in":
             nothing = torch.zeros((len(image), self.target.out_channels, *image.shape[2:]), device=image.device)
             return nothing, nothing
-        empty = torch.zeros_like(image)
-        boxes, outside = self.mixed(empty, image, mask)  # exactly what is used of the unlabeled images
         half = len(mask)
-        logits = self.aside(self.teacher, torch.cat([boxes, outside]), "teacher, crops")
+        nothing = torch.zeros_like(image[:half])
+        used = [mix(nothing, image[:half], mask), mix(image[-half:], nothing, mask)]  # the boxes of mix 1, the surroundings of mix 2
+        logits = self.aside(self.teacher, torch.cat(used), "teacher, crops")
         whole = self._answer(logits)
         first, second = (torch.zeros((len(image), *whole.shape[1:]), device=image.device) for _ in range(2))
         first[:half], second[-half:] = whole[:half], whole[half:]

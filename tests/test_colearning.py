@@ -281,8 +281,9 @@ def test_regions(labeled, unlabeled):
     assert gradients(module, sum(module.losses(labeled, unlabeled).values())) == {"network", "second"}
 
 
-def test_batches_of_one_and_of_different_sizes(labeled, unlabeled):
-    module = method()
+@pytest.mark.parametrize("teacher_input", ["full", "crop"])
+def test_batches_of_one_and_of_different_sizes(teacher_input, labeled, unlabeled):
+    module = method(teacher_input=teacher_input)
     one = {k: v[:1] for k, v in labeled.items()}
     assert all(t.isfinite() for t in module.losses(one, unlabeled).values())
     more = {"image": unlabeled["image"].repeat(3, 1, 1, 1)}
