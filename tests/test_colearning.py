@@ -184,7 +184,7 @@ def test_nothing_to_learn_where_all_agree_and_are_sure(labeled, unlabeled):
     truth = (labeled["image"] > 0).long()  # what the students say
     terms = module.losses({**labeled, "label": truth}, unlabeled)
     for name in ("cps", "teacher", "mix", "supervised"):
-        assert float(terms[name]) == pytest.approx(0, abs=1e-5)
+        assert terms[name].item() == pytest.approx(0, abs=1e-5)
 
 
 # 5: who learns from which mix
