@@ -11,9 +11,9 @@ from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
 from lightning_modules import CoLearning
-from lightning_modules.co_learning import squared_error
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import RegionDice, SoftDice
+from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.mixing import box_mask
 from lightning_modules.networks import BranchedUNet
 from lightning_modules.schedules import steps

@@ -206,7 +206,11 @@ def test_temporal_ensemble_is_the_corrected_average(tmp_path, unlabeled, labeled
     assert set(module.losses(labeled, unlabeled)) == {"supervised"}
     z = torch.full((3, 2, 6, 6), 0.5).half()
     loss = module.losses(labeled, {**unlabeled, "ensemble": z})["consistency"]
-    assert torch.allclose(loss, (module.network(unlabeled["image"]).softmax(1) - 0.5).square().mean())
+    error = (module.network(unlabeled["image"]).softmax(1) - 0.5).square()
+    assert torch.allclose(loss, error.mean())
+    z[..., 3:] = 0  # beyond the border of the volume
+    outside = module.losses(labeled, {**unlabeled, "ensemble": z})["consistency"]
+    assert torch.allclose(outside, error[..., :3].mean())
     assert gradients(module, loss) == {"network"}
 
 
