@@ -43,7 +43,8 @@ class CaseDataModule(pl.LightningDataModule):
         batch_size: samples per process and batch of a stream that does not say its own.
         samples_per_epoch: an epoch, in samples of the first stream over all processes.
         augmentation: TorchIO transform applied to training samples, or a list of them.
-        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping.
+        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping;
+            one that is null is left out.
             Batches of `unlabeled` cases carry no label at all.
         extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
         check: run the integrity check once per set of files before training.
@@ -97,7 +98,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
         self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
-        self.streams = {name: dict(spec or {}) for name, spec in (streams or {"default": {}}).items()}
+        self.streams = {name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None}
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)

@@ -22,7 +22,6 @@ from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.swin import swin_unet
-from lightning_modules.networks.upsampled import upsampled_unet, upsampled_vnet
 from lightning_modules.networks.window import WindowChannels
 
 _MONAI = (
@@ -56,8 +55,6 @@ __all__ = [
     "pack_attention_unet",
     "swin_unet",
     "transbts",
-    "upsampled_unet",
-    "upsampled_vnet",
     *_MONAI,
 ]
 
