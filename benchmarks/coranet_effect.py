@@ -146,10 +146,10 @@ def draw(run: Path, path: Path, versions: Sequence[int] = (1, 2, 5, 10, 20)) -> 
     figure = Figure(figsize=(1.5 * len(versions), 1.5 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(cases), len(versions), squeeze=False)
-    for line, case in zip(axes, cases, strict=True):
+    for number, case in enumerate(cases):
         image = np.asarray(nib.load(root / "images" / f"{case}_image.nii.gz").dataobj)[..., 0]
         truth = np.asarray(nib.load(root / "labels" / f"{case}.nii.gz").dataobj)[..., 0]
-        for ax, version in zip(line, versions, strict=True):
+        for ax, version in zip(axes[number], versions, strict=True):
             label, uncertain = (kept[f"{what}_v{version:04d}_{case}"][..., 0] for what in ("label", "uncertain"))
             ax.imshow(image, cmap="gray", vmin=-2, vmax=4)
             ax.imshow(np.ma.masked_equal(uncertain, 0), cmap="autumn", vmin=0, vmax=2, alpha=0.8)
@@ -157,7 +157,7 @@ def draw(run: Path, path: Path, versions: Sequence[int] = (1, 2, 5, 10, 20)) -> 
             if label.any():
                 ax.contour(label, [0.5], colors="#009E73", linewidths=0.8)
             ax.set_axis_off()
-            if line is axes[0]:
+            if number == 0:
                 ax.set_title(f"labeling {version}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
