@@ -1,5 +1,6 @@
 """The left-atrium table of semi-supervised papers: its sweep composes, every row runs on the data's true layout, `job=compare` prints it."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,7 +30,7 @@ def test_every_method_with_a_left_atrium_experiment_is_a_row():
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_rows_differ_in_the_method_alone(row):
+def test_rows_share_data_protocol_and_number_of_iterations(row):
     cfg = composed("sweep=left_atrium_table", f"experiment={row}", "data.split.labeled=4")
     plain = composed("sweep=left_atrium_table", f"experiment={ROWS[0]}", "data.split.labeled=4")
     for key in ("patch", "metrics", "select", "objective", "augmentation", "data.split", "data.preprocessing", "data.named_split"):
@@ -49,16 +50,19 @@ def test_rows_differ_in_the_method_alone(row):
 @pytest.mark.parametrize("sweep", ["left_atrium_table", "left_atrium_small"])
 def test_the_bound_uses_all_labels_and_the_other_row_the_labeled_alone(sweep, tmp_path):
     root = write_fake_left_atrium(tmp_path)
-    for row, labels in (("supervised/left_atrium", 2), ("supervised/left_atrium_full", 7)):
-        more = {"left_atrium_table": [] if labels == 7 else ["data.split.labeled=2"], "left_atrium_small": ["data.split.folds=4"]}[sweep]
-        cfg = composed(f"sweep={sweep}", f"experiment={row}", f"data.root={root}", *more)
+    seen = {}
+    for row in ("supervised/left_atrium", "supervised/left_atrium_full", "mean_teacher/left_atrium"):
+        cfg = composed(f"sweep={sweep}", f"experiment={row}", f"data.root={root}", "data.split.labeled=2")
         data = instantiate(cfg.data, _convert_="all")
         parts = data.divided(data.cases())
-        expected = {2: 2, 7: len(parts["train"])}[labels]
-        assert len(parts["labeled"]) == expected
-        assert {spec["cases"] for spec in data.streams.values()} <= {"labeled", "train"}
-        samples = data.streams["default"].get("cases", "train")
-        assert len(parts[samples]) == expected
+        seen[row] = {name: [c.id for c in parts[spec["cases"]]] for name, spec in data.streams.items()}
+        seen[row]["test"] = [c.id for c in parts["test"]]
+    alone, bound, semi = seen.values()
+    assert len(alone["default"]) == 2
+    assert alone["default"] == semi["labeled"]
+    assert sorted(bound["default"]) == sorted(semi["labeled"] + semi["unlabeled"])
+    assert alone["test"] == bound["test"] == semi["test"]
+    assert not {*alone["test"]} & {*bound["default"]}
 
 
 def test_the_table_is_printed(tmp_path):
@@ -72,7 +76,7 @@ def test_the_table_is_printed(tmp_path):
     assert len(run_folders(tmp_path / "runs")) == 4
     printed = subprocess.run(
         [sys.executable, "run.py", "job=compare", *common, "hydra.mode=RUN", f"out={tmp_path / 'out'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**__import__("os").environ, "COLUMNS": "200"},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert printed.returncode == 0, printed.stderr
     for text in ("mean_teacher/left_atrium, 2", "supervised/left_atrium, 4", "dice", "jaccard", "hd95_pooled_vox", "asd_vox"):
