@@ -34,8 +34,10 @@ class MeanTeacher(SemiSupervised):
         return {"teacher": self.teacher, "student": self.network}
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
+        sizes = [len(labeled["image"]), len(unlabeled["image"])]
         image = torch.cat([labeled["image"], unlabeled["image"]])
-        mine, others = self.together(self.network, *self.noisy(image, "student", self.noise, 2 * self.noise).split(len(labeled["image"])))
+        noisy = self.noisy(image, "student", self.noise, 2 * self.noise)
+        mine, others = self.together(self.network, *noisy.split(sizes))
         terms = {"supervised": self.supervised(mine, labeled)}
         if self.weights["consistency"]:
             teacher = self.target.activate(self.aside(self.teacher, self.noisy(image, "teacher", self.noise, 2 * self.noise), "teacher"))
