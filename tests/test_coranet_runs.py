@@ -203,9 +203,8 @@ def errors(quality):
 
 def test_errors_gather_in_the_uncertain_region(data, tmp_path):
     """The fast twin: one short training, the first labeling."""
-    _, quality = effect(
-        data, tmp_path, "epochs=18", "data.count=44", "data.split.test=10", "data.split.val=2", seeds=[100], conditions=["all"]
-    )
+    short = ["epochs=7", "model.warm_start=90", "data.count=26", "data.split.test=4", "data.split.val=2", "model.optimizer.lr=3e-3"]
+    _, quality = effect(data, tmp_path, *short, seeds=[100], conditions=["all"])
     inside, outside = errors(quality["all"][0])
     assert inside > 0.25
     assert inside > 5 * outside
