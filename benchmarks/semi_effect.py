@@ -48,7 +48,7 @@ def run(folder: str, rows: str, seeds: str) -> None:
             runs = Path(folder) / name / f"seed={seed}"
             if not list(runs.rglob("test/cases.csv")):
                 register()
-                overrides = [*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null"]
+                overrides = [*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null", "metrics.names=[dice]"]
                 with initialize_config_dir(str(CONF), version_base="1.3"):
                     cfg = compose("config", overrides=quoted(overrides))
                 cfg.experiment_name = ROWS[name][0].partition("=")[2]
