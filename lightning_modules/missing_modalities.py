@@ -53,6 +53,10 @@ class MissingModalities(Method):
             prediction.members[name] = self.method.predict_case({**batch, "image": image, "channel_mask": there})
         return prediction
 
+    def mirror(self, axes: Sequence[int]) -> None:
+        """From now on predicts with test-time mirroring along these axes."""
+        self.method.mirror(axes)
+
     def measure(self, *args: Any, **options: Any) -> list[dict]:
         return self.method.measure(*args, **options)
 

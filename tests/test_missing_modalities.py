@@ -17,6 +17,7 @@ from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lightning_modules import MissingModalities
+from lightning_modules.inferers import Mirrored
 from tests.fake_data import write_fake_brats, write_fake_folder
 from tests.harness import composed, rows, run, run_folders
 from tests.test_samples import dataset, module
@@ -132,6 +133,13 @@ def test_subsets_see_only_their_modalities(tested):
     assert torch.equal(seen[True, True, True, False], image)
     assert torch.equal(seen[True, False, False, False], image * torch.tensor([1.0, 0, 0, 0])[:, None, None, None])
     assert torch.equal(seen[False, True, False, False], image * torch.tensor([0, 1.0, 0, 0])[:, None, None, None])
+
+
+def test_mirroring_reaches_the_method_under_test(tested):
+    task = Task(("flair", "t2", "t1", "t1ce"), {"background": 0, "ed": 2, "et": 4}, {"WT": ("ed", "et"), "ET": ("et",)})
+    tester = MissingModalities(task, checkpoint=str(tested / "checkpoints" / "last.ckpt"), subsets=[])
+    tester.mirror([0, 1])
+    assert isinstance(tester.method.inferer, Mirrored)
 
 
 def test_wrong_subsets_are_refused(tested):
