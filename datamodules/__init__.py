@@ -10,6 +10,7 @@ from datamodules.folder import Folder
 from datamodules.ibsr import IBSR
 from datamodules.images import Images
 from datamodules.left_atrium import LeftAtrium
+from datamodules.modality_toy import ModalityToy
 from datamodules.planting import Planting
 from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
@@ -33,6 +34,7 @@ __all__ = [
     "Folder",
     "Images",
     "LeftAtrium",
+    "ModalityToy",
     "Planting",
     "Preprocessing",
     "Sampling",

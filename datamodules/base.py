@@ -53,6 +53,7 @@ class CaseDataModule(pl.LightningDataModule):
         limit_cases: use only the first so many cases (debugging).
         labels: folder with a label map `<case>.nii.gz` for each case, in the task's values on disk, that replaces the data set's own (what
             a segmentation run predicted, say); a case without one has no label.
+        channel_dropout: probability, in [0, 1), with which each channel is missing from a training sample (see `TrainingSamples`).
         repeat: see `TrainingSamples`.
         seed: of the training samples.
 
@@ -82,6 +83,7 @@ class CaseDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         limit_cases: int | None = None,
         labels: str | Path | None = None,
+        channel_dropout: float = 0.0,
         repeat: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -90,6 +92,8 @@ class CaseDataModule(pl.LightningDataModule):
             raise unknown("view (data.view)", view, VIEWS)
         if view == "window" and window % 2 == 0:
             raise SuiteError(f"data.window={window}: a window has a middle slice, so it must be odd")
+        if not 0 <= channel_dropout < 1:
+            raise SuiteError(f"data.channel_dropout={channel_dropout} is a probability: expected 0 <= p < 1")
         self.root = Path(root).expanduser()
         narrowing = {k: v for k, v in dict(task or {}).items() if v is not None}
         self.task: Task = self.default_task().narrowed(**narrowing)
@@ -107,6 +111,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
         self.labels = None if labels is None else Path(labels).expanduser()
+        self.channel_dropout = channel_dropout
         self.maps: MapStore | None = None  # set by whoever owns the run folder
         self.statistics: dict | None = None
         self.parts: dict[str, list[Case]] = {}
@@ -257,6 +262,7 @@ class CaseDataModule(pl.LightningDataModule):
             maps=self.extra_maps,
             store=self.maps,
             statistics=self.statistics,
+            channel_dropout=self.channel_dropout,
             repeat=self.repeat,
         )
         sampler = KeyedSampler(self.batches_per_epoch, batch_size, rank, world, self._start)
@@ -294,7 +300,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     def case_batch(self, case_id: str, task: Task, preprocessing: Preprocessing, statistics: dict | None = None) -> dict[str, Any]:
         """One raw case as an evaluation batch, preprocessed in another way than this data module's (a member of an ensemble, say)."""
-        case = next(c for c in (self.cases() if self.predict_cases is None else self.predict_cases) if c.id == case_id)
+        known = {c.id: c for cases in (*self.parts.values(), self.predict_cases or ()) for c in cases}
+        case = known[case_id] if case_id in known else next(c for c in self.cases() if c.id == case_id)
         with TemporaryDirectory(prefix="lesionbench-") as folder:
             cache = CaseCache(Path(folder), task, preprocessing)
             cache.prepare([case], progress=False)

@@ -63,6 +63,17 @@ class RandomBrightness(ChannelTransform):
         return channel.mul_(_around_one(*self.factors))
 
 
+class RandomAdditiveBrightness(ChannelTransform):
+    """Adds a normal number of mean 0 and standard deviation `std`, in units of the normalized image, to a channel."""
+
+    def __init__(self, std: float = 0.2, **options) -> None:
+        super().__init__(**options)
+        self.std = std
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        return channel.add_(self.std * torch.randn(1).item())
+
+
 class RandomContrast(ChannelTransform):
     """Stretches a channel about its mean by a factor from `factors`, clipped to the range it had."""
 

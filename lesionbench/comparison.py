@@ -75,10 +75,12 @@ class Comparison:
         group_by: the config keys whose values name the groups.
         baseline: the group that the others are tested against; None = no tests.
         cells: one record per group, member, region and metric: `mean`, `std` (over seeds, of the per-seed means over cases; NaN for one
-            seed), `median`, `q25`, `q75` (of all values of all seeds and folds), `n_seeds`, `n_folds`, `n_cases`, `missing` (values that
+            seed), `std_cases`, `median`, `q25`, `q75` (of all values of all seeds and folds), `n_seeds`, `n_folds`, `n_cases`, `missing` (values that
             are NaN or absent), `oracle` (a threshold was chosen on test labels).
         dataset: what was measured over all test voxels as one set: one record per group, member, region and metric, with `mean` and `std`
             over seeds (of the mean over a seed's folds), `n_seeds`, `n_folds` and `oracle`.
+        folds: one record per group of several folds, member, region, metric and fold: `mean` over the cases of the fold (then over seeds)
+            and `n_cases`.
         tests: one record per group other than the baseline, member, region and metric, see `_test`.
         groups: one record per group: `runs`, `seeds`, `folds`, `cases`, and the mean over runs of every cost in `COST`.
         folders: group -> the run folders that count.
@@ -93,6 +95,7 @@ class Comparison:
     baseline: str | None
     cells: list[Record]
     dataset: list[Record]
+    folds: list[Record]
     tests: list[Record]
     groups: list[Record]
     folders: dict[str, list[str]]
@@ -132,19 +135,22 @@ class Comparison:
 
     def write(self, out: Path | str) -> list[Path]:
         """Writes comparison.csv (one line per cell, with the costs of its group), dataset.csv (the same for what was measured over all
-        test voxels), comparison.md, tests.csv and comparison.json."""
+        test voxels), folds.csv (where there are several), comparison.md, tests.csv and comparison.json."""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         costs = {g["group"]: {name: g[name] for name in COST} for g in self.groups}
         _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
         _write_table(out / "dataset.csv", _DATASET_COLUMNS, [{**record, "note": self.caption} for record in self.dataset])
         _write_table(out / "tests.csv", _TEST_COLUMNS, self.tests)
+        if self.folds:
+            _write_table(out / "folds.csv", _FOLD_COLUMNS, [{**record, "note": self.caption} for record in self.folds])
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
         write_json(out / "comparison.json", {k: v for k, v in asdict(self).items() if k not in ("values", "objectives")})
-        return [out / name for name in ("comparison.csv", "dataset.csv", "comparison.md", "tests.csv", "comparison.json")]
+        names = ["comparison.csv", "dataset.csv", *(["folds.csv"] if self.folds else []), "comparison.md", "tests.csv", "comparison.json"]
+        return [out / name for name in names]
 
     def sheets(self) -> list["Sheet"]:
-        """The tables as text: one per metric, one per data-set-wise metric, the groups with their costs, one of tests per metric."""
+        """The tables as text: one per metric, one more where it was cross-validated, one per data-set-wise metric, the groups with their costs, one of tests per metric."""
         metrics = list(dict.fromkeys(cell["metric"] for cell in self.cells))
         results = [_metric_sheet(metric, [c for c in self.cells if c["metric"] == metric]) for metric in metrics]
         tests = [_test_sheet(metric, [t for t in self.tests if t["metric"] == metric]) for metric in metrics if self.tests]
@@ -152,7 +158,8 @@ class Comparison:
             _dataset_sheet(metric, [r for r in self.dataset if r["metric"] == metric])
             for metric in dict.fromkeys(r["metric"] for r in self.dataset)
         ]
-        return [*results, *whole, _group_sheet(self.groups), *tests]
+        folded = [_fold_sheet(metric, self.cells, self.folds) for metric in dict.fromkeys(f["metric"] for f in self.folds)]
+        return [*results, *folded, *whole, _group_sheet(self.groups), *tests]
 
     def remarks(self) -> list[str]:
         """Notes, and what was left out and why, a line each."""
@@ -214,6 +221,7 @@ def compare(
         baseline=baseline,
         cells=cells,
         dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in _ordered(whole, baseline)],
+        folds=[record for cell, values in _ordered(pool, baseline) for record in _fold_records(cell, values, groups[cell[0]])],
         tests=[] if baseline is None else _tests(pool, baseline, oracle),
         groups=[_group_record(name, groups[name]) for name in sorted(groups, key=lambda g: (g != baseline, g))],
         folders={name: [str(run.folder) for run in _runs(seeds)] for name, seeds in groups.items()},
@@ -504,7 +512,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 _CELL_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "median", "q25", "q75", "n_seeds", "n_folds", "n_cases", "missing")
-_CELL_COLUMNS += ("oracle", *COST, "note")
+_CELL_COLUMNS += ("std_cases", "oracle", *COST, "note")
 
 
 def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
@@ -523,8 +531,27 @@ def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], o
         "n_folds": folds,
         "n_cases": n_cases,
         "missing": len(values) * n_cases - int(pooled.size),
+        "std_cases": float(pooled.std(ddof=1)) if pooled.size > 1 else math.nan,
         "oracle": oracle,
     }
+
+
+_FOLD_COLUMNS = ("group", "member", "region", "metric", "fold", "mean", "n_cases", "note")
+
+
+def _fold_records(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]]) -> list[Record]:
+    """The mean of every fold; nothing for a group of one fold."""
+    cases: dict[str, dict[Any, set[str]]] = {}
+    for seed, run in ((seed, run) for seed, runs in seeds.items() for run in runs):
+        cases.setdefault(_text(_setting(run.settings, FOLD)), {}).setdefault(seed, set()).update(run.cases)
+    if len(cases) < 2:
+        return []
+    records = []
+    for fold, tested in sorted(cases.items(), key=lambda item: (len(item[0]), item[0])):
+        per_seed = [_mean(values[seed].get(case, math.nan) for case in own) for seed, own in tested.items() if seed in values]
+        n_cases = len(set().union(*tested.values()))
+        records.append(dict(zip(_FOLD_COLUMNS, (*cell, fold, _mean(per_seed), n_cases), strict=False)))
+    return records
 
 
 _DATASET_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "n_seeds", "n_folds", "oracle", "note")
@@ -654,6 +681,28 @@ class Sheet:
 
 def _metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
     return _sheet(f"{metric}: mean ± std over seeds, median [quartiles] over all cases", cells, _cell_text)
+
+
+def _fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) -> Sheet:
+    """Cross-validation as challenge papers report it: statistics over the pooled cases of all folds, then the mean of each fold."""
+    folds = [f for f in folds if f["metric"] == metric]
+    pooled = {(c["group"], c["member"], c["region"]): c for c in cells if c["metric"] == metric}
+    regions = list(dict.fromkeys(f["region"] for f in folds))
+    with_members = any(f["member"] for f in folds)
+    statistics = {"mean": "mean", "std": "std_cases", "median": "median", "25 %": "q25", "75 %": "q75"}
+    body = []
+    for group, member in dict.fromkeys((f["group"], f["member"]) for f in folds):
+        own = [f for f in folds if (f["group"], f["member"]) == (group, member)]
+        found = {r: pooled[group, member, r] for r in regions if (group, member, r) in pooled}
+        label = [group + TUNED * any(c["oracle"] for c in found.values()), *([member or "(main)"] if with_members else [])]
+        for title, key in statistics.items():
+            body.append([*label, title, *(_number(found[r][key]) if r in found else "" for r in regions)])
+        for fold in dict.fromkeys(f["fold"] for f in own):
+            means = {f["region"]: _number(f["mean"]) for f in own if f["fold"] == fold}
+            body.append([*label, f"fold {fold}", *(means.get(r, "") for r in regions)])
+    names = ["group", "member"] if with_members else ["group"]
+    columns = [*names, "over cases", *(region or "(case)" for region in regions)]
+    return Sheet(f"{metric} in cross-validation: statistics over the cases of all folds, means of folds", columns, body, len(names) + 1)
 
 
 def _dataset_sheet(metric: str, records: Sequence[Record]) -> Sheet:

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lesionbench.committee import best_per_fold, fingerprint, groups_of, is_ensemble
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.run_folder import RunFolder, variant_hash
 from lesionbench.study import Pruned
@@ -204,6 +205,7 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run.prepare()
     trains = any(p.requires_grad for p in run.method.parameters())
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
+    run.dress(cfg)
     if checkpoint:
         run.load(checkpoint)
     elif trains:
@@ -266,6 +268,8 @@ class Assembled:
             torch.set_num_threads(cfg.threads)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
         self.data = instantiate(cfg.data, _convert_="all") if data is None else data
+        self.rules = instantiate(cfg.postprocessing, _convert_="all")
+        self.rules.check(self.data.task)
         if cfg.maps:
             from lesionbench.maps import MapStore
 
@@ -312,6 +316,13 @@ class Assembled:
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
 
+    def dress(self, cfg: DictConfig) -> None:
+        """Gives the method what only tested and predicted cases get: test-time mirroring and rules on the labels."""
+        if cfg.mirror:
+            self.method.mirror(list(cfg.mirror))
+        if self.rules.active:
+            self.method.postprocess(self.rules)
+
     def load(self, checkpoint: str) -> None:
         """Puts the weights of a checkpoint into the method."""
         from lesionbench.checkpoint import read_checkpoint
@@ -346,23 +357,56 @@ class Assembled:
 
 
 def test(cfg: DictConfig) -> float | None:
-    """Tests `ckpt` (or, without one, the method as configured) on the test part of the data; results go to a run folder of its own."""
+    """Tests `ckpt` (or, without one, the method as configured) on the test part of the data; results go to a run folder of its own.
+
+    Several checkpoints are tested as one ensemble, whose run is named for its fusion.
+    """
+    if is_ensemble(cfg.ckpt):
+        model = _ensemble(cfg)
+        with open_dict(cfg):
+            cfg.model, cfg.ckpt = model, None
+            cfg.experiment_name = f"{cfg.experiment_name}-{cfg.ensemble.fusion}"
     with open_dict(cfg):
         cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
         cfg.objective.name = None
     return fit(cfg)
 
 
+def _ensemble(cfg: DictConfig) -> dict[str, Any]:
+    """The model configuration of the ensemble that `ckpt` names; fills in `ensemble.fingerprints`."""
+    options = OmegaConf.to_container(cfg.ensemble, resolve=True)
+    policy, score, _ = options.pop("policy"), options.pop("score"), options.pop("fingerprints")
+    groups = groups_of(OmegaConf.to_container(cfg.ckpt) if not isinstance(cfg.ckpt, str) else cfg.ckpt)
+    if policy not in ("all", "best_per_fold"):
+        raise unknown("ensemble.policy", policy, ["all", "best_per_fold"])
+    chosen_on: tuple[str, ...] = ()
+    if policy == "best_per_fold":
+        if any(len(group) > 1 for group in groups):
+            raise SuiteError("ensemble.policy=best_per_fold chooses among single checkpoints; ckpt has groups of several")
+        candidates = best_per_fold([path for (path,) in groups], score)
+        groups = [[c.path] for c in candidates if c.chosen]
+        chosen_on = tuple(sorted({p for c in candidates for p in c.patients}))
+        for c in candidates:
+            _say(f"{'kept   ' if c.chosen else 'dropped'} {score} score {c.score:.4f}  {c.path}")
+    with open_dict(cfg):
+        cfg.ensemble.fingerprints = [[fingerprint(path) for path in group] for group in groups]
+    checkpoints = [group[0] if len(group) == 1 else group for group in groups]
+    model = {"_target_": "lightning_modules.Ensemble", "checkpoints": checkpoints, **options, "chosen_on": list(chosen_on)}
+    return {**model, "metrics": OmegaConf.to_container(cfg.metrics, resolve=True), "trust": list(cfg.trust), "seed": cfg.seed}
+
+
 def predict(cfg: DictConfig) -> None:
     """Applies `ckpt` (or an experiment's method, if it has nothing to train) to the images under `input`, or to every case of the data
-    set, and writes NIfTI files to `out`."""
+    set, and writes NIfTI files to `out`. Several checkpoints are applied as one ensemble."""
     quiet()
-    method, data = _from_checkpoint(cfg) if cfg.ckpt else _from_experiment(cfg)
+    source = _from_ensemble if is_ensemble(cfg.ckpt) else _from_checkpoint if cfg.ckpt else _from_experiment
+    method, data = source(cfg)
     with open_dict(cfg):
         cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
         cfg.logger = {}
         cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
     run = Assembled(cfg, method=method, data=data)
+    run.dress(cfg)
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
@@ -380,6 +424,23 @@ def _from_checkpoint(cfg: DictConfig) -> tuple[Any, Any]:
     method, own = load_method(cfg.ckpt, cfg.trust)
     preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
     return method, _prediction_data(cfg, own["task"], preprocessing, own["statistics"])
+
+
+def _from_ensemble(cfg: DictConfig) -> tuple[Any, Any]:
+    """The ensemble of several checkpoints, and data preprocessed as the training of the first did; the others prepare cases themselves."""
+    from hydra.utils import get_class, get_method
+
+    from lesionbench.checkpoint import build_method, read_checkpoint
+
+    if cfg.ensemble.out_of_fold and cfg.input:
+        raise SuiteError("ensemble.out_of_fold=true needs the patients of a data set; images from input=... are not told apart")
+    model = _ensemble(cfg)
+    first, *others = [path for c in model["checkpoints"] for path in ([c] if isinstance(c, str) else c)]
+    task = get_method("lightning_modules.ensemble.common_task")([first, *others], cfg.trust)
+    method = build_method(model, task)
+    own = read_checkpoint(first)["lesionbench"]
+    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    return method, _prediction_data(cfg, task.to_dict(), preprocessing, own["statistics"])
 
 
 def _from_experiment(cfg: DictConfig) -> tuple[Any, Any]:
@@ -487,6 +548,17 @@ def show(cfg: DictConfig) -> None:
     _say(f"written to {out}")
 
 
+def tune(cfg: DictConfig) -> None:
+    """Chooses the smallest volume of a region on out-of-fold predictions and writes it to `out`, for `postprocessing.thresholds`."""
+    from hydra.utils import get_method, instantiate
+
+    options = OmegaConf.to_container(cfg.tune, resolve=True)
+    rules = instantiate(cfg.postprocessing, _convert_="all")
+    out = Path(cfg.out or "thresholds.json")
+    found = get_method("lightning_modules.tuning.tune")(options.pop("runs") or [cfg.runs], rules=rules, **options)
+    _say(f"{found.report()}\nwritten to {found.write(out)}; apply it with postprocessing=tuned postprocessing.thresholds={out}")
+
+
 def compare(cfg: DictConfig) -> None:
     """Compares run folders: table, costs and paired tests."""
     from lesionbench.comparison import compare as compare_runs
@@ -520,7 +592,7 @@ def dashboard(cfg: DictConfig) -> None:
 
 
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
-    "fit": fit, "test": test, "predict": predict, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
+    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
 }  # fmt: skip
 
 

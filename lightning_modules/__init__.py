@@ -7,11 +7,14 @@ from lightning_modules.co_learning import CoLearning
 from lightning_modules.copy_paste import CopyPaste
 from lightning_modules.coranet import CoraNet
 from lightning_modules.cross_pseudo import CrossPseudo
+from lightning_modules.ensemble import Ensemble
 from lightning_modules.entropy_minimization import EntropyMinimization
 from lightning_modules.fae import FAE
 from lightning_modules.flair_threshold import FlairThreshold
 from lightning_modules.habitat_maps import Habitats
 from lightning_modules.mean_teacher import MeanTeacher
+from lightning_modules.missing_modalities import MissingModalities
+from lightning_modules.modality_pairing import ModalityPairing
 from lightning_modules.multi_rater import MultiRater
 from lightning_modules.pi_model import PiModel
 from lightning_modules.pseudo_label import PseudoLabel
@@ -35,11 +38,14 @@ __all__ = [
     "CopyPaste",
     "CoraNet",
     "CrossPseudo",
+    "Ensemble",
     "EntropyMinimization",
     "FlairThreshold",
     "Habitats",
     "MeanTeacher",
     "Method",
+    "MissingModalities",
+    "ModalityPairing",
     "MultiRater",
     "PiModel",
     "PseudoLabel",

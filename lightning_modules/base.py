@@ -17,8 +17,10 @@ from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
+from lightning_modules.inferers import Mirrored
 from lightning_modules.losses import DeepSupervision
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
+from lightning_modules.postprocessing import PostProcessing
 
 Batch = Mapping[str, Any]
 
@@ -43,6 +45,7 @@ class Method(pl.LightningModule):
         writes_maps: per-case maps that training itself writes to the data module's map store.
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
+        postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
     """
 
     streams: tuple[str, ...] = ("default",)
@@ -70,6 +73,7 @@ class Method(pl.LightningModule):
         self.dataset_results = DatasetMetrics(self.metrics.dataset, self.metrics.thresholds)
         self.iteration = 0
         self.config: dict[str, Any] | None = None
+        self.postprocessing: PostProcessing | None = None
         self._open_gradients: dict[str, torch.Tensor] = {}  # of a window of accumulation that a stop cut in two
 
     # what a method answers
@@ -96,6 +100,22 @@ class Method(pl.LightningModule):
     def tuned_on(self, batch: Batch) -> bool:
         """Whether the labels that the method predicts come from a threshold that was chosen on this very case; its rows then say so."""
         return False
+
+    def mirror(self, axes: Sequence[int]) -> None:
+        """From now on predicts with test-time mirroring along these axes (see `inferers.Mirrored`)."""
+        if not hasattr(self, "inferer"):
+            raise SuiteError(f"mirror={list(axes)}: {type(self).__name__} has no inferer that could mirror a case")
+        self.inferer = Mirrored(self.inferer, axes)
+
+    def postprocess(self, rules: PostProcessing) -> None:
+        """From now on test and predicted cases get these rules.
+
+        Raises:
+            SuiteError: metrics on another grid than the native one, whose voxels the rules count.
+        """
+        if self.metrics.space != "native":
+            raise SuiteError(f"postprocessing counts voxels of the native grid, metrics.space={self.metrics.space} measures on another")
+        self.postprocessing = rules
 
     def generator(self, name: str) -> torch.Generator:
         """Keyed randomness for one purpose in the current batch: belongs to (seed, name, iteration, rank)."""
@@ -257,11 +277,14 @@ class Method(pl.LightningModule):
         truth = _truth(batch, native)
         if native:
             prediction = self.to_native(prediction, geometry)
+        rules = self.postprocessing if results is not self.val_results else None
+        if rules is not None:
+            prediction = rules(prediction, self.task)
         result = CaseResult(
             batch["case"][0], batch["patient"][0], batch["site"][0], prediction, truth, batch["image"][0], geometry, native=native
         )
         if metrics is not None:
-            tuned = self.tuned_on(batch)
+            tuned = self.tuned_on(batch) or (rules is not None and result.patient in rules.chosen_on)
             who = {"case": result.case, "patient": result.patient, "site": result.site}
             rows = self.measure(prediction, truth, batch, metrics, result.spacing)
             result.rows = [{**who, **row, **({"oracle": True} if tuned and row.get("region") else {})} for row in rows]

@@ -109,6 +109,34 @@ class PackWise(SliceWise):
         return to_windows(image, axis, self.k)
 
 
+class Mirrored:
+    """Test-time mirroring: the mean over the case and its mirror images, each predicted and mirrored back (nnU-Net, Isensee et al. 2021).
+
+    One mirror image is held at a time. The result of a mirrored case is the mirrored result, whatever the predictor does.
+
+    Args:
+        inferer: predicts each of the 2^n images.
+        axes: n different axes (0 = left to right, 1 = back to front, 2 = bottom to top), mirrored alone and together.
+
+    Raises:
+        SuiteError: no axis, or one that does not exist or stands twice.
+    """
+
+    def __init__(self, inferer: Callable, axes: Sequence[int] = (0, 1, 2)) -> None:
+        if not axes or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
+            raise SuiteError(f"mirror={list(axes)}: expected some of the axes 0, 1 and 2, each once")
+        self.inferer, self.axes = inferer, tuple(axes)
+
+    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        for chosen in product((False, True), repeat=len(self.axes)):
+            dims = [2 + a for a, mirrored in zip(self.axes, chosen, strict=True) if mirrored]
+            for name, maps in self.inferer(image.flip(dims), predictor, axis).items():
+                back = maps.float().flip(dims)
+                total[name] = total[name].add_(back) if name in total else back
+        return {name: maps.div_(2 ** len(self.axes)) for name, maps in total.items()}
+
+
 def padded(
     image: torch.Tensor, divisor: int | Sequence[int] | None, predictor: Predictor, axes: int | None = None
 ) -> dict[str, torch.Tensor]:

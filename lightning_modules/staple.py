@@ -4,6 +4,7 @@ The posterior of a voxel depends on nothing but who marked it, so the voxels are
 expectation maximization runs on the counts: the work per iteration does not grow with the volume.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,36 @@ class VotePatterns:
         Raises:
             ValueError: no rater or more than `MOST_RATERS`, or no valid voxel.
         """
-        raters = len(masks)
-        if not 1 <= raters <= MOST_RATERS:
-            raise ValueError(f"expected 1 to {MOST_RATERS} masks, got {raters}")
-        codes = torch.zeros(masks.shape[1:], dtype=torch.uint8 if raters <= 8 else torch.int32, device=masks.device)
-        for place, mask in enumerate(masks):
-            codes |= mask.to(codes.dtype) << place
+        return cls.of_codes(vote_codes(masks, len(masks)), len(masks), valid)
+
+    @classmethod
+    def of_codes(cls, codes: torch.Tensor, raters: int, valid: torch.Tensor | None = None) -> "VotePatterns":
+        """The same from the votes of every voxel as bits of one number (see `vote_codes`)."""
         found = torch.bincount((codes if valid is None else codes[valid]).flatten(), minlength=2**raters)
         patterns = found.nonzero()[:, 0]
         if not len(patterns):
             raise ValueError("no valid voxel")
-        votes = (patterns[:, None] >> torch.arange(raters, device=masks.device)) & 1
-        return cls(votes.double(), found[patterns].double())
+        return cls(_bits(patterns, raters), found[patterns].double())
+
+
+def vote_codes(masks: Iterable[torch.Tensor], raters: int) -> torch.Tensor:
+    """Masks (*spatial), bool, one by one -> one number per voxel (*spatial), uint8 or int32; bit i says whether rater i marked.
+
+    Raises:
+        ValueError: no rater or more than `MOST_RATERS`.
+    """
+    if not 1 <= raters <= MOST_RATERS:
+        raise ValueError(f"expected 1 to {MOST_RATERS} masks, got {raters}")
+    codes: torch.Tensor | None = None
+    for place, mask in enumerate(masks):
+        votes = mask.to(torch.uint8 if raters <= 8 else torch.int32) << place
+        codes = votes if codes is None else codes.bitwise_or_(votes)
+    return codes
+
+
+def _bits(codes: torch.Tensor, raters: int) -> torch.Tensor:
+    """Codes (P,), int64 -> votes (P, R), float64."""
+    return ((codes[:, None] >> torch.arange(raters, device=codes.device)) & 1).double()
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,12 @@ class Staple:
             evidence.add_(mask, alpha=weight)
         return evidence.sigmoid_()
 
+    def posterior_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """The same from the votes as bits of one number, (*spatial) (see `vote_codes`)."""
+        every = torch.arange(2 ** len(self.weights), device=codes.device)
+        table = (self.bias + _bits(every, len(self.weights)) @ self.weights).sigmoid().float()
+        return torch.stack([table[plane.long()] for plane in codes])
+
 
 def staple(masks: torch.Tensor, valid: torch.Tensor | None = None, tolerance: float = 1e-14, iterations: int = 10_000) -> Staple:
     """Simultaneous truth and performance level estimation (Warfield et al., IEEE TMI 23, 2004) of one binary region.
@@ -84,7 +109,11 @@ def staple(masks: torch.Tensor, valid: torch.Tensor | None = None, tolerance: fl
     Raises:
         ValueError: no rater or more than `MOST_RATERS`, or no valid voxel.
     """
-    patterns = VotePatterns.of(masks, valid)
+    return staple_of(VotePatterns.of(masks, valid), tolerance, iterations)
+
+
+def staple_of(patterns: VotePatterns, tolerance: float = 1e-14, iterations: int = 10_000) -> Staple:
+    """`staple` of votes that have been counted already."""
     votes, counts = patterns.votes, patterns.counts
     posterior = votes.mean(dim=1)
     prior = float((counts * posterior).sum() / counts.sum())

@@ -92,14 +92,63 @@ def test_probabilities_and_ranges_of_placements():
     volumes = [np.cbrt(np.linalg.det(p.matrix)) for p in drawn if p.matrix is not None]
     assert 0.7 <= min(volumes) < 0.72
     assert 1.38 < max(volumes) <= 1.4
-    for name, value in [("scales", (1.2, 0.8)), ("p_rotation", 1.5), ("p_scaling", -0.1), ("elongation", 2)]:
+    for name, value in [
+        ("scales", (1.2, 0.8)),
+        ("p_rotation", 1.5),
+        ("p_scaling", -0.1),
+        ("elongation", 2),
+        ("p_elastic", 3),
+        ("deformation", (0.3, 0.2)),
+    ]:
         with pytest.raises(SuiteError, match=name):
             RandomPlacement(**{name: value})
 
 
+def test_a_warp_moves_voxels_by_shares_of_the_side():
+    """A constant warp of 0.2 along the first axis of a side of 5 voxels moves everything by one voxel."""
+    warp = torch.zeros(3, 4, 4, 4)
+    warp[0] = 0.2
+    place = Placement(np.eye(3), warp=warp)
+    assert place.margin((5, 5, 5)) == [1, 0, 0]
+    assert place.grown(((3, 8), (0, 5), (0, 5))) == ((2, 9), (0, 5), (0, 5))
+    values = cube(7, 5, 5)
+    assert torch.allclose(place.resample(values, (5, 5, 5), linear=True), values[:, 2:], atol=1e-5)
+
+
+def test_elastic_deformations_are_smooth_and_as_large_as_they_say():
+    drawn = RandomPlacement(p_rotation=0, p_scaling=0, mirror_axes=(), p_elastic=1, deformation=(0.2, 0.2))
+    largest = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        place = drawn.draw()
+        assert np.array_equal(place.matrix, np.eye(3))
+        largest += place.warp.abs().amax(dim=(1, 2, 3)).tolist()
+        steps = [place.warp.diff(dim=axis).abs().max() for axis in (1, 2, 3)]
+        assert max(steps) < 1 / 23  # no point overtakes its neighbor: nothing is folded
+    assert min(largest) == pytest.approx(0.2 / 8, abs=0.005)
+    assert max(largest) == pytest.approx(0.2 / 2, abs=0.005)
+    torch.manual_seed(0)
+    flat = drawn.draw(slice_axis=1).warp
+    assert flat.shape == (3, 24, 1, 24)
+    assert not flat[1].any()
+    torch.manual_seed(0)
+    share = [RandomPlacement(p_rotation=0, p_scaling=0, p_elastic=0.3).draw().warp is not None for _ in range(1000)]
+    assert sum(share) / 1000 == pytest.approx(0.3, abs=0.05)
+
+
+def test_without_deformation_every_draw_stays_what_it_was():
+    torch.manual_seed(1)
+    before = [RandomPlacement().draw() for _ in range(5)]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    after = [RandomPlacement(p_elastic=0, deformation=(0.1, 0.2)).draw() for _ in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(a.mirrored == b.mirrored and np.array_equal(a.matrix, b.matrix) for a, b in zip(before, after, strict=True))
+
+
 def test_placed_samples_show_the_voxels_they_should(root, store):
     """Image, label and maps stay together, and nothing is filled with zeros while the volume goes on."""
-    place = RandomPlacement(degrees=12, scales=(0.8, 1.0), p_rotation=1, p_scaling=1)
+    place = RandomPlacement(degrees=12, scales=(0.8, 1.0), p_rotation=1, p_scaling=1, p_elastic=1, deformation=(0, 0.1))
     options = {"extra_maps": {"place": "nearest", "twin": "nearest", "soft": "linear"}, "maps": store, "sampling": At(3, 3, 2)}
     data = module(root, augmentation=chain(placement=place), **options)
     for batch in data.train_dataloader():
@@ -163,6 +212,16 @@ def test_brightness_multiplies_each_channel_by_its_own_factor():
     assert sum(f < 1 for f in factors) / 400 == pytest.approx(0.5, abs=0.08)
 
 
+def test_additive_brightness_shifts_each_channel_by_a_normal_number():
+    values = cube(4, 4, 4)
+    shift = applied(intensity.RandomAdditiveBrightness(), values) - values
+    assert torch.allclose(shift, shift[:, :1, :1, :1].expand_as(shift), atol=1e-6)
+    assert shift[0, 0, 0, 0] != shift[1, 0, 0, 0]
+    shifts = torch.stack([applied(intensity.RandomAdditiveBrightness(std=0.2), torch.ones(1, 1, 1, 1), seed=s) - 1 for s in range(400)])
+    assert abs(float(shifts.mean())) < 0.03
+    assert float(shifts.std()) == pytest.approx(0.2, abs=0.02)
+
+
 def test_factors_on_one_side_of_one():
     torch.manual_seed(0)
     assert all(1.2 <= intensity._around_one(1.2, 1.4) <= 1.4 for _ in range(50))
@@ -201,7 +260,9 @@ def test_blur_is_gaussian_and_leaves_thin_axes():
     assert np.allclose(result[1], gaussian_filter(values[1].numpy(), (0.7, 0.7, 0), truncate=6), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["RandomChannelBlur", "RandomBrightness", "RandomContrast", "RandomLowResolution", "RandomPower"])
+@pytest.mark.parametrize(
+    "name", ["RandomChannelBlur", "RandomBrightness", "RandomAdditiveBrightness", "RandomContrast", "RandomLowResolution", "RandomPower"]
+)
 def test_channels_are_chosen_one_by_one(name):
     values = cube(6, 6, 6)
     changed = torch.tensor([[bool((a != b).any()) for a, b in zip(applied(getattr(intensity, name)(p_channel=0.5), values, seed=s), values, strict=True)] for s in range(60)])  # fmt: skip
@@ -218,11 +279,48 @@ def test_background_is_set_outside_the_mask():
     assert (result[:, [0, 2]] == -1).all()
 
 
-def test_the_whole_chain_runs_on_every_view(root):
+def preset(name: str):
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    augmentation = instantiate(OmegaConf.load("conf/augmentation/nnunet.yaml"))
+    return instantiate(OmegaConf.load(f"conf/augmentation/{name}.yaml"))
+
+
+PRESETS = {  # degrees, scales, (rotation, scaling, elongation, elastic), noise p, blur, brightness, additive (p, p_channel), contrast, gamma
+    "nnunet": (30, (0.7, 1.4), (0.2, 0.2, 0, 0), 0.1, (0.5, 1.0), (0.75, 1.25), None, (0.75, 1.25), (0.7, 1.5)),
+    "nnunet_da3": (30, (0.65, 1.6), (0.3, 0.3, 0.3, 0.3), 0.15, (0.5, 1.5), (0.7, 1.3), (0.3, 1.0), (0.65, 1.5), (0.5, 1.6)),
+    "nnunet_da4": (90, (0.65, 1.6), (0.3, 0.3, 0.3, 0.2), 0.15, (0.5, 1.5), (0.7, 1.3), (0.3, 0.5), (0.65, 1.5), (0.5, 1.6)),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_values_of_nnunet(name):
+    degrees, scales, chances, noise, blur, brightness, additive, contrast, gamma = PRESETS[name]
+    augmentation = preset(name)
+    place = augmentation.placement
+    assert (place.degrees, place.scales, place.mirror_axes) == (degrees, scales, (0, 1, 2))
+    assert (place.p_rotation, place.p_scaling, place.elongation, place.p_elastic) == chances
+    assert place.deformation == (0, 0.25)
+    found = list(augmentation.transforms)
+    kinds = [type(t).__name__ for t in found]
+    middle = ["RandomAdditiveBrightness"] if additive else []
+    assert kinds == ["RandomNoise", "RandomChannelBlur", "RandomBrightness", *middle, "RandomContrast", "RandomLowResolution", "RandomPower", "RandomPower", "MaskBackground"]  # fmt: skip
+    one = dict(zip(kinds, found, strict=True))
+    assert (one["RandomNoise"].probability, one["RandomNoise"].std_range) == (noise, (0, 0.1))
+    assert (one["RandomChannelBlur"].probability, one["RandomChannelBlur"].p_channel, one["RandomChannelBlur"].std) == (0.2, 0.5, blur)
+    assert (one["RandomBrightness"].probability, one["RandomBrightness"].factors) == (0.15, brightness)
+    assert (one["RandomContrast"].probability, one["RandomContrast"].factors) == (0.15, contrast)
+    low = one["RandomLowResolution"]
+    assert (low.probability, low.p_channel, low.zoom) == (0.25, 0.5, (0.5, 1.0))
+    assert [(t.invert, t.probability, t.gamma) for t in found if type(t).__name__ == "RandomPower"] == [(True, 0.1, gamma), (False, 0.3, gamma)]  # fmt: skip
+    if additive:
+        shift = one["RandomAdditiveBrightness"]
+        assert (shift.probability, shift.p_channel, shift.std) == (*additive, 0.2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_whole_chain_runs_on_every_view(root, name):
+    augmentation = preset(name)
     for transform in augmentation.transforms:
         transform.probability = 1.0
     for view, patch in [("patch", (6, 5, 4)), ("slice", (6, 5)), ("window", (6, 5)), ("voxels", None)]:

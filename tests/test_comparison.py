@@ -447,3 +447,46 @@ def test_reading_many_runs_imports_no_torch(tmp_path):
     code += "print([m for m in ('torch', 'pandas', 'monai', 'matplotlib') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# --- cross-validation
+
+
+def cross_validated(tmp_path):
+    """Two folds of three and one case over two seeds; values in tenths."""
+    for seed, shift in ((0, 0.0), (1, 0.2)):
+        make_run(tmp_path, seed=seed, fold=0, values=dict(zip(CASES, [0.1 + shift, 0.3 + shift, 0.8], strict=False)))
+        make_run(tmp_path, seed=seed, fold=1, values={CASES[3]: 0.6 + shift})
+    return compare(tmp_path)
+
+
+def test_cross_validation_by_hand(tmp_path):
+    comparison = cross_validated(tmp_path)
+    (cell,) = comparison.cells
+    pooled = [0.1, 0.3, 0.8, 0.6, 0.3, 0.5, 0.8, 0.8]  # mean 0.525; squares about it sum to 0.515
+    assert cell["mean"] == pytest.approx((1.8 / 4 + 2.4 / 4) / 2)
+    assert cell["std_cases"] == pytest.approx(math.sqrt(0.515 / 7)) == pytest.approx(np.std(pooled, ddof=1))
+    assert (cell["median"], cell["q25"], cell["q75"]) == pytest.approx((0.55, 0.3, 0.8))  # sorted .1 .3 .3 .5 .6 .8 .8 .8
+    assert cell["n_folds"] == 2
+    assert [(f["fold"], f["n_cases"]) for f in comparison.folds] == [("0", 3), ("1", 1)]
+    assert [f["mean"] for f in comparison.folds] == pytest.approx([(1.2 / 3 + 1.6 / 3) / 2, (0.6 + 0.8) / 2])
+
+
+def test_cross_validation_has_its_table_and_file(tmp_path):
+    comparison = cross_validated(tmp_path)
+    sheet = comparison.sheets()[1]
+    assert "cross-validation" in sheet.title
+    assert [row[1:] for row in sheet.rows] == [
+        ["mean", "0.525"], ["std", "0.271"], ["median", "0.550"], ["25 %", "0.300"], ["75 %", "0.800"], ["fold 0", "0.467"], ["fold 1", "0.700"]
+    ]  # fmt: skip
+    files = {path.name for path in comparison.write(tmp_path / "out")}
+    assert "folds.csv" in files
+    assert (tmp_path / "out" / "folds.csv").read_text().splitlines()[1].startswith("a,,WT,dice,0,0.4666")
+
+
+def test_without_folds_nothing_is_added(tmp_path):
+    make_run(tmp_path, values=series(0.1, 0.3))
+    comparison = compare(tmp_path)
+    assert comparison.folds == []
+    assert not any("cross-validation" in sheet.title for sheet in comparison.sheets())
+    assert "folds.csv" not in {path.name for path in comparison.write(tmp_path / "out")}

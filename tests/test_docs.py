@@ -106,6 +106,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=agreement/qubiq_kidney", "model/target=level_k"], ["experiment=agreement/simulated", "model/target=simple"],
         ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal/toy2d"],
+        ["experiment=modality_pairing/toy_missing"],
         ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
         ["experiment=flair_threshold/simulated"],
         ["experiment=umm/simulated"],

@@ -20,6 +20,8 @@ from lightning_modules.losses import (
     RegionBCEDice,
     RegionDice,
     RegionFocal,
+    RegionTopK,
+    RegionTopKDice,
     SoftDice,
     TopK,
 )
@@ -43,6 +45,10 @@ SIGMOID = {
     "dice_batch": RegionDice(batch=True, squared=True, smooth=0),
     "bce_dice": RegionBCEDice(),
     "focal": RegionFocal(alpha=0.25),
+    "topk": RegionTopK(0.5),
+    "topk_channel": RegionTopK(0.5, "per_channel"),
+    "topk_sample": RegionTopK(0.5, "per_sample"),
+    "topk_dice": RegionTopKDice(0.5),
 }
 EVERY = [pytest.param(loss, id=f"{loss.kind}-{name}") for group in (SOFTMAX, SIGMOID) for name, loss in group.items()]
 
@@ -279,6 +285,72 @@ def test_wrong_settings_are_named():
         CrossEntropy("balance")
     with pytest.raises(SuiteError, match="fraction=10"):
         TopK(10)
+
+
+# top-k over regions
+
+
+def ten_voxels():
+    """One region of ten voxels; binary cross-entropies .6931 .1269 .1269 .0181 .0181 1.3133 1.3133 .0486 .0486 .4741."""
+    logits = torch.tensor([0, 2, -2, 4, -4, 1, -1, 3, -3, 0.5]).reshape(1, 1, 10)
+    return logits, torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 1, 0, 1]).reshape(1, 1, 10)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.2, 1.3133), (0.3, 1.1066), (0.5, 0.7841), (1.0, 0.4181)])
+def test_region_topk_by_hand(share, expected):
+    logits, target = ten_voxels()
+    assert RegionTopK(share)(logits, target).item() == pytest.approx(expected, abs=1e-4)
+    assert RegionTopK(1.0)(logits, target).item() == pytest.approx(RegionBCE()(logits, target).item(), rel=1e-6)
+
+
+def test_region_topk_moves_the_chosen_voxels_alone():
+    logits, target = ten_voxels()
+    logits.requires_grad_()
+    (worst,) = torch.autograd.grad(RegionTopK(0.3)(logits, target), logits)
+    (every,) = torch.autograd.grad(RegionBCE()(logits, target), logits)
+    chosen = torch.zeros(10, dtype=torch.bool)
+    chosen[[0, 5, 6]] = True
+    assert torch.equal(worst[0, 0] != 0, chosen)
+    assert torch.allclose(worst[0, 0, chosen], every[0, 0, chosen] * 10 / 3)
+
+
+def test_region_topk_pools():
+    logits = torch.tensor([[[0.0, 4], [-1, -3]], [[2, 2], [2, 2]]])  # (2 samples, 2 regions, 2 voxels), all of them true
+    target = torch.ones_like(logits)
+    losses = torch.nn.functional.softplus(-logits)
+    assert RegionTopK(0.25)(logits, target).item() == pytest.approx(losses.flatten().topk(2).values.mean().item(), rel=1e-6)
+    assert RegionTopK(0.25, "per_channel")(logits, target).item() == pytest.approx((losses[0, 0, 0] + losses[0, 1, 1]).item() / 2, rel=1e-6)
+    assert RegionTopK(0.25, "per_sample")(logits, target).item() == pytest.approx((losses[0, 1, 1] + losses[1, 0, 0]).item() / 2, rel=1e-6)
+    with pytest.raises(SuiteError, match=r"loss\.pool"):
+        RegionTopK(0.25, "per_voxel")
+
+
+def test_topk_falls_with_its_share_and_is_what_tells_the_compounds_apart():
+    logits, target = example(RegionTopK())
+    values = [RegionTopK(k)(logits, target).item() for k in (0.05, 0.1, 0.3, 0.6, 1.0)]
+    assert values == sorted(values, reverse=True)
+    difference = RegionTopKDice(0.1)(logits, target) - RegionBCEDice()(logits, target)
+    assert difference.item() == pytest.approx((RegionTopK(0.1)(logits, target) - RegionBCE()(logits, target)).item(), rel=1e-5)
+    weighed = RegionTopKDice(0.2, "per_sample", 0.3, 0.7, True, True, 0.1)(logits, target)
+    parts = 0.3 * RegionTopK(0.2, "per_sample")(logits, target) + 0.7 * RegionDice(True, True, 0.1)(logits, target)
+    assert weighed.item() == pytest.approx(parts.item(), rel=1e-6)
+
+
+def test_batch_dice_by_hand():
+    """A hits 8 of 10 and 10 voxels, B one false and one missed voxel: the mean Dice is 0.4, that of both together 16/22."""
+    truth, drawn = torch.zeros(2, 1, 20), torch.zeros(2, 1, 20)
+    truth[0, 0, :10], drawn[0, 0, 2:12] = 1, 1
+    truth[1, 0, 0], drawn[1, 0, 1] = 1, 1
+    logits = (drawn - 0.5) * 80
+    assert RegionDice(smooth=0)(logits, truth).item() == pytest.approx(1 - 0.4, abs=1e-5)
+    assert RegionDice(batch=True, smooth=0)(logits, truth).item() == pytest.approx(1 - 16 / 22, abs=1e-5)
+
+
+def test_weights_of_the_heads_of_nnunet():
+    heads = [torch.zeros(1, 1, 16 // 2**i) for i in range(4)]
+    for size, weight in zip((16, 8, 4, 2), (0.5333, 0.2667, 0.1333, 0.0667), strict=True):
+        loss = DeepSupervision(lambda logits, target, size=size: logits.new_tensor(float(logits.shape[-1] == size)))
+        assert loss({"logits": heads[0], "deep": heads[1:]}, torch.zeros(1, 1, 16)).item() == pytest.approx(weight, abs=5e-5)
 
 
 # deep supervision

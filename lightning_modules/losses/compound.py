@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_modules.losses.cross_entropy import CrossEntropy, RegionBCE, TopK
+from lightning_modules.losses.cross_entropy import CrossEntropy, RegionBCE, RegionTopK, TopK
 from lightning_modules.losses.dice import RegionDice, SoftDice
 
 
@@ -93,3 +93,35 @@ class RegionBCEDice(nn.Module):
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.bce_weight * self.bce(logits, target) + self.dice_weight * self.dice(logits, target)
+
+
+class RegionTopKDice(nn.Module):
+    """topk_weight * RegionTopK + dice_weight * RegionDice: the DiceTopK of region-based training (Ma & Chen, BrainLes 2021).
+
+    Args:
+        fraction, pool: of the top-k term, see `RegionTopK`. The printed formula divides by all voxels instead of the chosen ones, which is
+            `topk_weight` = `fraction`.
+        topk_weight, dice_weight: weights of the two terms.
+        batch, squared, smooth: see `RegionDice`.
+
+    Shapes: logits (B, R, *spatial), target region masks (B, R, *spatial) with -1 = ignore -> scalar >= 0, float32.
+    """
+
+    kind = "sigmoid"
+
+    def __init__(
+        self,
+        fraction: float = 0.1,
+        pool: str = "all",
+        topk_weight: float = 1.0,
+        dice_weight: float = 1.0,
+        batch: bool = False,
+        squared: bool = False,
+        smooth: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.topk, self.dice = RegionTopK(fraction, pool), RegionDice(batch, squared, smooth)
+        self.topk_weight, self.dice_weight = topk_weight, dice_weight
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.topk_weight * self.topk(logits, target) + self.dice_weight * self.dice(logits, target)

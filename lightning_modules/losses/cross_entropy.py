@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import IGNORE
+
+POOLS = ("all", "per_channel", "per_sample")
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -112,16 +114,25 @@ class TopK(nn.Module):
 
     def __init__(self, fraction: float = 0.1) -> None:
         super().__init__()
-        if not 0 < fraction <= 1:
-            raise SuiteError(f"loss.fraction={fraction}: must be above 0 and at most 1 (0.1 = the worst 10 % of the voxels)")
-        self.fraction = fraction
+        self.fraction = _checked_fraction(fraction)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         values = voxel_cross_entropy(logits, target)
-        labeled = values[target[:, 0] != IGNORE]
-        if labeled.numel() == 0:
-            return values.sum()
-        return labeled.topk(max(1, int(self.fraction * labeled.numel())), sorted=False).values.mean()
+        return worst_mean(values, target[:, 0] != IGNORE, self.fraction)
+
+
+def worst_mean(values: torch.Tensor, valid: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Mean of the largest `fraction` of the valid values, at least one of them; 0 (with a gradient path) where none is valid."""
+    kept = values[valid]
+    if kept.numel() == 0:
+        return (values * 0).sum()
+    return kept.topk(max(1, int(fraction * kept.numel())), sorted=False).values.mean()
+
+
+def _checked_fraction(fraction: float) -> float:
+    if not 0 < fraction <= 1:
+        raise SuiteError(f"loss.fraction={fraction}: must be above 0 and at most 1 (0.1 = the worst 10 % of the voxels)")
+    return fraction
 
 
 def voxel_binary_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -149,6 +160,39 @@ class RegionBCE(nn.Module):
         if self.positive_weight != 1:
             values = torch.where(target > 0, self.positive_weight * values, values)
         return weighted_mean(values, (target != IGNORE).float())
+
+
+class RegionTopK(nn.Module):
+    """Binary cross-entropy of the regions, averaged over the worst voxels only (Ma & Chen, BrainLes 2021; `TopK` for region targets).
+
+    Args:
+        fraction: share of the labeled values that counts, in (0, 1]; at least one. 1 is `RegionBCE`.
+        pool: what the worst are chosen among: `all` values of the batch together, those of each region (`per_channel`) or of each sample
+            (`per_sample`), over which the mean is then taken. The paper does not say; nnU-Net's softmax TopK pools the whole batch.
+
+    Shapes: logits (B, R, *spatial), target region masks (B, R, *spatial) with -1 = ignore -> scalar >= 0, float32.
+
+    Raises:
+        SuiteError: a fraction outside (0, 1], an unknown pool.
+    """
+
+    kind = "sigmoid"
+
+    def __init__(self, fraction: float = 0.1, pool: str = "all") -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise unknown("loss.pool", pool, POOLS)
+        self.fraction, self.pool = _checked_fraction(fraction), pool
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        values, valid = voxel_binary_cross_entropy(logits, target), target != IGNORE
+        if self.pool == "all":
+            return worst_mean(values, valid, self.fraction)
+        axis = 1 if self.pool == "per_channel" else 0
+        labeled = [(v, m) for v, m in zip(values.unbind(axis), valid.unbind(axis), strict=True) if m.any()]
+        if not labeled:
+            return (values * 0).sum()
+        return torch.stack([worst_mean(v, m, self.fraction) for v, m in labeled]).mean()
 
 
 class RegionFocal(nn.Module):

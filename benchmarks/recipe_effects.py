@@ -1,0 +1,104 @@
+"""Two effects of the BraTS recipe that need no training of their own; each prints a table and writes it as CSV.
+
+    python benchmarks/recipe_effects.py raters staple_raters.csv
+    python benchmarks/recipe_effects.py threshold et_threshold.csv RUN_FOLDER ...
+
+`raters`: one good and two poor raters of a cube, whose errors are independent or partly the same, fused by vote and by STAPLE, five seeds.
+`threshold`: the smallest volume of enhancing tumor chosen on one half of the held-out cases of each run, applied to the other half, and the
+other way round. The halves alternate in the order of case names.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import csv
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+SEEDS = range(5)
+SIDE, INNER = 24, slice(6, 18)
+GOOD, POOR = (0.02, 0.005), {"35 %, 5 %": (0.35, 0.05), "45 %, 10 %": (0.45, 0.10)}  # share missed inside, share added outside
+SHARED = (0.0, 0.25, 0.5, 1.0)  # of the errors of the second poor rater are those of the first
+
+
+def raters() -> Iterator[dict]:
+    """A row for each kind of errors: Dice of the three raters, of the vote and of STAPLE, and the estimated sensitivities."""
+    import torch
+
+    from lesionbench.task import Task
+    from lightning_modules.fusion import Staple, Vote
+
+    task = Task(channels=("flair",), classes={"background": 0, "lesion": 1})
+    truth = torch.zeros(SIDE, SIDE, SIDE, dtype=torch.bool)
+    truth[INNER, INNER, INNER] = True
+
+    def drawn(errors: tuple[float, float], noise: torch.Tensor) -> torch.Tensor:
+        return torch.where(truth, noise >= errors[0], noise < errors[1])
+
+    def dice(mask: torch.Tensor) -> float:
+        return 2 * float((mask & truth).sum()) / float(mask.sum() + truth.sum())
+
+    for name, errors in POOR.items():
+        for shared in SHARED:
+            found: dict[str, list[float]] = {}
+            for seed in SEEDS:
+                generator = torch.Generator().manual_seed(seed)
+                noise = [torch.rand(truth.shape, generator=generator) for _ in range(4)]
+                same = noise.pop() < shared
+                masks = [drawn(GOOD, noise[0]), drawn(errors, noise[1]), drawn(errors, torch.where(same, noise[1], noise[2]))]
+                fusions = {"vote": Vote(task), "staple": Staple(task, margin=None)}
+                for fusion in fusions.values():
+                    for place, mask in enumerate(masks):
+                        fusion.add(mask[None].float(), mask.to(torch.int8), name=str(place))
+                results = {f: fusion.result() for f, fusion in fusions.items()}
+                values = {f"rater_{i}": dice(m) for i, m in enumerate(masks)} | {f: dice(r.regions[0] > 0.5) for f, r in results.items()}
+                values |= {f"sensitivity_{i}": results["staple"].table[f"staple_sensitivity_lesion_{i}"] for i in range(3)}
+                for key, value in values.items():
+                    found.setdefault(key, []).append(value)
+            means = {key: statistics.mean(values) for key, values in found.items()}
+            spread = {f"{key}_sd": statistics.stdev(found[key]) for key in ("vote", "staple")}
+            yield {"poor": name, "shared": shared, **means, **spread}
+
+
+def threshold(folders: Sequence[str]) -> Iterator[dict]:
+    """A row for each run: mean ET Dice of both halves without and with the threshold of the other half."""
+    from lightning_modules.postprocessing import PostProcessing
+    from lightning_modules.tuning import best_threshold, held_out
+
+    for folder in folders:
+        cases = sorted(held_out(Path(folder), "ET", "dice", PostProcessing({"WT": 10}), None), key=lambda c: c.case)
+        halves = cases[::2], cases[1::2]
+        chosen = [best_threshold(half)[0] for half in halves]
+        after = [c.dropped if c.volume < t else c.kept for half, t in zip(halves, reversed(chosen), strict=True) for c in half]
+        before = [c.kept for half in halves for c in half]
+        yield {
+            "run": "/".join(Path(folder).parts[-4:]),
+            "cases": len(cases),
+            "without_et": sum(c.dropped == 1 for c in cases),
+            "false_et": sum(c.dropped == 1 and c.volume > 0 for c in cases),
+            "threshold_a": chosen[0],
+            "threshold_b": chosen[1],
+            "before": statistics.mean(before),
+            "after": statistics.mean(after),
+            "gain": statistics.mean(after) - statistics.mean(before),
+        }
+
+
+def write(rows: Sequence[Mapping], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    print(path.read_text())
+
+
+def main() -> None:
+    kind, path, *folders = sys.argv[1:]
+    write(list(raters() if kind == "raters" else threshold(folders)), Path(path))
+
+
+if __name__ == "__main__":
+    main()
