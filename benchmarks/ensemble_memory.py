@@ -4,7 +4,7 @@
 
 Each line is a process of its own that predicts one simulated case of that many voxels along each side with 1, 2, 4 and 8 members: first its
 peak resident memory, then what the fusion holds when the last member has answered. Members are checkpoints of a 3D U-Net with random
-weights. Fails if mean or vote need more than 2 % more with eight members than with two, or if STAPLE holds more than one bit per member, region and voxel.
+weights. Fails if mean or vote need more than 5 % more with eight members than with two (the weights of six would be 20 %), or if STAPLE holds more than one bit per member, region and voxel.
 """
 
 import os
@@ -106,7 +106,7 @@ def main() -> None:
                 found.append(json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
             peaks = "  ".join(f"{n}: {f['peak']:5.0f} MiB, {f['held'] / 2**20:5.1f} held" for n, f in zip(MEMBERS, found, strict=True))
             print(f"{fusion:6}  {peaks}", flush=True)
-            if fusion != "staple" and (found[-1]["peak"] > 1.02 * found[1]["peak"] or found[-1]["held"] != found[1]["held"]):
+            if fusion != "staple" and (found[-1]["peak"] > 1.05 * found[1]["peak"] or found[-1]["held"] != found[1]["held"]):
                 wrong.append(fusion)
             if fusion == "staple" and any(f["held"] != n * 3 * side**3 // 8 for n, f in zip(MEMBERS, found, strict=True)):
                 wrong.append(fusion)

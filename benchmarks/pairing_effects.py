@@ -99,7 +99,7 @@ def draw(path: Path, arms: dict[str, dict[int, Path]]) -> None:
     for number, (name, curves) in enumerate(drawn.items()):
         for n, curve in enumerate(curves):
             axis.plot(*zip(*curve, strict=True), color=f"C{number}", linewidth=0.9, label=None if n else name)
-    axis.set(xlabel="iteration", ylabel="correlation of the branches' features", ylim=(-0.5, 1.02))
+    axis.set(xlabel="iteration", ylabel="correlation of the branches", ylim=(-0.5, 1.02))
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -65,13 +65,18 @@ def test_dropout_belongs_to_the_sample(root):
 
 def test_one_channel_always_stays_and_it_is_one_that_the_case_has(tmp_path):
     root = write_fake_folder(tmp_path, 4, channels=CHANNELS, shape=SHAPE)
-    (root / "images" / "case_00_t1.nii.gz").unlink()
+    incomplete = {"case_00", "case_01"}  # of four, one of which is tested on
+    for case in incomplete:
+        (root / "images" / f"{case}_t1.nii.gz").unlink()
     found = samples(root, 0.99, split=Split(test=1, val=0), preprocessing=Preprocessing(allow_missing=True))
     assert all(s["channel_mask"].sum() >= 1 for s in found)
     assert np.mean([float(s["channel_mask"].sum()) for s in found]) < 1.2
-    incomplete = [s for s in found if s["case"] == "case_00"]
-    assert not any(s["channel_mask"][0] for s in incomplete)
+    assert not any(s["channel_mask"][0] for s in found if s["case"] in incomplete)
     assert len({int(s["channel_mask"].float().argmax()) for s in found}) == 4
+    found = samples(root, 0.3, split=Split(test=1, val=0), preprocessing=Preprocessing(allow_missing=True))
+    assert not any(s["channel_mask"][0] for s in found if s["case"] in incomplete)
+    assert any(s["channel_mask"][0] for s in found if s["case"] not in incomplete)
+    assert incomplete & {s["case"] for s in found}
 
 
 def test_evaluation_and_repeated_samples_keep_all(root):

@@ -182,6 +182,20 @@ def test_pairing_moves_both_branches_but_not_the_head():
     assert all(made.network.decoders[b][0][1][0].weight.grad.abs().sum() > 0 for b in (0, 1))
 
 
+def test_step_adds_the_gradient_of_the_pairing():
+    """Of the whole step, not of the loss alone: with the term less without it is weight times the term's own gradient."""
+    found = []
+    for weight in (0.5, 0.0):
+        made = method(mp_weight=weight)
+        made.training_step(batch(), 0).backward()
+        found.append({name: p.grad.clone() for name, p in made.network.named_parameters()})
+    made = method()
+    made.mp(made(batch()["image"])["features"]).backward()
+    for name, p in made.network.named_parameters():
+        alone = torch.zeros_like(p) if p.grad is None else p.grad
+        assert torch.allclose(found[0][name] - found[1][name], 0.5 * alone, atol=1e-5), name
+
+
 def test_weight_rises_over_the_warm_up():
     made = method(mp_weight=0.5, mp_warmup=4)
     weights = []
@@ -253,3 +267,23 @@ def trained(folder: Path, arm: str, seed: int, *more: str) -> dict[str, float]:
 def test_code_path_of_the_effect(tmp_path):
     found = {arm: trained(tmp_path, arm, 0, *FAST) for arm in ("late", "paired, 0.5")}
     assert all(0 <= f["WT"] <= 1 and -1 <= f["correlation"] <= 1 for f in found.values())
+
+
+def test_toy_preset_is_frozen():
+    cfg = composed("experiment=modality_pairing/toy", "seed=3")
+    assert (cfg.epochs, cfg.data.samples_per_epoch, cfg.data.batch_size, cfg.data.count, cfg.data.split.test) == (40, 40, 4, 84, 60)
+    assert (cfg.data.simulation_seed, cfg.model.optimizer.lr, list(cfg.model.network.widths)) == (3, 2e-3, [8, 16, 32])
+    assert (cfg.model.mp_weight, cfg.model.mp.mode, cfg.model.mp_warmup) == (0.5, "flat", 0)
+
+
+@pytest.mark.slow
+def test_crossed_branches_beat_late_fusion_and_the_loss_makes_them_agree(tmp_path):
+    found = {arm: [trained(tmp_path, arm, seed) for seed in range(3)] for arm in ARMS}
+    gains = [pair["ET"] - late["ET"] for pair, late in zip(found["paired, 0.5"], found["late"], strict=True)]
+    assert min(gains) > 0.03, found
+    correlation = {arm: [f["correlation"] for f in seeds] for arm, seeds in found.items()}
+    assert min(correlation["paired, 0.5"]) > 0.9, found
+    assert all(0.15 < c < 0.6 for c in correlation["paired, 0.05"]), found
+    assert all(abs(c) < 0.4 for c in correlation["paired"]), found
+    for region in ("WT", "ET"):  # at little cost, if any
+        assert mean(f[region] for f in found["paired, 0.5"]) > mean(f[region] for f in found["paired"]) - 0.02, found

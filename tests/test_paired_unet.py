@@ -155,6 +155,15 @@ def test_every_parameter_gets_a_gradient(options):
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
+def test_small_patches_have_fewer_levels():
+    widths = [2, 3, 4, 5, 6, 7]
+    for size, levels in [(128, 6), (64, 6), (32, 5), (24, 4), ((16, 64), 4), (None, 6)]:
+        network = built(widths=widths, image_size=size)
+        assert [len(branch) for branch in network.encoders] == [levels, levels]
+        assert network.divisor == (2 ** (levels - 1),) * 2
+    assert built(widths=widths, image_size=32)(torch.randn(1, 4, 32, 32))["logits"].shape == (1, 4, 32, 32)
+
+
 def test_any_grouping_by_name():
     image = torch.randn(1, 4, 16, 16)
     three = built(pairs=[["flair", "t2"], ["t1"], ["t1ce", "t1"]])

@@ -35,6 +35,7 @@ class PairedUNet(nn.Module):
         pairs: names of the modalities of each branch, any number of lists. Every channel is in one of them at least. Names that are not
             among `channels` are left out, and so is a branch that has none left: a task narrowed to some modalities keeps its grouping.
         widths: features of each level, finest first. The paper does not give them; the default is nnU-Net's plan for patches of 128^3.
+        image_size: size of the training patches; levels that would have fewer than two voxels on an axis are left out. None = all levels.
         fusion: `paired`; `late`, branches that meet in the heads only; `early`, one branch for all modalities, an ordinary U-Net.
         cross: what a branch reads of the others, with `paired`: `encoder` and `skips` (true or false), and `granularity`, `block` (first
             convolution of an encoder block) or `conv` (each convolution but the very first).
@@ -59,6 +60,7 @@ class PairedUNet(nn.Module):
         channels: Sequence[str],
         pairs: Sequence[Sequence[str]] = PAIRS,
         widths: Sequence[int] = (32, 64, 128, 256, 320, 320),
+        image_size: int | Sequence[int] | None = None,
         fusion: str = "paired",
         cross: Mapping[str, Any] | None = None,
         dimensions: int = 3,
@@ -67,6 +69,8 @@ class PairedUNet(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
+        sides = per_axis(2, dimensions) if image_size is None else per_axis(image_size, dimensions)
+        widths = [width for level, width in enumerate(widths) if image_size is None or min(sides) >> level >= 2]
         cross = {"encoder": True, "skips": True, "granularity": "block", **(cross or {})}
         for name, value, known in [
             ("fusion", fusion, FUSIONS),
@@ -78,14 +82,16 @@ class PairedUNet(nn.Module):
             if value not in known:
                 raise unknown(f"network.{name}", value, known)
         if len(widths) < 2:
-            raise SuiteError(f"network.widths={list(widths)}: a U-Net has two levels or more")
+            raise SuiteError(
+                f"network.widths={widths}: a U-Net has two levels or more, each of two voxels or more (image_size={image_size})"
+            )
         if norm == "group" and any(width % 8 for width in widths):
             raise SuiteError(f"network.widths={list(widths)}: norm=group has 8 groups and needs multiples of 8")
         if len(channels) != in_channels:
             raise SuiteError(f"network.channels={list(channels)} are {len(channels)} names for {in_channels} channels")
         grouped = [list(channels)] if fusion == "early" else grouping(channels, pairs)
         self.groups = [[list(channels).index(c) for c in group] for group in grouped]
-        branches, widths = len(self.groups), list(widths)
+        branches = len(self.groups)
         readers = {name: branches if fusion == "paired" and cross[name] else 1 for name in ("encoder", "skips")}
         dense = readers["encoder"] if cross["granularity"] == "conv" else 1
         self.crossed = {name: count > 1 for name, count in readers.items()}
@@ -103,7 +109,6 @@ class PairedUNet(nn.Module):
         def up(level: int) -> nn.Module:
             return (nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 2](widths[level + 1], widths[level], 2, 2, bias=False)
 
-        per_axis(2, dimensions)  # refuses other dimensions
         levels = range(len(widths))
         self.encoders = nn.ModuleList()  # [branch][level][0 or 1]
         self.ups, self.decoders = nn.ModuleList(), nn.ModuleList()  # [branch][level], finest first
