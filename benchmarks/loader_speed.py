@@ -1,22 +1,27 @@
 """Training patches per second with nnU-Net's default augmentation: this suite, torchio.Queue and nnU-Net, one worker each.
 
-    python benchmarks/loader_speed.py --nnunet-python <python of an environment with nnunetv2> [--root <BraTS folder>] [--out <folder>]
+    python benchmarks/loader_speed.py --nnunet-python <python of an environment with nnunetv2> [--root <BraTS folder> --layout 2018] [--out <folder>]
     python benchmarks/loader_speed.py --memory
 
 All sides get the same cases, patches of 128^3 x 4 in batches of two, the same transforms with the same probabilities and ranges, and one
-loader process. Blocks of batches are timed in turn (A B C, A B C, ...); the medians are compared. `--out` keeps a picture of what each side
+loader process. Blocks of batches are timed in turn (A B C, A B C, ...), the other sides' processes stopped meanwhile; the medians are
+compared. A torchio.Queue that draws several patches of a volume augments them together, once; with one patch a volume every patch is
+augmented for itself, as on the other sides. `--out` keeps a picture of what each side
 makes. `--memory` instead prints how much memory the loading process holds with 6 and 60 cases and with twice the volume side.
 Without `--root`, cases are simulated at 1 mm in BraTS layout.
 """
 
 import argparse
+import multiprocessing
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +53,11 @@ def prepared(data: CaseDataModule) -> CaseDataModule:
     return data
 
 
-def suite(root: Path, workers: int = 1, batches: int = 10_000) -> CaseDataModule:
+def suite(root: Path, workers: int = 1, batches: int = 10_000, layout: str = "2020", cache: Path | None = None) -> CaseDataModule:
     """The suite's BraTS data module on every case of `root`."""
     return prepared(
         BraTS(
-            root, layout="2020", patch=(SIDE,) * 3, batch_size=BATCH, samples_per_epoch=batches * BATCH, split=Split(test=0, val=0),
+            root, layout=layout, cache=cache, patch=(SIDE,) * 3, batch_size=BATCH, samples_per_epoch=batches * BATCH, split=Split(test=0, val=0),
             sampling=Sampling("foreground", share=0.33), augmentation=augmentation(), num_workers=workers,
         )
     )  # fmt: skip
@@ -88,14 +93,33 @@ def torchio_queue(data: CaseDataModule, per_volume: int) -> Iterator[dict]:
         yield from DataLoader(queue, batch_size=BATCH, num_workers=0)
 
 
-def timed(batches: Iterator, skip: int, count: int) -> float:
-    """Patches per second of `count` batches, after `skip` that may have been made ahead."""
-    for _ in range(skip):
-        next(batches)
-    start = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return count * BATCH / (time.perf_counter() - start)
+class Loader:
+    """One side whose worker processes belong to this process; they are stopped while other sides are timed."""
+
+    def __init__(self, batches: Iterator, skip: int, count: int) -> None:
+        self.batches, self.skip, self.count, self.workers = batches, skip, count, set()
+
+    def speed(self) -> float:
+        """Patches per second of `count` batches, after `skip` that may have been made ahead."""
+        others = set(multiprocessing.active_children()) - self.workers
+        self._send(signal.SIGCONT)
+        for _ in range(self.skip):
+            next(self.batches)
+        start = time.perf_counter()
+        for _ in range(self.count):
+            next(self.batches)
+        speed = self.count * BATCH / (time.perf_counter() - start)
+        self.workers = set(multiprocessing.active_children()) - others
+        self._send(signal.SIGSTOP)
+        return speed
+
+    def end(self) -> None:
+        self._send(signal.SIGCONT)  # so that they can end with their loader
+
+    def _send(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.is_alive():
+                os.kill(worker.pid, number)
 
 
 class NNUNet:
@@ -112,9 +136,10 @@ class NNUNet:
             )
         script = Path(__file__).parent / "nnunet_loader.py"
         command = [python, str(script), str(cases), str(folder / "data set"), str(SIDE), str(BATCH)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
         while self._answer() != "ready":
             pass
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def _answer(self) -> str:
         line = self.process.stdout.readline()
@@ -123,12 +148,18 @@ class NNUNet:
         return line.strip()
 
     def _ask(self, line: str) -> float:
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return float(self._answer())
+        answer = float(self._answer())
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        return answer
 
     def speed(self) -> float:
         return BLOCK * BATCH / self._ask(str(BLOCK))
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
 
     def batch(self, folder: Path) -> dict:
         self._ask(f"show {folder / 'shown.npz'}")
@@ -137,25 +168,24 @@ class NNUNet:
 
 def speeds(arguments: argparse.Namespace, scratch: Path) -> None:
     root = arguments.root or write_brats(scratch / "brats", Simulation(spacing=1.0), arguments.cases)
-    data = suite(Path(root))
-    ours = iter(data.train_dataloader())
-    sides: dict[str, Callable[[], float]] = {"suite": lambda: timed(ours, AHEAD, BLOCK)}
-    queues = {n: torchio_queue(data, n) for n in (1, 8)}
-    for n, queue in queues.items():
-        sides[f"torchio.Queue, {n} patch(es) a volume"] = lambda q=queue, n=n: timed(q, 4 * n // BATCH, max(2, 4 * n // BATCH))
+    data = suite(Path(root), layout=arguments.layout if arguments.root else "2020", cache=scratch / "cache")
+    sides: dict[str, Loader | NNUNet] = {"suite": Loader(iter(data.train_dataloader()), AHEAD, BLOCK)}
+    for n in (1, 8):
+        sides[f"torchio.Queue, {n} patch(es) a volume"] = Loader(torchio_queue(data, n), 4 * n // BATCH, 4 * n // BATCH)
     if arguments.nnunet_python:
-        nnunet = NNUNet(arguments.nnunet_python, data, scratch)
-        sides["nnU-Net"] = nnunet.speed
+        sides["nnU-Net"] = nnunet = NNUNet(arguments.nnunet_python, data, scratch)
     if arguments.out:
-        shown = {"suite": next(ours), "torchio.Queue": next(queues[8])}
+        shown = {"suite": next(iter(data.train_dataloader())), "torchio.Queue": next(torchio_queue(data, 8))}
         shown["torchio.Queue"] = {k: shown["torchio.Queue"][k]["data"] for k in ("image", "label")}
         if arguments.nnunet_python:
             shown["nnU-Net"] = nnunet.batch(scratch)
         picture(shown, Path(arguments.out))
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):
-        for name, measure in sides.items():
-            found[name].append(measure())
+        for name, side in sides.items():
+            found[name].append(side.speed())
+    for side in sides.values():
+        side.end()
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}; {len(data.parts['train'])} cases")
     base = statistics.median(found["suite"])
     for name, values in found.items():
@@ -232,7 +262,8 @@ def resident(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nnunet-python", help="Python of an environment with nnunetv2; left out: nnU-Net is not measured")
-    parser.add_argument("--root", help="folder in BraTS 2020 layout; left out: simulated cases")
+    parser.add_argument("--root", help="folder of BraTS cases; left out: simulated cases")
+    parser.add_argument("--layout", default="2020", help="challenge year of --root")
     parser.add_argument("--cases", type=int, default=6, help="number of simulated cases")
     parser.add_argument("--out", help="folder for a picture of what each side makes")
     parser.add_argument("--memory", action="store_true", help="measure memory, not speed")

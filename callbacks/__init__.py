@@ -11,8 +11,10 @@ from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
+from callbacks.pseudo_label_quality import PseudoLabelQuality
 from callbacks.reliability import Reliability
 from callbacks.trial_pruner import TrialPruner
+from callbacks.uncertain_region import UncertainRegion
 from callbacks.wandb_run import WandbRun
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "NiftiWriter",
     "NonFiniteLoss",
     "OverlayFigures",
+    "PseudoLabelQuality",
     "Reliability",
     "TrialPruner",
+    "UncertainRegion",
     "WandbRun",
     "montage",
     "progress_bar",

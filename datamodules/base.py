@@ -43,7 +43,8 @@ class CaseDataModule(pl.LightningDataModule):
         batch_size: samples per process and batch of a stream that does not say its own.
         samples_per_epoch: an epoch, in samples of the first stream over all processes.
         augmentation: TorchIO transform applied to training samples, or a list of them.
-        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping.
+        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping;
+            one that is null is left out.
             Batches of `unlabeled` cases carry no label at all.
         extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
         check: run the integrity check once per set of files before training.
@@ -52,6 +53,7 @@ class CaseDataModule(pl.LightningDataModule):
         limit_cases: use only the first so many cases (debugging).
         labels: folder with a label map `<case>.nii.gz` for each case, in the task's values on disk, that replaces the data set's own (what
             a segmentation run predicted, say); a case without one has no label.
+        channel_dropout: probability, in [0, 1), with which each channel is missing from a training sample (see `TrainingSamples`).
         repeat: see `TrainingSamples`.
         seed: of the training samples.
 
@@ -81,6 +83,7 @@ class CaseDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         limit_cases: int | None = None,
         labels: str | Path | None = None,
+        channel_dropout: float = 0.0,
         repeat: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -89,6 +92,8 @@ class CaseDataModule(pl.LightningDataModule):
             raise unknown("view (data.view)", view, VIEWS)
         if view == "window" and window % 2 == 0:
             raise SuiteError(f"data.window={window}: a window has a middle slice, so it must be odd")
+        if not 0 <= channel_dropout < 1:
+            raise SuiteError(f"data.channel_dropout={channel_dropout} is a probability: expected 0 <= p < 1")
         self.root = Path(root).expanduser()
         narrowing = {k: v for k, v in dict(task or {}).items() if v is not None}
         self.task: Task = self.default_task().narrowed(**narrowing)
@@ -97,7 +102,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
         self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
-        self.streams = {name: dict(spec or {}) for name, spec in (streams or {"default": {}}).items()}
+        self.streams = {name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None}
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
@@ -106,6 +111,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
         self.labels = None if labels is None else Path(labels).expanduser()
+        self.channel_dropout = channel_dropout
         self.maps: MapStore | None = None  # set by whoever owns the run folder
         self.statistics: dict | None = None
         self.parts: dict[str, list[Case]] = {}
@@ -135,8 +141,12 @@ class CaseDataModule(pl.LightningDataModule):
 
     def cases(self) -> list[Case]:
         """The cases used, in a fixed order."""
-        cases = sorted(self.find_cases(), key=lambda c: c.id)[: self.limit_cases]
+        cases = self.ordered(self.find_cases())[: self.limit_cases]
         return cases if self.labels is None else with_labels(cases, self.labels)
+
+    def ordered(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases in the order that `limit_cases` takes them: by id."""
+        return sorted(cases, key=lambda c: c.id)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         """The parts of the split; only cases that have labels are divided."""
@@ -201,7 +211,7 @@ class CaseDataModule(pl.LightningDataModule):
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:
-            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["train"]])
+            self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
 
     def _wants(self, cases: str) -> bool:
         return any(spec.get("cases") == cases for spec in self.streams.values())
@@ -252,6 +262,7 @@ class CaseDataModule(pl.LightningDataModule):
             maps=self.extra_maps,
             store=self.maps,
             statistics=self.statistics,
+            channel_dropout=self.channel_dropout,
             repeat=self.repeat,
         )
         sampler = KeyedSampler(self.batches_per_epoch, batch_size, rank, world, self._start)
@@ -267,6 +278,10 @@ class CaseDataModule(pl.LightningDataModule):
             cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
         )
         return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
+
+    def unlabeled_loader(self) -> DataLoader:
+        """Whole unlabeled training cases, without labels even where there are some."""
+        return self.case_loader([replace(c, label=None, raters=[]) for c in self.parts["unlabeled"]])
 
     def val_dataloader(self) -> DataLoader | list:
         return self.case_loader(self.parts["val"]) if self.parts["val"] else []

@@ -24,4 +24,4 @@ class BraTS(CaseDataModule):
         return brats_task(self.layout)
 
     def find_cases(self) -> list[Case]:
-        return find_brats(self.root, self.layout, self.allow_missing)
+        return find_brats(self.root, self.layout, self.allow_missing, self.task.channels)

@@ -59,7 +59,7 @@ def detect_layout(root: Path) -> str:
     return next(iter(counts))
 
 
-def find_brats(root: Path, layout: str | None = None, allow_missing: bool = False) -> list[Case]:
+def find_brats(root: Path, layout: str | None = None, allow_missing: bool = False, channels: Sequence[str] = CHANNELS) -> list[Case]:
     """The cases of a BraTS folder, sorted by id. Channels are named t1, t1ce, t2, flair in every layout.
 
     Case folders may lie in `root`, in HGG/ and LGG/, or in the folder that the archive unpacks to. Attributes, where the set tells
@@ -70,6 +70,7 @@ def find_brats(root: Path, layout: str | None = None, allow_missing: bool = Fals
         root: folder with the unpacked archive.
         layout: `2018`, `2019`, `2020`, `2021` or `2023`; None detects it from the names.
         allow_missing: accept cases that lack channels (absent from `Case.images`), as long as one is there.
+        channels: those that cases must have.
 
     Raises:
         SuiteError: missing folder, no cases, missing channels (all listed at once), or an unreadable survival value.
@@ -85,7 +86,7 @@ def find_brats(root: Path, layout: str | None = None, allow_missing: bool = Fals
     for table in tables:
         add = _add_survival if table.name in _SURVIVAL_TABLES else _add_mapping
         add(table, by_id)
-    return require_channels(cases, CHANNELS, allow_missing)
+    return require_channels(cases, channels, allow_missing)
 
 
 def require_root(root: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import Geometry, read_volume, resample
 from lesionbench.task import Task
 
-CROPS = ("foreground", "none")
+CROPS = ("foreground", "label", "none")
 NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "none")
 INTERPOLATIONS = ("linear", "nearest")
 CT_PERCENTILES = (0.5, 99.5)
@@ -33,8 +33,11 @@ class Preprocessing:
     Args:
         spacing: voxel size in mm along the canonical axes to resample to; None keeps the grid.
         size: number of voxels along the canonical axes to resample every volume to, whatever its field of view; instead of `spacing`.
-        crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume.
-        margin: voxels added around the foreground box, within the volume.
+            null for an axis keeps it: `[256, 256, null]` resizes the slices of a stack.
+        crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume; `label` =
+            the box around what is labeled, by any rater, or the whole volume of a case without a label. It looks at the truth, of test
+            cases as well: for protocols that do so.
+        margin: voxels added around the box on both sides, within the volume: one number, or one per axis.
         normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
             the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its `percentiles` first;
             `dataset` is a z-score with the mean and deviation over the training split's foreground; `ct` (nnU-Net's for CT) clips at the
@@ -50,9 +53,9 @@ class Preprocessing:
     """
 
     spacing: tuple[float, float, float] | None = None
-    size: tuple[int, int, int] | None = None
+    size: tuple[int | None, int | None, int | None] | None = None
     crop: str = "foreground"
-    margin: int = 0
+    margin: int | tuple[int, int, int] = 0
     normalize: str = "zscore"
     percentiles: tuple[float, float] = (0.5, 99.5)
     clip: tuple[float, float] | None = None
@@ -64,10 +67,10 @@ class Preprocessing:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if self.size is not None:
-            object.__setattr__(self, "size", tuple(int(v) for v in self.size))
-            if self.spacing is not None or len(self.size) != 3 or min(self.size) < 1:
+            object.__setattr__(self, "size", tuple(None if v is None else int(v) for v in self.size))
+            if self.spacing is not None or len(self.size) != 3 or any(v is not None and v < 1 for v in self.size):
                 raise SuiteError(
-                    f"data.preprocessing.size: three numbers of voxels, or null; got {self.size}; not with spacing ({self.spacing})"
+                    f"data.preprocessing.size: three numbers of voxels, each or all null; got {self.size}; not with spacing ({self.spacing})"
                 )
         if self.crop not in CROPS:
             raise unknown("crop", self.crop, CROPS)
@@ -81,8 +84,15 @@ class Preprocessing:
             raise SuiteError(f"data.preprocessing.clip: (low, high) with low < high, or null; got {self.clip}")
         if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise SuiteError(f"data.preprocessing.percentiles: (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
-        if self.margin < 0:
-            raise SuiteError(f"data.preprocessing.margin: at least 0 voxels; got {self.margin}")
+        if not isinstance(self.margin, int):
+            object.__setattr__(self, "margin", tuple(int(v) for v in self.margin))
+        if min(self.margins) < 0 or len(self.margins) != 3:
+            raise SuiteError(f"data.preprocessing.margin: one or three numbers of voxels, at least 0; got {self.margin}")
+
+    @property
+    def margins(self) -> tuple[int, ...]:
+        """The margin along each axis."""
+        return (self.margin,) * 3 if isinstance(self.margin, int) else self.margin
 
     @property
     def background(self) -> float:
@@ -131,16 +141,22 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
     check_channels(case, task, settings)
     image, geometry = _read_images(case, task, settings)
     body = foreground(image, settings.background)
+
+    def whole(path: Path) -> np.ndarray:
+        label = geometry.to_canonical(read_label(case, path, task, geometry))
+        return resample(torch.from_numpy(np.ascontiguousarray(label))[None], geometry.resampled, discrete=True)[0].numpy()
+
     if settings.crop == "foreground":
-        geometry = replace(geometry, crop=_bounding_box(body, settings.margin))
+        geometry = replace(geometry, crop=_bounding_box(body, settings.margins))
+    if settings.crop == "label":
+        drawn = [whole(path) > 0 for path in ([case.label] if case.label else case.raters)]
+        geometry = replace(geometry, crop=_bounding_box(np.any(drawn, axis=0) if drawn else np.zeros_like(body), settings.margins))
     box = tuple(slice(a, b) for a, b in geometry.crop)
     image, body = np.ascontiguousarray(image[(slice(None), *box)]), body[box]
     channel_mask = tuple(channel in case.images for channel in task.channels)
 
     def on_grid(path: Path) -> np.ndarray:
-        label = geometry.to_canonical(read_label(case, path, task, geometry))
-        moved = resample(torch.from_numpy(np.ascontiguousarray(label))[None], geometry.resampled, discrete=True)[0].numpy()
-        return np.ascontiguousarray(moved[box])
+        return np.ascontiguousarray(whole(path)[box])
 
     return Prepared(
         image=image,
@@ -248,9 +264,9 @@ def labeled_statistics(values: Sequence[np.ndarray]) -> Stats:
 
 
 def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, ...]:
-    """Canonical shape after resampling: the wanted size, or the field of view divided by the wanted spacing, at least one voxel."""
+    """Canonical shape after resampling: the wanted size (null keeps an axis), or the field of view divided by the wanted spacing, at least one voxel."""
     if settings.size is not None:
-        return settings.size
+        return tuple(old if new is None else new for old, new in zip(geometry.canonical, settings.size, strict=True))
     if settings.spacing is None:
         return geometry.canonical
     sizes = zip(geometry.canonical, geometry.spacing, settings.spacing, strict=True)
@@ -327,11 +343,11 @@ def _compact(case: Case, path: Path, array: np.ndarray) -> np.ndarray:
     return array.astype(np.int16 if fits and whole else np.float32)
 
 
-def _bounding_box(mask: np.ndarray, margin: int) -> tuple[tuple[int, int], ...]:
+def _bounding_box(mask: np.ndarray, margins: Sequence[int]) -> tuple[tuple[int, int], ...]:
     if not mask.any():
         return tuple((0, n) for n in mask.shape)
     box = []
-    for axis, size in enumerate(mask.shape):
+    for axis, (size, margin) in enumerate(zip(mask.shape, margins, strict=True)):
         hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
         box.append((max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin)))
     return tuple(box)

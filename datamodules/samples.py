@@ -48,6 +48,8 @@ class TrainingSamples(Dataset):
         patch: size of the sample along X, Y, Z; None = the whole volume. The slice axis is ignored by 2D and 2.5D views.
         view: `patch` (M, x, y, z), `slice` (M, H, W), `window` (M, H, W, k) with the middle slice's label, `voxels` (N, M).
         maps: per-case map name -> interpolation under augmentation (`nearest` or `linear`), read from `store`.
+        channel_dropout: probability with which each channel that the case has is missing from a sample: 0, and False in `channel_mask`, as
+            of a case without its file. One channel at least is kept.
         repeat: None, or the number of samples drawn again and again without augmentation (to see whether a method can overfit).
     """
 
@@ -70,8 +72,10 @@ class TrainingSamples(Dataset):
         maps: Mapping[str, str] | None = None,
         store: MapStore | None = None,
         statistics: dict | None = None,
+        channel_dropout: float = 0.0,
         repeat: int | None = None,
     ) -> None:
+        self.channel_dropout = channel_dropout
         self.stream, self.cases, self.cache, self.task, self.preprocessing, self.sampling = (
             stream,
             list(cases),
@@ -97,6 +101,8 @@ class TrainingSamples(Dataset):
         if self.augmentation is not None and self.repeat is None:
             with torch_seeded(self.seed, "augment", self.stream, epoch, position):
                 sample = self._augmented(sample, epoch)
+        if self.channel_dropout and self.repeat is None:
+            sample = self._without_channels(sample, numpy_generator(self.seed, "channel dropout", self.stream, epoch, position))
         known = {"attributes": case.attributes} if self.labeled else {}
         return {**self._viewed(sample, rng), "case": case.id, **known}
 
@@ -134,7 +140,7 @@ class TrainingSamples(Dataset):
         if self.labeled and case.raters:
             sample["raters"] = read(cached.raters)
         for name in self.maps:
-            if self.store.has(name, case.id):
+            if self.store is not None and self.store.has(name, case.id):
                 sample[name] = read(lambda b, n=name: self.store.read(n, case.id, b))
         if placement.matrix is not None:
             linear = self._interpolated_linearly
@@ -180,6 +186,16 @@ class TrainingSamples(Dataset):
         for axis in thin:
             changed = {k: v.narrow(axis, 0, 1) for k, v in changed.items()}
         return {**sample, **changed}
+
+    def _without_channels(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """The sample with some of its channels missing; if all were to be, one that is drawn stays."""
+        present = sample["channel_mask"].numpy()
+        kept = present & (rng.random(len(present)) >= self.channel_dropout)
+        spared = rng.choice(np.flatnonzero(present))
+        if not kept.any():
+            kept[spared] = True
+        mask = torch.from_numpy(kept)
+        return {**sample, "image": sample["image"] * mask[:, None, None, None], "channel_mask": mask}
 
     def _viewed(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         axis = 1 + self.task.slice_axis
@@ -253,7 +269,7 @@ class WholeCases(Dataset):
             item["native_raters"] = torch.from_numpy(np.stack([self._native(case, path) for path in case.raters]))
             item["raters"] = torch.from_numpy(np.array(cached.raters(None)))
         for name in self.maps:
-            if self.store.has(name, case.id):
+            if self.store is not None and self.store.has(name, case.id):
                 array = np.array(self.store.read(name, case.id))
                 item[name] = torch.from_numpy(array if array.ndim == 4 else array[None])
         return item

@@ -1,7 +1,7 @@
 """Splits by patient: who is trained on, validated on and tested on; independent of the training seed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,11 @@ class Split:
     file: str | None = None
     train: int | None = None
 
-    def divide(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
+    def divide(self, cases: Sequence[Case], published: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Case]]:
         """Cases -> `train`, `val`, `test`, and `labeled` + `unlabeled` (together `train`); case order is kept within the seeded patient order.
+
+        `published` are lists of patients by part that take the place of all but `val`, `train` and `labeled`. Their order is kept,
+        whoever is not there or not listed is left out, and without a list `val` the end of `train` is validated on.
 
         Raises:
             SuiteError: nothing left to train on, unknown or repeated ids in `file`, a fold that does not exist, too few patients.
@@ -46,14 +49,17 @@ class Split:
             by_patient.setdefault(case.patient, []).append(case)
         patients = sorted(by_patient)
         numpy_generator(self.seed, "split").shuffle(patients)
-        parts = self._listed(cases) if self.file else self._drawn(patients)
+        if published is not None:
+            parts = self._published(published, by_patient)
+        else:
+            parts = self._listed(cases) if self.file else self._drawn(patients)
         if self.train is not None:
             parts["train"] = parts["train"][: self.train]
         keep = len(parts["train"]) if self.labeled is None else self.labeled
         if keep > len(parts["train"]):
             raise SuiteError(f"data.split.labeled={keep}, but there are only {len(parts['train'])} training patients")
         parts["labeled"], parts["unlabeled"] = parts["train"][:keep], parts["train"][keep:]
-        if self.file:
+        if self.file and published is None:
             listed = {i for ids in self._ids().values() for i in ids}
             by_patient = {p: [c for c in cs if c.id in listed] for p, cs in by_patient.items()}
         return {name: [case for p in part for case in by_patient[p]] for name, part in parts.items()}
@@ -78,6 +84,13 @@ class Split:
                 f"too few cases: {n} patient(s) leave none to train on after {len(test)} for test and {len(val)} for validation (data.split)"
             )
         return {"train": train, "val": val, "test": test}
+
+    def _published(self, lists: Mapping[str, Sequence[str]], there: Mapping[str, list[Case]]) -> dict[str, list[str]]:
+        parts = {part: [p for p in lists.get(part, ()) if p in there] for part in ("train", "val", "test")}
+        if "val" not in lists:
+            rest = len(parts["train"]) - _count(self.val, len(parts["train"]))
+            parts["train"], parts["val"] = parts["train"][:rest], parts["train"][rest:]
+        return parts
 
     def _ids(self) -> dict[str, list[str]]:
         path = Path(self.file)

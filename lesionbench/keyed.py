@@ -3,12 +3,17 @@
 So any number of workers, a kill in mid-epoch, or a term switched off leave every other draw as it was.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # the comparison draws too, and does without the second that the import takes
+    import torch
 
 
 def key(*parts: object) -> int:
@@ -24,12 +29,16 @@ def numpy_generator(*parts: object) -> np.random.Generator:
 
 def torch_generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device` that belongs to `parts`."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(key(*parts))
 
 
 @contextmanager
 def torch_seeded(*parts: object) -> Iterator[None]:
     """Seeds torch's global CPU generator with `parts` for libraries that only draw from it (TorchIO), and restores it after."""
+    import torch
+
     state = torch.get_rng_state()
     torch.random.default_generator.manual_seed(key(*parts))
     try:

@@ -178,7 +178,7 @@ def _cell(value: Any) -> str:
 
 
 def _number(text: str) -> float | int | str:
-    for kind in (int, float):
+    for kind in (float,) if "." in text else (int, float):
         try:
             return kind(text) if "_" not in text else text
         except ValueError:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from lesionbench.keyed import numpy_generator
+
 MIN_PAIRS = 6  # with fewer, the exact two-sided Wilcoxon test cannot fall below 0.05
 
 
@@ -99,8 +101,6 @@ def bootstrap_interval(x: Sequence[float], seed: object, level: float = 0.95, dr
         level: coverage in (0, 1).
         draws: number of resamples.
     """
-    from lesionbench.keyed import numpy_generator  # brings torch, which tables without tests do without
-
     x = np.asarray(x, dtype=float)
     if x.size < 2:
         return np.nan, np.nan

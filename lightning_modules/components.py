@@ -18,3 +18,11 @@ def without_small_components(mask: np.ndarray, min_size: int, connectivity: int 
     kept = np.bincount(labels.ravel()) >= min_size
     kept[0] = False
     return kept[labels]
+
+
+def largest_component(mask: np.ndarray, connectivity: int | None = None) -> np.ndarray:
+    """The largest connected component of a mask (the first of equals); `connectivity` as above."""
+    labels, count = ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, connectivity or mask.ndim))
+    if count <= 1:
+        return mask
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax()

@@ -19,6 +19,36 @@ def poly(optimizer: Optimizer, total_iterations: int, power: float = 0.9, warmup
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: (1 - progress) ** power)
 
 
+def warmup_poly(
+    optimizer: Optimizer, total_iterations: int, epochs: int | None = None, warmup_epochs: float = 20, power: float = 0.9
+) -> LambdaLR:
+    """Linear warm-up to the full rate, then (1 - epoch / epochs) ** power of the whole training (Wang et al., BrainLes 2020).
+
+    Epoch e of a warm-up of W uses (e + 1) / W of the learning rate. Unlike in `poly`, the decay counts from the start of the training
+    (and so begins below 1), and the rate is constant within an epoch.
+
+    Args:
+        epochs: equal parts of the training in which the rate is constant; None = every iteration is one.
+        warmup_epochs: W, or below 1 a share of `epochs`.
+
+    Raises:
+        SuiteError: more epochs than iterations, or a warm-up that leaves none.
+    """
+    epochs = total_iterations if epochs is None else epochs
+    count = round(warmup_epochs * epochs) if 0 < warmup_epochs < 1 else int(warmup_epochs)
+    if not 0 <= count < epochs <= total_iterations:
+        raise SuiteError(
+            f"scheduler: epochs={epochs} warmup_epochs={warmup_epochs} do not fit total_iterations={total_iterations}: "
+            "an epoch needs an iteration, and the warm-up must leave epochs to train"
+        )
+
+    def factor(iteration: int) -> float:
+        epoch = iteration * epochs // total_iterations
+        return (epoch + 1) / count if epoch < count else max(0.0, 1 - epoch / epochs) ** power
+
+    return LambdaLR(optimizer, factor)
+
+
 def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0, final: float = 0.0) -> LambdaLR:
     """Half a cosine from 1 down to `final` (a share of the learning rate) (Loshchilov & Hutter, ICLR 2017, without restarts)."""
     return _per_iteration(

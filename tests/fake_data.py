@@ -256,6 +256,95 @@ def _write_analyze(path: Path, array: np.ndarray, zooms: Sequence[float]) -> Non
     nib.AnalyzeImage(array, None, header).to_filename(path)
 
 
+# the first cases of the published lists, in their order
+_ATRIA = (
+    "06SR5RBREL16DQ6M8LWS 0RZDK210BSMWAA6467LU 1D7CUD1955YZPGK8XHJX 1GU15S0GJ6PFNARO469W 1MHBF3G6DCPWHSKG7XCP "
+    "23X6SY44VT9KFHR7S7OC 2XL5HSFSE93RMOJDRGR4 38CWS74285MFGZZXR09Z 3C2QTUNI0852XV7ZH4Q1 3DA0T2V6JJ2NLUAV6FWM"
+)
+LEFT_ATRIUM = {
+    "train": _ATRIA.split(),
+    "test": ["UPT6DX9IQY9JAZ7HJKA7", "UTBUJIWZMKP64E3N73YC"],
+}
+ACDC = {"train": [99, 38, 50, 100, 58, 21], "val": [28], "test": [11, 13]}
+
+
+def fake_heart(count: int, shape: Sequence[int], seed: Sequence[int]):
+    """Scan (X, Y, Z), int16, without a zero background, and a label of `count` classes, the first innermost."""
+    images, label = fake_case(("mri",), tuple(range(1, count + 1)), shape, seed)
+    return images["mri"] + np.random.default_rng([*seed, 1]).integers(20, 60, size=shape).astype(np.int16), label
+
+
+def write_fake_left_atrium(
+    root: Path, files: str = "h5", train: int = 7, test: int = 2, shape: Sequence[int] = SHAPE, seed: int = 0
+) -> Path:
+    """Writes the first cases of the published lists of the 2018 left-atrium challenge under `root` and returns `root`.
+
+    `h5`: z-scores of the whole scan, then a box around the atrium; labels 0 and 1. `nrrd`: `lgemri.nrrd` and `laendo.nrrd` (0 and 255) in
+    the folder that the archive unpacks to, 0.625 mm.
+    """
+    import SimpleITK as sitk
+
+    for number, name in enumerate([*LEFT_ATRIUM["train"][:train], *LEFT_ATRIUM["test"][:test]]):
+        image, label = fake_heart(1, shape, (seed, number))
+        if files == "h5":
+            folder = Path(root) / name
+            box = tuple(slice(max(0, where.min() - 3), where.max() + 4) for where in np.nonzero(label)[:2])
+            scores = ((image - image.mean()) / image.std()).astype(np.float32)
+            _write_h5(folder / "mri_norm2.h5", {"image": scores[box], "label": label.astype(np.uint8)[box]})
+            continue
+        folder = Path(root) / "2018LA_Seg_Training Set" / name
+        folder.mkdir(parents=True)
+        for kind, array in {"lgemri": (image // 8).astype(np.uint8), "laendo": (label * 255).astype(np.uint8)}.items():
+            volume = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+            volume.SetSpacing((0.625, 0.625, 0.625))
+            volume.SetOrigin((-10.0, 20.0, 30.0))
+            sitk.WriteImage(volume, str(folder / f"{kind}.nrrd"))
+    return Path(root)
+
+
+def write_fake_acdc(root: Path, files: str = "h5", shape: Sequence[int] = (22, 26, 5), seed: int = 0) -> Path:
+    """Writes patients of all parts of the published ACDC lists under `root`, two frames each, and returns `root`.
+
+    `h5`: `data/` with a volume (slices, Y, X) in 0..1 for each frame, and `data/slices/` with its slices; `slices`: the slices alone, in
+    `ACDC_training_slices/`; `flat`: volumes alone, under the frame's number in the cycle and with scribbles; `nifti`: the challenge's
+    folders with `Info.cfg`, the 4D file (empty here), and a test patient beyond the lists.
+    """
+    root = Path(root)
+    patients = [n for part in ACDC.values() for n in part] + ([101] if files == "nifti" else [])
+    for number in patients:
+        es = 7 + number % 5 if files in ("flat", "nifti") else 2
+        for frame in (1, es):
+            patient, name = f"patient{number:03d}", f"patient{number:03d}_frame{frame:02d}"
+            image, label = fake_heart(3, (shape[0] + number % 3, *shape[1:]), (seed, number, frame))
+            if files == "nifti":
+                folder = root / ("training" if number <= 100 else "testing") / patient
+                write_volume(folder / f"{name}.nii.gz", image, np.diag([1.5, 1.5, 10, 1]))
+                write_volume(folder / f"{name}_gt.nii.gz", label.astype(np.uint8), np.diag([1.5, 1.5, 10, 1]))
+                (folder / f"{patient}_4d.nii.gz").touch()
+                group = ("NOR", "DCM", "HCM")[number % 3]
+                (folder / "Info.cfg").write_text(f"ED: 1\nES: {es}\nGroup: {group}\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0\n")
+                continue
+            scaled = ((image - image.min()) / np.ptp(image)).astype(np.float32).T
+            arrays = {"image": scaled, "label": label.astype(np.uint8).T, "scribble": np.full(scaled.shape, 4, np.uint16)}
+            home = {"h5": root / "data", "flat": root, "slices": root}[files]
+            slices = {"h5": home / "slices", "slices": home / "ACDC_training_slices"}.get(files)
+            if files != "slices":
+                _write_h5(home / f"{name}.h5", arrays)
+            if slices:
+                for k in range(len(scaled)):
+                    _write_h5(slices / f"{name}_slice_{k + 1}.h5", {n: a[k] for n, a in arrays.items()})
+    return root
+
+
+def _write_h5(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import h5py
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -269,4 +358,6 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "atlas": write_fake_atlas,
     "semireal": write_fake_masks,
     "ibsr": write_fake_ibsr,
+    "leftatrium": write_fake_left_atrium,
+    "acdc": partial(write_fake_acdc, shape=(22, 26, 3)),  # networks on slices of 256 x 256 take their time
 }

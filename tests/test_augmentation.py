@@ -12,6 +12,7 @@ from datamodules import intensity, placement
 from datamodules.augmentation import chain
 from datamodules.placement import Placement, RandomPlacement
 from datamodules.preprocessing import Preprocessing
+from datamodules.quarter_turns import RandomQuarterTurns
 from lesionbench.errors import SuiteError
 from tests.test_samples import At, assert_same, dataset, module, root, store, whole
 
@@ -329,3 +330,32 @@ def test_the_whole_chain_runs_on_every_view(root, name):
             outside = ~batch["brain_mask"]
             if view in ("patch", "slice"):
                 assert (batch["image"].masked_select(outside) == 0).all()
+
+
+# quarter turns
+
+
+def test_quarter_turns_are_exact_and_take_the_label_along():
+    turn = RandomQuarterTurns(axes=(0, 1))
+    image = torch.arange(2 * 4 * 4 * 3, dtype=torch.float32).reshape(2, 4, 4, 3)
+    label = (image[:1] % 5 == 0).to(torch.int16)
+    seen = set()
+    for seed in range(24):
+        torch.manual_seed(seed)
+        subject = turn(torchio.Subject(image=torchio.ScalarImage(tensor=image), label=torchio.LabelMap(tensor=label)))
+        (k,) = [k for k in range(4) if torch.equal(subject["image"].data, torch.rot90(image, k, (1, 2)))]
+        assert torch.equal(subject["label"].data, torch.rot90(label, k, (1, 2)))
+        seen.add(k)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_quarter_turns_keep_the_shape_of_oblong_samples():
+    image = torch.arange(4 * 6 * 3, dtype=torch.float32).reshape(1, 4, 6, 3)
+    results = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        results.append(RandomQuarterTurns()(torchio.Subject(image=torchio.ScalarImage(tensor=image)))["image"].data)
+    assert all(any(torch.equal(r, torch.rot90(image, k, (1, 2))) for k in (0, 2)) for r in results)
+    assert len({float(r.flatten()[0]) for r in results}) == 2
+    with pytest.raises(SuiteError, match=r"axes=\[0, 3\]"):
+        RandomQuarterTurns(axes=(0, 3))

@@ -106,12 +106,15 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=agreement/qubiq_kidney", "model/target=level_k"], ["experiment=agreement/simulated", "model/target=simple"],
         ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal/toy2d"],
+        ["experiment=modality_pairing/toy_missing"],
         ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
         ["experiment=flair_threshold/simulated"],
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
         ["experiment=blur_residual/simulated"],
+        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=colearning/blobs"],
         ["experiment=recipe/brats2021", "model/loss=region_topk_dice"],
+        ["experiment=coranet/blobs"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title

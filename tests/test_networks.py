@@ -32,6 +32,8 @@ TINY = {
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
     "DilatedUNet": ({"width": 4}, 16),
+    "BranchedUNet": ({"features": (4, 6, 8)}, 16),
+    "BranchedVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
 
 ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
@@ -388,6 +390,8 @@ def test_configured_networks_build(name):
     if "image_size" in config:  # otherwise that of the data's patch
         config.image_size = 64
     factory = instantiate(config)
+    if name == "paired_unet":  # otherwise those of the task
+        factory = partial(factory, channels=["t1", "t1ce", "t2", "flair"])
     with torch.device("meta"):
         network = factory(4, 3)
     assert network.window == config.get("window")
@@ -404,5 +408,14 @@ def test_the_network_in_a_window_is_a_choice():
 
 def test_every_network_is_configured():
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
-    assert set(TINY) - {"DilatedUNet"} | {"dilated_unet", "window", "small_unet", "subpixel", "small_subpixel"} <= configured
+    assert {n for n in TINY if n.islower()} | {
+        "dilated_unet",
+        "branched_unet",
+        "branched_vnet",
+        "branched_resnet",
+        "window",
+        "small_unet",
+        "subpixel",
+        "small_subpixel",
+    } <= configured
     assert set(TINY) | {"PixelCritic", "SubpixelNet", "WindowChannels", "describe", "held"} <= set(networks.__all__)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -108,6 +109,35 @@ def test_crop_is_the_box_of_any_channel_plus_margin_within_the_volume(tmp_path):
     assert preprocess(case, TASK, Preprocessing()).geometry.crop == ((3, 7), (4, 5), (5, 10))
     assert preprocess(case, TASK, Preprocessing(margin=4)).geometry.crop == ((0, 10), (0, 9), (1, 10))
     assert preprocess(case, TASK, Preprocessing(crop="none")).geometry.crop == ((0, 10),) * 3
+
+
+def test_margins_by_axis_and_the_box_around_the_label(tmp_path):
+    image, label = np.ones((10, 10, 10), np.int16), np.zeros((10, 10, 10), np.int16)
+    label[3:5, 4, 5:8] = 1
+    case = make_case(tmp_path, {"t1": image, "flair": image}, label)
+    assert preprocess(case, TASK, Preprocessing(crop="label")).geometry.crop == ((3, 5), (4, 5), (5, 8))
+    prepared = preprocess(case, TASK, Preprocessing(crop="label", margin=[1, 0, 10]))
+    assert prepared.geometry.crop == ((2, 6), (4, 5), (0, 10))
+    assert np.array_equal(prepared.label, label[2:6, 4:5])
+    assert preprocess(replace(case, label=None), TASK, Preprocessing(crop="label")).geometry.crop == ((0, 10),) * 3
+    raters = replace(case, label=None, raters=[case.label, case.label])
+    assert preprocess(raters, TASK, Preprocessing(crop="label")).geometry.crop == ((3, 5), (4, 5), (5, 8))
+    settings = Preprocessing(crop="label", margin=[1, 0, 10])
+    assert Preprocessing.from_dict(settings.to_dict()) == settings
+    for wrong in ([1, 2], [1, 2, -1], -1):
+        with pytest.raises(SuiteError, match=r"data.preprocessing.margin: one or three numbers"):
+            Preprocessing(margin=wrong)
+
+
+def test_a_size_may_leave_an_axis_alone(tmp_path):
+    images, label = blob()
+    depth = label.shape[2]
+    prepared = preprocess(make_case(tmp_path, images, label), TASK, Preprocessing(crop="none", size=[12, 20, None]))
+    assert prepared.image.shape == (2, 12, 20, depth)
+    assert prepared.label.shape == (12, 20, depth)
+    assert Preprocessing.from_dict(Preprocessing(size=[12, 20, None]).to_dict()).size == (12, 20, None)
+    with pytest.raises(SuiteError, match="three numbers of voxels, each or all null"):
+        Preprocessing(size=[12, None, 0])
 
 
 def test_volume_without_foreground_is_kept_whole_and_stays_finite(tmp_path):

@@ -104,6 +104,22 @@ def test_a_file_decides_alone(tmp_path):
     assert len(Split(file=str(tmp_path / "split.json"), labeled=1).divide(found)["unlabeled"]) == 1
 
 
+def test_published_lists_keep_their_order_and_leave_out_who_is_not_there():
+    cases = [Case(id=f"{p}{k}", images={}, patient=p) for p in "abcdef" for k in (1, 2)]
+    lists = {"train": ["f", "x", "c", "a", "e"], "test": ["b", "y"]}
+    for seed in (0, 1):
+        parts = Split(seed=seed, val=0.25, labeled=1, test=0.9).divide(cases, lists)
+        found = {name: [c.id for c in part] for name, part in parts.items()}
+        assert found == {
+            "train": ["f1", "f2", "c1", "c2", "a1", "a2"], "val": ["e1", "e2"], "test": ["b1", "b2"],
+            "labeled": ["f1", "f2"], "unlabeled": ["c1", "c2", "a1", "a2"],
+        }  # fmt: skip
+    with_val = Split(val=0.5).divide(cases, {**lists, "val": ["d"]})
+    assert [len(with_val[p]) for p in ("train", "val", "test")] == [8, 2, 2]
+    with pytest.raises(SuiteError, match="labeled=5, but there are only 4"):
+        Split(val=0, labeled=5).divide(cases, lists)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

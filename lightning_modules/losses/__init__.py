@@ -1,7 +1,7 @@
 """Losses: `loss(logits, target) -> scalar`, target from `Target.encode`, -1 = ignored everywhere, computed in float32.
 
 `kind` says what target a loss takes: `softmax` (class indices (B, 1, *spatial)) or `sigmoid` (region masks (B, R, *spatial)).
-Losses of another form: `VAT` (a network and an image) and those between a network and its critic.
+Losses of another form: `VAT` (a network and an image), `PairingLoss` (features of branches) and those between a network and its critic.
 """
 
 from lightning_modules.losses.adversarial import critic_loss, fooling_loss, gradient_penalty
@@ -10,6 +10,7 @@ from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice, R
 from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, RegionTopK, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
 from lightning_modules.losses.dice import RegionDice, SoftDice
+from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.losses.vat import VAT
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DiceCE",
     "DiceTopK",
     "Focal",
+    "PairingLoss",
     "RegionBCE",
     "RegionBCEDice",
     "RegionDice",

@@ -1,8 +1,9 @@
 """Networks: factories `(in_channels, out_channels, *, options) -> nn.Module`, meant as Hydra partials.
 
-A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of other heads, coarsest last), `loss` (the
-network's own scalar term, already weighted). Each carries the attributes that `contract.describe` documents. Networks that stand on
-MONAI are loaded when first asked for, because importing MONAI takes seconds.
+A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of coarser levels, coarsest last), `heads`
+(logits of further heads on the same trunk), `features` (the last ones of each branch), `loss` (the network's own scalar term, already
+weighted). Each carries the attributes that `contract.describe` documents. Networks that stand on MONAI are loaded when first asked for,
+because importing MONAI takes seconds.
 """
 
 import importlib
@@ -10,6 +11,9 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
+from lightning_modules.networks.branched_resnet import BranchedResNet
+from lightning_modules.networks.branched_unet import BranchedUNet
+from lightning_modules.networks.branched_vnet import BranchedVNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
@@ -17,6 +21,7 @@ from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.held import held
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
+from lightning_modules.networks.paired_unet import PairedUNet
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.swin import swin_unet
 from lightning_modules.networks.window import WindowChannels
@@ -36,10 +41,14 @@ _MONAI = (
 )
 
 __all__ = [
+    "BranchedResNet",
+    "BranchedUNet",
+    "BranchedVNet",
     "DilatedUNet",
     "MiddleSlice",
     "NoisyInput",
     "PackUNet",
+    "PairedUNet",
     "PixelCritic",
     "SpatialAutoencoder",
     "SubpixelNet",

@@ -1,0 +1,92 @@
+"""The effect of semi-supervised methods on the toy of blobs: runs them, and makes the table of docs/semi_supervised.md and docs/colearning.md.
+
+    python benchmarks/semi_effect.py run <folder> <rows> <seeds>     rows and seeds separated by commas; rows `all` or names as below
+    python benchmarks/semi_effect.py table <folder>
+
+A seed draws its own training images and weights; the 60 test images are always the same. `table` writes docs/results/semi_blobs.csv (Dice of
+every row, member and seed, mean and deviation over seeds) and prints it as Markdown.
+"""
+
+import csv
+import os
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from lesionbench.command_line import CONF, quoted
+from lesionbench.jobs import run_job
+from lesionbench.resolvers import register
+from lesionbench.results import read_rows
+
+RESULT = Path(__file__).parent.parent / "docs" / "results" / "semi_blobs.csv"
+CPS = ["experiment=colearning/blobs", "model.weights.teacher=0", "model.weights.mix=0"]
+CPS_TEACHER = ["experiment=colearning/blobs", "model.weights.mix=0"]
+MIX = ["experiment=colearning/blobs", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
+ROWS = {
+    "supervised": ["experiment=supervised_only/blobs"],
+    "full": ["experiment=full_supervision/blobs"],
+    "mean_teacher": ["experiment=mean_teacher/blobs", "model.predict_members=true"],
+    "cps": ["experiment=cps/blobs", "model.predict_members=true"],
+    "co_cps": CPS,
+    "co_cps_teacher": CPS_TEACHER,
+    "co_mix": MIX,
+    "co_all": ["experiment=colearning/blobs"],
+    "co_all_different": ["experiment=colearning/blobs", "model.init=different"],
+    "gap_supervised": ["experiment=supervised_only/blobs", "data.gap=true"],
+    "gap_co_cps_teacher": [*CPS_TEACHER, "data.gap=true"],
+    "gap_co_all": ["experiment=colearning/blobs", "data.gap=true"],
+}
+
+
+def run(folder: str, rows: str, seeds: str) -> None:
+    """Runs what has not been run yet, one run after the other in this process."""
+    for seed in seeds.split(","):
+        for name in ROWS if rows == "all" else rows.split(","):
+            runs = Path(folder) / name / f"seed={seed}"
+            if not list(runs.rglob("test/cases.csv")):
+                register()
+                overrides = [*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null", "metrics.names=[dice]"]
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    cfg = compose("config", overrides=quoted(overrides))
+                cfg.experiment_name = ROWS[name][0].partition("=")[2]
+                os.environ.pop("LESIONBENCH_RUN_FOLDER", None)  # of the run before
+                run_job(cfg)
+
+
+def dice(path: Path) -> dict[str, float]:
+    """Member -> mean Dice over test cases."""
+    values = defaultdict(list)
+    for row in read_rows(path):
+        values[row["member"] or "method"].append(row["dice"])
+    return {member: statistics.mean(found) for member, found in values.items()}
+
+
+def table(folder: str) -> None:
+    """Writes and prints the table of all runs under `folder`."""
+    found = {}
+    for name in ROWS:
+        runs = {int(p.name.partition("=")[2]): p for p in (Path(folder) / name).glob("seed=*")}
+        found[name] = {seed: dice(next(path.rglob("test/cases.csv"))) for seed, path in sorted(runs.items())}
+    seeds = sorted({seed for runs in found.values() for seed in runs})
+    lines = []
+    for name, runs in found.items():
+        for member in next(iter(runs.values()), {}):
+            values = {seed: runs[seed][member] for seed in runs}
+            spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+            lines.append({"row": name, "member": member, **values, "mean": statistics.mean(values.values()), "std": spread})
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    with RESULT.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "member", *seeds, "mean", "std"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    print("| row | member | " + " | ".join(map(str, seeds)) + " | mean ± std |\n" + "|---" * (len(seeds) + 3) + "|")
+    for line in lines:
+        cells = " | ".join(f"{line[s]:.3f}" if s in line else "" for s in seeds)
+        print(f"| {line['row']} | {line['member']} | {cells} | {line['mean']:.3f} ± {line['std']:.3f} |")
+
+
+if __name__ == "__main__":
+    {"run": run, "table": table}[sys.argv[1]](*sys.argv[2:])
