@@ -7,7 +7,7 @@ run: $(VENV)/installed
 	$(BIN)/python run.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -53,11 +53,11 @@ def prepared(data: CaseDataModule) -> CaseDataModule:
     return data
 
 
-def suite(root: Path, workers: int = 1, batches: int = 10_000, layout: str = "2020") -> CaseDataModule:
+def suite(root: Path, workers: int = 1, batches: int = 10_000, layout: str = "2020", cache: Path | None = None) -> CaseDataModule:
     """The suite's BraTS data module on every case of `root`."""
     return prepared(
         BraTS(
-            root, layout=layout, patch=(SIDE,) * 3, batch_size=BATCH, samples_per_epoch=batches * BATCH, split=Split(test=0, val=0),
+            root, layout=layout, cache=cache, patch=(SIDE,) * 3, batch_size=BATCH, samples_per_epoch=batches * BATCH, split=Split(test=0, val=0),
             sampling=Sampling("foreground", share=0.33), augmentation=augmentation(), num_workers=workers,
         )
     )  # fmt: skip
@@ -168,7 +168,7 @@ class NNUNet:
 
 def speeds(arguments: argparse.Namespace, scratch: Path) -> None:
     root = arguments.root or write_brats(scratch / "brats", Simulation(spacing=1.0), arguments.cases)
-    data = suite(Path(root), layout=arguments.layout if arguments.root else "2020")
+    data = suite(Path(root), layout=arguments.layout if arguments.root else "2020", cache=scratch / "cache")
     sides: dict[str, Loader | NNUNet] = {"suite": Loader(iter(data.train_dataloader()), AHEAD, BLOCK)}
     for n in (1, 8):
         sides[f"torchio.Queue, {n} patch(es) a volume"] = Loader(torchio_queue(data, n), 4 * n // BATCH, 4 * n // BATCH)

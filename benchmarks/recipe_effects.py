@@ -1,11 +1,14 @@
-"""Two effects of the BraTS recipe that need no training of their own; each prints a table and writes it as CSV.
+"""Effects of the BraTS recipe that need no training of their own; each prints a table and writes it as CSV.
 
     python benchmarks/recipe_effects.py raters staple_raters.csv
+    python benchmarks/recipe_effects.py specks et_threshold_specks.csv
     python benchmarks/recipe_effects.py threshold et_threshold.csv RUN_FOLDER ...
 
 `raters`: one good and two poor raters of a cube, whose errors are independent or partly the same, fused by vote and by STAPLE, five seeds.
+`specks`: the smallest volume of enhancing tumor chosen on one half of 80 drawn cases and applied to the other, and the other way round, five
+seeds. A quarter of the cases has no enhancing tumor, half of all have a false speck of it.
 `threshold`: the smallest volume of enhancing tumor chosen on one half of the held-out cases of each run, applied to the other half, and the
-other way round. The halves alternate in the order of case names.
+other way round (cases of trained networks). The halves alternate in the order of case names.
 """
 
 import os
@@ -63,6 +66,53 @@ def raters() -> Iterator[dict]:
             yield {"poor": name, "shared": shared, **means, **spread}
 
 
+def specks() -> Iterator[dict]:
+    """A row for each seed: mean ET Dice of both halves without and with the threshold of the other half."""
+    import numpy as np
+    import torch
+
+    from datamodules.brats_files import brats_task
+    from lightning_modules.metrics.overlap import overlap_metrics
+    from lightning_modules.postprocessing import PostProcessing
+    from lightning_modules.tuning import HeldOut, best_threshold
+
+    task, et, body = brats_task("2020"), 3, 1
+    grid = np.stack(np.meshgrid(*[np.arange(32)] * 3, indexing="ij"))
+
+    def ball(center: Sequence[float], radius: float) -> np.ndarray:
+        return ((grid - np.reshape(center, (3, 1, 1, 1))) ** 2).sum(0) < radius**2
+
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        cases = []
+        for number in range(80):
+            center, radius = rng.uniform(12, 16, 3), rng.uniform(3, 7)
+            truth = ball(center, radius) & (number % 4 > 0)
+            drawn = ball(center + rng.uniform(-1, 1, 3), radius + rng.uniform(-0.5, 0.5)) & (number % 4 > 0)
+            if rng.random() < 0.5:
+                drawn |= ball(rng.uniform(24, 28, 3), rng.uniform(1, 3.5))
+            labels = torch.from_numpy(np.where(drawn, et, body).astype(np.int8))  # the rest of the volume is core, for the sake of brevity
+            kept, dropped = (overlap_metrics(mask, truth)["dice"] for mask in (drawn, np.zeros_like(truth)))
+            cases.append((HeldOut("", str(number), str(number), int(drawn.sum()), kept, dropped), labels, truth))
+        order = rng.permutation(len(cases))
+        halves = [cases[i] for i in order[::2]], [cases[i] for i in order[1::2]]
+        chosen = [best_threshold([case for case, _, _ in half])[0] for half in halves]
+        after = []
+        for half, volume in zip(halves, reversed(chosen), strict=True):
+            rules = PostProcessing(min_volume={"ET": volume})
+            after += [overlap_metrics((rules.labels(labels, task) == et).numpy(), truth)["dice"] for _, labels, truth in half]
+        before = statistics.mean(case.kept for case, _, _ in cases)
+        gain = statistics.mean(after) - before
+        yield {
+            "seed": seed,
+            "threshold_a": chosen[0],
+            "threshold_b": chosen[1],
+            "before": before,
+            "after": statistics.mean(after),
+            "gain": gain,
+        }
+
+
 def threshold(folders: Sequence[str]) -> Iterator[dict]:
     """A row for each run: mean ET Dice of both halves without and with the threshold of the other half."""
     from lightning_modules.postprocessing import PostProcessing
@@ -97,7 +147,7 @@ def write(rows: Sequence[Mapping], path: Path) -> None:
 
 def main() -> None:
     kind, path, *folders = sys.argv[1:]
-    write(list(raters() if kind == "raters" else threshold(folders)), Path(path))
+    write(list({"raters": raters, "specks": specks, "threshold": lambda: threshold(folders)}[kind]()), Path(path))
 
 
 if __name__ == "__main__":

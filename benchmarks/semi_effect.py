@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from lesionbench.command_line import CONF
+from lesionbench.command_line import CONF, quoted
 from lesionbench.jobs import run_job
 from lesionbench.resolvers import register
 from lesionbench.results import read_rows
@@ -48,8 +48,9 @@ def run(folder: str, rows: str, seeds: str) -> None:
             runs = Path(folder) / name / f"seed={seed}"
             if not list(runs.rglob("test/cases.csv")):
                 register()
+                overrides = [*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null", "metrics.names=[dice]"]
                 with initialize_config_dir(str(CONF), version_base="1.3"):
-                    cfg = compose("config", overrides=[*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null"])
+                    cfg = compose("config", overrides=quoted(overrides))
                 cfg.experiment_name = ROWS[name][0].partition("=")[2]
                 os.environ.pop("LESIONBENCH_RUN_FOLDER", None)  # of the run before
                 run_job(cfg)

@@ -376,7 +376,7 @@ def _ensemble(cfg: DictConfig) -> dict[str, Any]:
     """The model configuration of the ensemble that `ckpt` names; fills in `ensemble.fingerprints`."""
     options = OmegaConf.to_container(cfg.ensemble, resolve=True)
     policy, score, _ = options.pop("policy"), options.pop("score"), options.pop("fingerprints")
-    groups = groups_of(OmegaConf.to_container(cfg.ckpt) if not isinstance(cfg.ckpt, str) else cfg.ckpt)
+    groups = groups_of(cfg.ckpt if isinstance(cfg.ckpt, str) else OmegaConf.to_container(cfg.ckpt, resolve=True))
     if policy not in ("all", "best_per_fold"):
         raise unknown("ensemble.policy", policy, ["all", "best_per_fold"])
     chosen_on: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task
+from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.mixing import box_mask, halves, mix
 from lightning_modules.semi_supervised import Batch, SemiSupervised
 from lightning_modules.teachers import Teacher
@@ -133,10 +134,10 @@ class CoLearning(SemiSupervised):
         if self.mix == "in":
             nothing = torch.zeros((len(image), self.target.out_channels, *image.shape[2:]), device=image.device)
             return nothing, nothing
-        empty = torch.zeros_like(image)
-        boxes, outside = self.mixed(empty, image, mask)  # exactly what is used of the unlabeled images
         half = len(mask)
-        logits = self.aside(self.teacher, torch.cat([boxes, outside]), "teacher, crops")
+        nothing = torch.zeros_like(image[:half])
+        used = [mix(nothing, image[:half], mask), mix(image[-half:], nothing, mask)]  # the boxes of mix 1, the surroundings of mix 2
+        logits = self.aside(self.teacher, torch.cat(used), "teacher, crops")
         whole = self._answer(logits)
         first, second = (torch.zeros((len(image), *whole.shape[1:]), device=image.device) for _ in range(2))
         first[:half], second[-half:] = whole[:half], whole[half:]
@@ -148,14 +149,3 @@ class CoLearning(SemiSupervised):
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:
         brain = labeled["brain_mask"][:count].bool() if self.box_in_brain and "brain_mask" in labeled else None
         return box_mask(count, labeled["image"].shape[2:], self.box, self.generator("box"), brain)
-
-
-def squared_error(probabilities: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean of (p - y)^2 over the voxels that count and all channels (Eq. 17); 0 where none counts.
-
-    Args:
-        probabilities, target: (B, K, *spatial).
-        weight: (B, 1 or K, *spatial), 1 where a voxel counts, else 0.
-    """
-    weight = weight.expand_as(probabilities)
-    return ((probabilities - target).square() * weight).sum() / weight.sum().clamp_min(1)

@@ -175,7 +175,7 @@ class SemiSupervised(SegmentationMethod):
 
     def hard(self, output: Output) -> torch.Tensor:
         """Output -> pseudo labels without gradient, in the form that the loss takes: class indices (B, 1, *spatial) or masks (B, R, *spatial)."""
-        logits = logits_of(output).detach()
+        logits = logits_of(output)
         if isinstance(self.target, RegionSigmoid):
             return (logits > 0).to(torch.int8)
         return logits.argmax(dim=1, keepdim=True)

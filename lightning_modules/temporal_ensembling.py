@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
+from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.semi_supervised import Batch, SemiSupervised
 
 
@@ -41,7 +41,9 @@ class TemporalEnsembling(SemiSupervised):
         mine, others = self.together(self.network, labeled["image"], image)
         terms = {"supervised": self.supervised(mine, labeled)}
         if self.weights["consistency"] and "ensemble" in unlabeled:
-            terms["consistency"] = F.mse_loss(self.probabilities(others), unlabeled["ensemble"].float())
+            ensemble = unlabeled["ensemble"].float()
+            answered = (ensemble.sum(dim=1, keepdim=True) > 0).float()  # not where a sample reaches beyond its volume
+            terms["consistency"] = squared_error(self.probabilities(others), ensemble, answered)
         return terms
 
     def relabel(self) -> None:

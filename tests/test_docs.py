@@ -112,6 +112,9 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
         ["experiment=blur_residual/simulated"],
+        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=colearning/blobs"],
+        ["experiment=recipe/brats2021", "model/loss=region_topk_dice"],
+        ["experiment=coranet/blobs"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title

@@ -50,6 +50,19 @@ def checkpoint(trained, *names):
     return f"ckpt=[{','.join(paths)}]"
 
 
+@pytest.fixture(scope="module")
+def alone(trained, folder, tmp_path_factory):
+    """Name of a member -> what it says alone, predicted when it is first asked for."""
+    known = {}
+
+    def ask(name):
+        if name not in known:
+            known[name] = predicted(trained, folder, tmp_path_factory.mktemp(name), name)
+        return known[name]
+
+    return ask
+
+
 def volumes(out, suffix=""):
     """Case -> what was predicted, by the end of the file's name."""
     found = {p.name.removesuffix(f"{suffix}.nii.gz"): p for p in (out / "predictions").glob(f"case_??{suffix}.nii.gz")}
@@ -85,10 +98,10 @@ def test_an_ensemble_of_one_is_that_one(trained, folder, tmp_path):
         assert together.parent.parent.name == f"folder-{fusion}"
 
 
-def test_members_of_every_kind_meet_on_the_native_grid(trained, folder, tmp_path):
+def test_members_of_every_kind_meet_on_the_native_grid(trained, alone, folder, tmp_path):
     """The mean of what each member says alone, whatever its channels, preprocessing, target and method."""
     names = ["fold0", "uncropped", "flair", "regions", "branches"]
-    single = [predicted(trained, folder, tmp_path / n, n) for n in names]
+    single = [alone(n) for n in names]
     together, _ = predicted(trained, folder, tmp_path / "mean", *names, more=["writer.uncertainty=true"])
     assert len(together) == 8
     spread = volumes(tmp_path / "mean", "_uncertainty_disagreement")
@@ -99,9 +112,9 @@ def test_members_of_every_kind_meet_on_the_native_grid(trained, folder, tmp_path
         assert np.abs(members - members[0]).max() > 0.01  # they do differ
 
 
-def test_vote_is_the_majority_of_masks(trained, folder, tmp_path):
+def test_vote_is_the_majority_of_masks(trained, alone, folder, tmp_path):
     names = ["fold0", "uncropped", "regions"]
-    single = [predicted(trained, folder, tmp_path / n, n)[1] for n in names]
+    single = [alone(n)[1] for n in names]
     share, masks = predicted(trained, folder, tmp_path / "vote", *names, more=["ensemble.fusion=vote"])
     for case in masks:
         votes = np.stack([m[case] for m in single]).astype(int).sum(0)
@@ -109,9 +122,15 @@ def test_vote_is_the_majority_of_masks(trained, folder, tmp_path):
         assert np.array_equal(masks[case] > 0, votes >= 2)
 
 
-def test_weights_and_groups(trained, folder, tmp_path):
+def test_patterns_and_references_to_other_keys(trained, folder, tmp_path):
+    pattern = str(trained["fold0"]).replace("seed=0", "seed=${seed}") + "/checkpoints/l*.ckpt"
+    found = job_test(folder, tmp_path, f"ckpt=['{pattern}']", "seed=0")
+    assert scores(found) == scores(trained["fold0"])
+
+
+def test_weights_and_groups(trained, alone, folder, tmp_path):
     names = ["fold0", "uncropped", "regions"]
-    a, b, c = (predicted(trained, folder, tmp_path / n, n)[0] for n in names)
+    a, b, c = (alone(n)[0] for n in names)
     weighted, _ = predicted(trained, folder, tmp_path / "w", *names, more=["ensemble.weights=[2,1,1]"])
     paths = [trained[n] / "checkpoints" / "last.ckpt" for n in names]
     out = tmp_path / "grouped"
@@ -136,8 +155,8 @@ def test_an_ensemble_writes_what_a_run_writes(trained, folder, tmp_path):
     assert config["model"]["_target_"] == "lightning_modules.Ensemble"
 
 
-def test_mirroring_and_rules_reach_the_members(trained, folder, tmp_path):
-    plain, _ = predicted(trained, folder, tmp_path / "plain", "fold0", "regions")
+def test_mirroring_and_rules_reach_the_members(trained, alone, folder, tmp_path):
+    plain = {case: (maps + alone("regions")[0][case]) / 2 for case, maps in alone("fold0")[0].items()}
     mirrored, _ = predicted(trained, folder, tmp_path / "mirrored", "fold0", "regions", more=["mirror=[0,1,2]"])
     kept, _ = predicted(trained, folder, tmp_path / "kept", "fold0", "regions", more=["mirror=[0,1,2]", "ensemble.keep_loaded=true"])
     single = [predicted(trained, folder, tmp_path / n, n, more=["mirror=[0,1,2]"])[0] for n in ("fold0", "regions")]

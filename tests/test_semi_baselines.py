@@ -206,7 +206,11 @@ def test_temporal_ensemble_is_the_corrected_average(tmp_path, unlabeled, labeled
     assert set(module.losses(labeled, unlabeled)) == {"supervised"}
     z = torch.full((3, 2, 6, 6), 0.5).half()
     loss = module.losses(labeled, {**unlabeled, "ensemble": z})["consistency"]
-    assert torch.allclose(loss, (module.network(unlabeled["image"]).softmax(1) - 0.5).square().mean())
+    error = (module.network(unlabeled["image"]).softmax(1) - 0.5).square()
+    assert torch.allclose(loss, error.mean())
+    z[..., 3:] = 0  # beyond the border of the volume
+    outside = module.losses(labeled, {**unlabeled, "ensemble": z})["consistency"]
+    assert torch.allclose(outside, error[..., :3].mean())
     assert gradients(module, loss) == {"network"}
 
 
@@ -242,14 +246,14 @@ def test_entropy_is_one_where_nothing_is_known_and_zero_where_all_is(labeled, un
     module = method(EntropyMinimization)
     nn.init.zeros_(module.network.weight)
     nn.init.zeros_(module.network.bias)
-    assert float(module.losses(labeled, unlabeled)["entropy"]) == pytest.approx(1)
+    assert module.losses(labeled, unlabeled)["entropy"].item() == pytest.approx(1)
     with torch.no_grad():
         module.network.bias[0] = 50
-    assert float(module.losses(labeled, unlabeled)["entropy"]) == pytest.approx(0, abs=1e-6)
+    assert module.losses(labeled, unlabeled)["entropy"].item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         module.network.bias[0] = math.log(3)  # probabilities 3/4 and 1/4
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    assert float(module.losses(labeled, unlabeled)["entropy"]) == pytest.approx(expected)
+    assert module.losses(labeled, unlabeled)["entropy"].item() == pytest.approx(expected)
 
 
 # copy-paste

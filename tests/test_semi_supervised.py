@@ -3,6 +3,7 @@
 import csv
 import shutil
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -284,6 +285,28 @@ def curves(folder) -> list[tuple[str, str, str]]:
         return [(r["iteration"], r["name"], r["value"]) for r in csv.DictReader(file)]
 
 
+def test_whole_unlabeled_cases_and_statistics_know_no_label(tmp_path):
+    """Neither the cases that pseudo labels are made for nor the intensities of labeled voxels (`normalize: ct`)."""
+    statistics = []
+    for name in ("true", "garbage"):
+        options = {**_blob_options(), "preprocessing": Preprocessing(crop="none", normalize="ct")}
+        data = Blobs(tmp_path / name, **options)
+        data.prepare_data()
+        data.setup()
+        if name == "garbage":
+            for case in data.parts["unlabeled"]:
+                array, affine, _ = read_volume(case.label)
+                write_volume(case.label, (1 - array).astype(np.uint8), affine)
+            data = Blobs(tmp_path / name, **options)
+            data.prepare_data()
+            data.setup()
+        statistics.append(data.statistics)
+        batches = list(data.unlabeled_loader())
+        assert [b["case"][0] for b in batches] == [c.id for c in data.parts["unlabeled"]]
+        assert not any({"label", "native_label", "raters"} & set(b) for b in batches)
+    assert statistics[0] == statistics[1]
+
+
 def test_stored_labels_are_renewed_at_ends_of_epochs(tmp_path):
     run(
         *STORED,
@@ -314,6 +337,28 @@ def test_the_same_cases_are_labeled_for_every_method(tmp_path):
         parts.append([c.id for c in data.parts["labeled"]])
     assert all(p == parts[0] for p in parts)
     assert len(parts[0]) == 3
+
+
+def test_several_heads_a_critic_and_a_teacher_need_nothing_new(tmp_path):
+    own = ["~model.weights", "+model.weights={fooling:0.1,heads:1.0}", "~model.decay", "~model.ema_warmup", "~model.noise", "trust=[tests]"]
+    common = [*RUN, "model._target_=tests.toys.AdversarialHeads", "model.warm_start=0", f"data.root={tmp_path / 'data'}", *own]
+    run(*common, f"runs={tmp_path / 'runs'}", "model.predict_with=teacher", "accumulate=2")
+    (folder,) = run_folders(tmp_path / "runs")
+    state = weights(folder)
+    assert int(state["teacher.updates"]) == 6  # once for both optimizers, 12 batches, 2 to a step
+    assert rows(folder)
+
+
+def test_the_documented_method_works():
+    page = (Path(__file__).parent.parent / "docs" / "semi_supervised.md").read_text()
+    found: dict = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], found)
+    module = method(found["HardTeacher"])
+    terms = module.losses(batch(seed=1), {"image": batch(3, seed=2)["image"]})
+    sum(terms.values()).backward()
+    assert set(terms) == {"supervised", "pseudo"}
+    assert all(p.grad is not None for p in module.network.parameters())
+    assert all(p.grad is None for p in module.teacher.parameters())
 
 
 # the one place that sees the labels

@@ -6,6 +6,7 @@ import signal
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from lesionbench.checkpoint import load_method
 from lesionbench.prediction import Prediction
 from lightning_modules.base import Method, SegmentationMethod
+from lightning_modules.semi_supervised import SemiSupervised
+from lightning_modules.teachers import Teacher as MovingAverage
 
 
 def small_net(in_channels: int, out_channels: int, width: int = 4) -> nn.Module:
@@ -107,6 +110,45 @@ class Teacher(SegmentationMethod):
         if self.trainer.is_global_zero:
             data.maps.commit("pseudo")
         self.trainer.strategy.barrier()
+
+
+class TwoHeads(nn.Module):
+    """Logits of a network and, from them, those of a second head."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network, self.head = network, nn.Conv2d(classes, classes, 1)
+        self.dimensions, self.divisor = network.dimensions, network.divisor
+
+    def forward(self, image):
+        logits = self.network(image)
+        return {"logits": logits, "second": self.head(logits)}
+
+
+class AdversarialHeads(SemiSupervised):
+    """Semi-supervised with several heads, a critic that has an optimizer of its own, and a teacher beside them."""
+
+    terms: ClassVar = {"fooling": 0.1, "heads": 1.0}
+
+    def __init__(self, task, *, network, **options):
+        super().__init__(task, network=lambda **sizes: TwoHeads(network(**sizes), sizes["out_channels"]), **options)
+        self.automatic_optimization = False
+        self.critic = nn.Conv2d(self.target.out_channels, 1, 1)
+        self.teacher = MovingAverage(self.network, 0.1)
+
+    def optimizer_groups(self):
+        return {"network": list(self.network.parameters()), "critic": list(self.critic.parameters())}
+
+    def training_step(self, batch, batch_idx):
+        labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+        with self.optimizing("network") as step:
+            mine, others = self.together(self.network, labeled["image"], unlabeled["image"])
+            fooling = -self.critic(self.probabilities(others)).mean()
+            heads = (self.probabilities(others) - others["second"].softmax(1)).square().mean()
+            step(self.total({"supervised": self.supervised(mine, labeled), "fooling": fooling, "heads": heads}))
+        with self.optimizing("critic") as step:
+            judged = [self.critic(self.probabilities(output).detach()).mean() for output in (mine, others)]
+            step(judged[1] - judged[0])
 
 
 class ManyRaters(SegmentationMethod):

@@ -1,4 +1,4 @@
-"""Consistency with a teacher's probabilities where the teacher is certain enough, and gates that say where that is."""
+"""Squared differences of probabilities, everywhere or where a teacher is certain enough, and gates that say where that is."""
 
 import math
 from typing import Literal
@@ -24,6 +24,17 @@ def gated_consistency(student: torch.Tensor, teacher: torch.Tensor, kept: torch.
         return squared.mean()
     mask = kept[:, 0].flatten(1)
     return ((squared * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)).mean()
+
+
+def squared_error(probabilities: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean of (p - y)^2 over the voxels that count and all channels; 0 where none counts.
+
+    Args:
+        probabilities, target: (B, K, *spatial).
+        weight: (B, 1 or K, *spatial), 1 where a voxel counts, else 0.
+    """
+    weight = weight.expand_as(probabilities)
+    return ((probabilities - target).square() * weight).sum() / weight.sum().clamp_min(1)
 
 
 class RelativeMax:
