@@ -1,9 +1,9 @@
 """The effect of semi-supervised methods on the toy of blobs: runs them, and makes the table of docs/semi_supervised.md and docs/colearning.md.
 
     python benchmarks/semi_effect.py run <folder> <rows> <seeds>     rows and seeds separated by commas; rows `all` or names as below
-    python benchmarks/semi_effect.py table <folder>
+    python benchmarks/semi_effect.py table <folder> <name>
 
-A seed draws its own training images and weights; the 60 test images are always the same. `table` writes docs/results/semi_blobs.csv (Dice of
+A seed draws its own training images and weights; the 60 test images are always the same. `table` writes docs/results/<name>.csv (Dice of
 every row, member and seed, mean and deviation over seeds) and prints it as Markdown.
 """
 
@@ -21,7 +21,7 @@ from lesionbench.jobs import run_job
 from lesionbench.resolvers import register
 from lesionbench.results import read_rows
 
-RESULT = Path(__file__).parent.parent / "docs" / "results" / "semi_blobs.csv"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 CPS = ["experiment=colearning/blobs", "model.weights.teacher=0", "model.weights.mix=0"]
 CPS_TEACHER = ["experiment=colearning/blobs", "model.weights.mix=0"]
 MIX = ["experiment=colearning/blobs", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
@@ -64,21 +64,20 @@ def dice(path: Path) -> dict[str, float]:
     return {member: statistics.mean(found) for member, found in values.items()}
 
 
-def table(folder: str) -> None:
+def table(folder: str, name: str) -> None:
     """Writes and prints the table of all runs under `folder`."""
     found = {}
-    for name in ROWS:
-        runs = {int(p.name.partition("=")[2]): p for p in (Path(folder) / name).glob("seed=*")}
-        found[name] = {seed: dice(next(path.rglob("test/cases.csv"))) for seed, path in sorted(runs.items())}
+    for row in ROWS:
+        runs = {int(p.name.partition("=")[2]): next(p.rglob("test/cases.csv"), None) for p in (Path(folder) / row).glob("seed=*")}
+        found[row] = {seed: dice(path) for seed, path in sorted(runs.items()) if path is not None}
     seeds = sorted({seed for runs in found.values() for seed in runs})
     lines = []
-    for name, runs in found.items():
+    for row, runs in found.items():
         for member in next(iter(runs.values()), {}):
             values = {seed: runs[seed][member] for seed in runs}
             spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
-            lines.append({"row": name, "member": member, **values, "mean": statistics.mean(values.values()), "std": spread})
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    with RESULT.open("w", newline="") as file:
+            lines.append({"row": row, "member": member, **values, "mean": statistics.mean(values.values()), "std": spread})
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "member", *seeds, "mean", "std"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)

@@ -57,7 +57,7 @@ def test_co_learning_helps_and_needs_equal_first_weights(tmp_path):
     """Means over three seeds: with co-learning above the labeled images alone, and the teacher of equal above that of different weights."""
 
     def means(name: str, *overrides: str) -> dict[str, float]:
-        for seed in range(3):
+        for seed in (10, 11, 12):
             run(*overrides, f"seed={seed}", f"data.root={tmp_path / 'data'}", f"runs={tmp_path / name}", "threads=1")
         found: dict[str, list[float]] = {}
         for folder in run_folders(tmp_path / name):
