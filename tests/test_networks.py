@@ -269,13 +269,18 @@ def test_vnet_drops_channels_not_samples():
         assert {(type(m), m.p) for m in dropouts} == {(kind, 0.25)}
 
 
-@pytest.mark.parametrize("name", ["basic_unet", "unet", "dynunet", "attention_unet", "segresnet", "swin_unetr", "unet_plus_plus", "unetr"])
-def test_dropout_acts_in_training_only(name):
+DROPPING = ["basic_unet", "unet", "dynunet", "nnunet", "attention_unet", "segresnet", "swin_unetr", "unet_plus_plus", "unetr", "vnet"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_acts_in_training_only_and_never_on_logits(name):
     torch.manual_seed(0)
     network = tiny(name, dropout=0.5)
     image = torch.randn(1, 2, *sides(name, 2))
-    first, second = (out["logits"] if isinstance(out, dict) else out for out in (network(image), network(image)))
-    assert not torch.equal(first, second)
+    first, second = (out if isinstance(out, dict) else {"logits": out} for out in (network(image), network(image)))
+    assert not torch.equal(first["logits"], second["logits"])
+    for logits in (first["logits"], *first.get("deep", ())):
+        assert (logits != 0).all()  # a dropped logit is 0
     network.eval()
     assert torch.equal(network(image), network(image))
 

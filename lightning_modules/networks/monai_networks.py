@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from monai.networks.blocks import Convolution
+from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.nets import (
     UNETR,
     AttentionUnet,
@@ -116,13 +117,17 @@ class DeepDynUNet(DynUNet):
     """DynUNet whose supervision heads come at their own resolution, in training mode only.
 
     MONAI's forward computes the heads in evaluation too, keeps them (with their graph) on the module, which then cannot be copied, and
-    upsamples them; and it registers every block twice.
+    upsamples them; it registers every block twice; and its dropout also strikes logits, which then say "no idea" at random voxels.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         del self.skip_layers
         self.heads = []
+
+    def get_output_block(self, idx: int) -> UnetOutBlock:
+        """Logits from the features of level `idx`, without dropout; also makes the supervision heads."""
+        return UnetOutBlock(self.spatial_dims, self.filters[idx], self.out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, Any]:
         return self.decode(self.encode(x))
