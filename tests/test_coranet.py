@@ -243,7 +243,7 @@ def test_an_empty_mask_and_a_full_one_give_zero_and_stay_finite():
         batch["uncertain"] = torch.full((2, 1, 8, 8), value)
         model.zero_grad()
         loss = getattr(model, term)(model.network(batch["image"]), batch)
-        assert float(loss) == 0
+        assert loss.item() == 0
         loss.backward()
         assert not has_gradient(model.network)
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

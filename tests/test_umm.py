@@ -216,7 +216,7 @@ def test_cases_count_alike_and_one_without_certain_voxels_counts_zero():
     assert not RelativeMax()(torch.zeros(1, 1, 5), 2, 0.0).any()
     nothing = gated_consistency(torch.rand(1, 2, 5, requires_grad=True), torch.rand(1, 2, 5), RelativeMax()(uniform, 2, 0.0))
     nothing.backward()
-    assert float(nothing) == 0
+    assert nothing.item() == 0
 
 
 def test_gates():
@@ -271,7 +271,7 @@ def test_total_loss_by_hand():
         "gated": ab[0],  # a learns from b at the first voxel; a's own entropies, 0.673 and 0.500, are both above 0.673 / 3
     }.items():
         umm, batch = fixed(mutual=mutual, max_weight=0.25)
-        assert float(umm.training_step(batch, 0)) == pytest.approx(supervised + 0.25 * consistency, abs=1e-5), mutual
+        assert umm.training_step(batch, 0).item() == pytest.approx(supervised + 0.25 * consistency, abs=1e-5), mutual
 
 
 def test_the_weight_follows_the_ramp():
