@@ -277,7 +277,7 @@ def test_total_loss_by_hand():
 def test_the_weight_follows_the_ramp():
     umm, batch = fixed(mutual="plain")
     logged = {}
-    umm.log_terms = lambda **terms: logged.update({k: float(v) for k, v in terms.items()})
+    umm.log_terms = lambda **terms: logged.update({k: v.item() for k, v in terms.items()})
     umm.progress = lambda: 0.5
     umm.training_step(batch, 0)
     assert logged["weight"] == pytest.approx(0.2865048)
@@ -289,7 +289,7 @@ def test_the_weight_follows_the_ramp():
 def test_what_is_logged():
     umm, batch = fixed()
     logged = {}
-    umm.log_terms = lambda **terms: logged.update({k: float(v) for k, v in terms.items()})
+    umm.log_terms = lambda **terms: logged.update({k: v.item() for k, v in terms.items()})
     umm.training_step(batch, 0)
     assert logged["kept_a"] == 0
     assert logged["kept_b"] == 0.5
