@@ -3,12 +3,14 @@
     python benchmarks/recipe_effects.py raters staple_raters.csv
     python benchmarks/recipe_effects.py specks et_threshold_specks.csv
     python benchmarks/recipe_effects.py threshold et_threshold.csv RUN_FOLDER ...
+    python benchmarks/recipe_effects.py ensembles ensemble_by_seed.csv RUN_FOLDER ...
 
 `raters`: one good and two poor raters of a cube, whose errors are independent or partly the same, fused by vote and by STAPLE, five seeds.
 `specks`: the smallest volume of enhancing tumor chosen on one half of 80 drawn cases and applied to the other, and the other way round, five
 seeds. A quarter of the cases has no enhancing tumor, half of all have a false speck of it.
 `threshold`: the smallest volume of enhancing tumor chosen on one half of the held-out cases of each run, applied to the other half, and the
 other way round (cases of trained networks). The halves alternate in the order of case names.
+`ensembles`: mean Dice over the regions and cases of tested ensembles (their run folders), a row for each seed, beside that of each member.
 """
 
 import os
@@ -137,6 +139,26 @@ def threshold(folders: Sequence[str]) -> Iterator[dict]:
         }
 
 
+def ensembles(folders: Sequence[str]) -> Iterator[dict]:
+    """A row for each seed: mean Dice of every member alone and of each fusion of them."""
+    import yaml
+
+    from lesionbench.results import read_rows
+
+    def dice(folder: Path) -> float:
+        rows = read_rows(folder / "test" / "cases.csv")
+        return statistics.mean(float(r["dice"]) for r in rows if r["region"] and not r["member"])
+
+    found: dict[int, dict[str, float]] = {}
+    for folder in map(Path, folders):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        row = found.setdefault(config["seed"], {"seed": config["seed"]})
+        for number, path in enumerate(config["model"]["checkpoints"], start=1):
+            row[f"member_{number}"] = dice(Path(path).parent.parent)
+        row[config["model"]["fusion"]] = dice(folder)
+    yield from (found[seed] for seed in sorted(found))
+
+
 def write(rows: Sequence[Mapping], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -147,7 +169,8 @@ def write(rows: Sequence[Mapping], path: Path) -> None:
 
 def main() -> None:
     kind, path, *folders = sys.argv[1:]
-    write(list({"raters": raters, "specks": specks, "threshold": lambda: threshold(folders)}[kind]()), Path(path))
+    kinds = {"raters": raters, "specks": specks, "threshold": lambda: threshold(folders), "ensembles": lambda: ensembles(folders)}
+    write(list(kinds[kind]()), Path(path))
 
 
 if __name__ == "__main__":

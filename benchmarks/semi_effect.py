@@ -4,7 +4,8 @@
     python benchmarks/semi_effect.py table <folder> <name>
 
 A seed draws its own training images and weights; the 60 test images are always the same. `table` writes docs/results/<name>.csv (Dice of
-every row, member and seed, mean and deviation over seeds) and prints it as Markdown.
+every row, member and seed, mean and deviation over seeds, mean and deviation of the difference to the labeled images alone of the same
+seeds, and how many of these differences are above 0) and prints it as Markdown.
 """
 
 import csv
@@ -12,6 +13,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -75,16 +77,28 @@ def table(folder: str, name: str) -> None:
     for row, runs in found.items():
         for member in next(iter(runs.values()), {}):
             values = {seed: runs[seed][member] for seed in runs}
-            spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
-            lines.append({"row": row, "member": member, **values, "mean": statistics.mean(values.values()), "std": spread})
+            gains = [v - found[baseline(row)][s]["method"] for s, v in values.items() if s in found[baseline(row)]]
+            above = f"{sum(g > 0 for g in gains)} of {len(gains)}"
+            lines.append({"row": row, "member": member, **values, **spread("", values.values()), **spread("gain_", gains), "above": above})
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["row", "member", *seeds, "mean", "std"], lineterminator="\n")
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    print("| row | member | " + " | ".join(map(str, seeds)) + " | mean ± std |\n" + "|---" * (len(seeds) + 3) + "|")
+    print("| row | member | " + " | ".join(map(str, seeds)) + " | mean ± std | gain ± std | above |\n" + "|---" * (len(seeds) + 5) + "|")
     for line in lines:
         cells = " | ".join(f"{line[s]:.3f}" if s in line else "" for s in seeds)
-        print(f"| {line['row']} | {line['member']} | {cells} | {line['mean']:.3f} ± {line['std']:.3f} |")
+        gain = f"{line['gain_mean']:+.3f} ± {line['gain_std']:.3f}"
+        print(f"| {line['row']} | {line['member']} | {cells} | {line['mean']:.3f} ± {line['std']:.3f} | {gain} | {line['above']} |")
+
+
+def baseline(row: str) -> str:
+    """The row of labeled images alone that a row is compared with."""
+    return "gap_supervised" if row.startswith("gap_") else "supervised"
+
+
+def spread(prefix: str, values: Collection[float]) -> dict[str, float]:
+    """Mean and standard deviation, 0 of a single value."""
+    return {f"{prefix}mean": statistics.mean(values), f"{prefix}std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Rules on labels, test-time mirroring, and thresholds tuned on cases that were held out."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.recipe_effects import specks
 from datamodules.brats_files import brats_task
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
@@ -163,6 +165,13 @@ def test_what_the_tuner_writes_is_what_postprocessing_reads(tmp_path):
     assert json.loads(path.read_text())["tried"] == {"0": 0.46, "50": 0.86}
     assert "0.4600 -> 0.8600" in found.report()
     assert "0.7000" in found.report()
+
+
+def test_a_threshold_chosen_on_one_half_raises_the_dice_of_the_other():
+    """The first seeds of the table in docs/brats_recipe.md: cases without enhancing tumor, and false specks of it."""
+    rows = list(islice(specks(), 2))
+    assert all(row["gain"] > 0.03 for row in rows), rows
+    assert all(row["after"] < 1 for row in rows)
 
 
 # mirroring
