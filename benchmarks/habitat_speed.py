@@ -25,7 +25,7 @@ def evaluation(patients: int, voxels: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    objective = HabitatObjective(simulate_patients(patients, voxels, 0), HabitatSettings(), 0)
+    objective = HabitatObjective(simulate_patients(patients, voxels, 0)[0], HabitatSettings(), 0)
     for title, theta in (("first of its quantile", Theta(0.9, 5)), ("encoder from the cache", Theta(0.9, 6))):
         start, busy = time.perf_counter(), time.process_time()
         row = objective(theta)
