@@ -73,18 +73,23 @@ def test_encoded_voxels_cluster_more_stably():
 
 
 @pytest.mark.slow
-def test_joint_loss_is_stable_and_finds_the_planted_region():
-    rows = [row for seed in (20, 21, 22, 23) for row in choices(seed)]
-    by = {alpha: [r for r in rows if r["alpha"] == alpha] for alpha in (0.0, 0.5, 1.0)}
-    average = {alpha: {n: np.mean([r[n] for r in own]) for n in ("stability_loss", "recovered")} for alpha, own in by.items()}
-    assert average[0.5]["stability_loss"] < average[0.0]["stability_loss"]
-    assert average[0.5]["recovered"] > average[1.0]["recovered"]
-    assert np.median([r["p_test"] for r in by[0.5]]) < np.median([r["p_test"] for r in by[1.0]])
+def test_joint_loss_finds_the_planted_regions_more_often_than_either_loss():
+    """Not in every seed: in five of eight, where significance alone does in two and stability alone in one."""
+    rows = [row for seed in range(30, 38) for row in choices(seed)]
+    by = {alpha: [r for r in rows if r["alpha"] == alpha] for alpha in (0.0, 0.5, 0.75, 1.0)}
+    planted = {alpha: sum(r["clusters"] == PLANTED for r in own) for alpha, own in by.items()}
+    unstable, recovered = ({a: np.mean([r[n] for r in own]) for a, own in by.items()} for n in ("stability_loss", "recovered"))
+    for joint in (0.5, 0.75):
+        assert planted[joint] > len(by[joint]) / 2 > max(planted[0.0], planted[1.0])
+        assert unstable[1.0] < unstable[joint] < 0.7 * unstable[0.0]
+        assert recovered[joint] > recovered[1.0] + 0.2
+        assert max(r["p_test"] for r in by[joint]) < 1e-3
+    assert np.median([r["p_test"] for r in by[1.0]]) > 1e-2
 
 
 @pytest.mark.slow
 def test_search_beats_random_on_smooth_functions():
     for function in ("bowl", "branin"):
-        regret = {s: np.mean([regret_on_function(function, s, n) for n in range(10, 16)]) for s in ("bo", "random")}
+        regret = {s: np.mean([regret_on_function(function, s, n) for n in range(10, 20)]) for s in ("bo", "random")}
         assert regret["bo"] < regret["random"], function
-    assert np.mean([regret_on_function("bowl", "bo", n) for n in range(10, 16)]) < 1e-2
+    assert np.mean([regret_on_function("bowl", "bo", n) for n in range(10, 20)]) < 1e-2
