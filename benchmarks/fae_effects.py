@@ -142,6 +142,11 @@ def loss_table(objective: HabitatObjective, quantiles: tuple[float, ...] = QUANT
     return rows
 
 
+def training_objective(seed: int) -> HabitatObjective:
+    """The joint loss of the training patients of (b)."""
+    return HabitatObjective(simulate_hidden(TRAIN + 300, VOXELS, seed)[0][:TRAIN], settings(), seed)
+
+
 def joint_loss(row: dict, alpha: float) -> float:
     """L of a row of `loss_table`."""
     return alpha * row["stability_loss"] + (1 - alpha) * row["significance_loss"]
@@ -249,7 +254,7 @@ def main(experiment: str, *seeds: str) -> None:
     elif experiment == "joint":
         _print([row for s in numbers for row in choices(s)])
     elif experiment == "table":
-        table = loss_table(HabitatObjective(simulate_hidden(TRAIN + 300, VOXELS, numbers[0])[0][:TRAIN], settings(), numbers[0]))
+        table = loss_table(training_objective(numbers[0]))
         _print(
             [
                 {"alpha": alpha, "strategy": s, "seed": n, "regret": regret_on_table(table, alpha, s, n)}

@@ -93,3 +93,12 @@ def test_search_beats_random_on_smooth_functions():
         regret = {s: np.mean([regret_on_function(function, s, n) for n in range(10, 20)]) for s in ("bo", "random")}
         assert regret["bo"] < regret["random"], function
     assert np.mean([regret_on_function("bowl", "bo", n) for n in range(10, 20)]) < 1e-2
+
+
+@pytest.mark.slow
+def test_search_finds_the_best_of_a_table_where_random_search_misses_it():
+    table = fx.loss_table(fx.training_objective(30))
+    for alpha in (1.0, 0.5):
+        regret = {s: np.array([regret_on_table(table, alpha, s, n) for n in range(10, 20)]) for s in ("bo", "random")}
+        assert regret["bo"].max() < 1e-9, alpha
+        assert (regret["random"] > 1e-9).sum() >= 5, alpha
