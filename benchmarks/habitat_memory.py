@@ -32,7 +32,7 @@ COUNTS = (37, 367)
 def write(folder: str, patients: int, voxels: int) -> None:
     """Simulated patients as the stage `voxels` leaves them."""
     store = VoxelStore(folder)
-    for tumor in simulate_patients(patients, voxels, 0):
+    for tumor in simulate_patients(patients, voxels, 0)[0]:
         shape = tuple(int(n) + 1 for n in tumor.positions.max(axis=0))
         grid = Geometry.of(np.eye(4), shape)
         survival = {"survival": tumor.days, "event": int(tumor.died)}

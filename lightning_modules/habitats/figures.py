@@ -45,8 +45,10 @@ def kaplan_meier_figure(groups: Mapping[str, tuple[Survival, np.ndarray]]) -> "F
 
 def _curves(ax: Any, below: Any, days: np.ndarray, died: np.ndarray, high: np.ndarray) -> None:
     from lifelines import KaplanMeierFitter
+    from matplotlib.ticker import MaxNLocator
 
-    ticks = np.linspace(0, days.max() if len(days) else 1, 5).round()
+    last = days.max() if len(days) else 1
+    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(0, last) if t <= last]
     for row, (name, group, color) in enumerate((("low risk", ~high, LOW), ("high risk", high, HIGH))):
         if group.any():
             KaplanMeierFitter().fit(days[group], died[group], label=name).plot_survival_function(ax=ax, color=color, ci_alpha=0.15)
@@ -87,7 +89,7 @@ def search_figure(search: Search, log: EvaluationLog) -> "Figure":
     for name, color in (("stability_loss", LOW), ("significance_loss", HIGH)):
         order.plot(number, [row[name] for row in log.rows], color=color, lw=0.8, alpha=0.7, label=name.replace("_", " "))
     order.set(xlabel="evaluation")
-    order.legend(frameon=False, fontsize=7)
+    order.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, columnspacing=1, handletextpad=0.4)
     _surrogate(figure, plane, search, log)
     return figure
 
