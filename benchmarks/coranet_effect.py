@@ -2,7 +2,8 @@
 
     python benchmarks/coranet_effect.py <folder of runs>
 
-Writes docs/results/coranet_blobs.csv (mean test Dice of every row and seed), docs/results/coranet_blobs_regions.csv (the stored labels inside
+Writes docs/results/coranet_blobs.csv (mean test Dice of every row and seed, and mean and deviation of its difference to the labeled images
+alone on the same seeds), docs/results/coranet_blobs_regions.csv (the stored labels inside
 and outside of the uncertain region at the first and last labeling, its distance to the boundary, and, of the final network, the error
 rate inside it and inside a mask of the same size where the softmax is least confident), and docs/images/coranet_masks.png (labels and
 uncertain region of unlabeled cases over the labelings). Prints all of it as Markdown.
@@ -65,7 +66,13 @@ def summary(values: Mapping[int, float]) -> dict[str, Any]:
 
 def dice_table(runs: Mapping[str, Mapping[int, Path]]) -> list[dict[str, Any]]:
     """One line per row of the sweep."""
-    return [{"row": ROWS[row], **summary({seed: scores(run)[""] for seed, run in of.items()})} for row, of in runs.items()]
+    dice = {row: {seed: scores(run)[""] for seed, run in of.items()} for row, of in runs.items()}
+    seeds, alone = sorted({seed for found in dice.values() for seed in found}), dice.get("supervised", {})
+    lines = []
+    for row, found in dice.items():
+        gain = summary({seed: value - alone[seed] for seed, value in found.items() if seed in alone} or {0: float("nan")})
+        lines.append({"row": ROWS[row], **dict.fromkeys(seeds, ""), **summary(found), "gain": gain["mean"], "gain_std": gain["std"]})
+    return lines
 
 
 def region_table(runs: Mapping[str, Mapping[int, Path]]) -> list[dict[str, Any]]:
@@ -175,12 +182,13 @@ def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> None:
     """The lines as a table."""
-    keys = [k for k in lines[0] if k != "std"]
+    deviations = {"mean": "std", "gain": "gain_std"}
+    keys = [k for k in lines[0] if k not in deviations.values()]
     print("| " + " | ".join(map(str, keys)) + " |\n" + "|---" * len(keys) + "|")
     for line in lines:
-        cells = [f"{line[k]:.3f}" if isinstance(line[k], float) else str(line[k]) for k in keys]
-        last = f"{cells[-1]} ± {line['std']:.3f}" if "std" in line else cells[-1]
-        print("| " + " | ".join([*cells[:-1], last]) + " |")
+        cells = {k: f"{line[k]:{'+' if k == 'gain' else ''}.3f}" if isinstance(line[k], float) else str(line[k]) for k in keys}
+        cells |= {k: f"{cells[k]} ± {line[std]:.3f}" for k, std in deviations.items() if std in line}
+        print("| " + " | ".join(cells.values()) + " |")
 
 
 def main(folder: str) -> None:

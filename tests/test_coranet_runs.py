@@ -212,10 +212,21 @@ def test_errors_gather_in_the_uncertain_region(data, tmp_path):
 
 @pytest.mark.slow
 def test_effect_on_the_toy(data, tmp_path):
-    """What shows on the toy (docs/coranet.md): self-training is better on certain pixels, since the others hold the errors."""
-    dice, quality = effect(data, tmp_path, seeds=[0, 1], conditions=["seg", "st", "st_mask"])
-    assert dice["st_mask"] > dice["seg"] + 0.005
-    assert dice["st_mask"] > dice["st"]
-    for found in quality["st_mask"]:
+    """What shows on the toy (docs/coranet.md), ten minutes: CoraNet is above labels alone and above self-training on all pixels.
+
+    That the teacher adds to self-training on certain pixels does not show, and is not asserted.
+    """
+    dice, quality = effect(data, tmp_path, seeds=[0, 1, 2, 3], conditions=["supervised", "st", "all"])
+    assert dice["all"] > dice["supervised"] + 0.005
+    assert dice["all"] > dice["st"] + 0.005
+    for found in quality["all"]:
         inside, outside = errors(found)
         assert inside > 10 * outside
+
+
+@pytest.mark.slow
+def test_self_training_wants_a_mask(data, tmp_path):
+    """On certain pixels it is above L_crm alone and above self-training on all pixels; five minutes."""
+    dice, _ = effect(data, tmp_path, seeds=[1, 2], conditions=["seg", "st", "st_mask"])
+    assert dice["st_mask"] > dice["seg"] + 0.005
+    assert dice["st_mask"] > dice["st"] + 0.005
