@@ -4,8 +4,8 @@
 
 Reads `config.yaml`, `test/cases.csv` and `metrics.csv` of every finished run of the modality-pairing method and writes, for every
 experiment, `modality_pairing_<experiment>.csv`: per arm, member and region the mean Dice over cases, and the correlation of the two
-branches' features over the last tenth of the training, each as mean and standard deviation over seeds. Draws the correlation over the
-training of the toy.
+branches' features over the last tenth of the training, each as mean and standard deviation over seeds. Arms are told apart by fusion,
+widths and the pairing loss. Draws the correlation over the training of the toy.
 """
 
 import csv
@@ -26,7 +26,7 @@ def arm(model: dict) -> str:
     """What was trained, in words."""
     network = model["network"]
     if network["fusion"] != "paired":
-        return f"{network['fusion']} fusion"
+        return f"{network['fusion']} fusion {'-'.join(map(str, network['widths']))}"
     return f"paired, weight {model['mp_weight']:g}" + (f" {model['mp']['mode']}" if model["mp"]["mode"] != "flat" else "")
 
 
