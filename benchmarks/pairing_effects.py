@@ -94,13 +94,13 @@ def draw(path: Path, arms: dict[str, dict[int, Path]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     drawn = {name: curves for name, seeds in sorted(arms.items()) if all(curves := [correlations(f) for f in seeds.values()])}
     for number, (name, curves) in enumerate(drawn.items()):
         for n, curve in enumerate(curves):
             axis.plot(*zip(*curve, strict=True), color=f"C{number}", linewidth=0.9, label=None if n else name)
     axis.set(xlabel="iteration", ylabel="correlation of the branches", ylim=(-0.5, 1.02))
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
