@@ -18,7 +18,7 @@ from lightning_modules.habitats.pipeline import label_map, sample_voxels
 from lightning_modules.habitats.risk_groups import RiskGroups, two_medoids
 from lightning_modules.habitats.scaling import Scaling
 from lightning_modules.habitats.stability import disagreement, stability_losses
-from lightning_modules.habitats.survival import Survival, excess_deaths, log_rank, significance_loss, significant_habitats
+from lightning_modules.habitats.survival import Survival, excess_deaths, log_rank, significance_loss, significant_habitats, survival_time
 from lightning_modules.habitats.texture import FEATURES, cooccurrence, directions, run_lengths, texture_features
 
 QUICK = HabitatSettings(encoder=EncoderSettings(epochs=2, batch_size=128), repeats=3)
@@ -310,6 +310,18 @@ def test_significance_loss_falls_with_p_and_tau_changes_no_minimum():
     assert significance_loss(0.01, "as_printed") == -significance_loss(0.01, "raw")
     with pytest.raises(SuiteError, match="unit"):
         significance_loss(0.1, "units")
+
+
+def test_survival_is_read_from_attributes():
+    assert survival_time("a", {"survival": 361.0, "event": 0}, "survival", "event") == (361, False)
+    assert survival_time("a", {"days": "12", "dead": "1"}, "days", "dead") == (12, True)
+    for attributes in ({}, {"survival": 5}, {"event": 1}):  # one without the other is no survival time, and no censored one either
+        days, died = survival_time("a", attributes, "survival", "event")
+        assert np.isnan(days)
+        assert not died
+    for days, event in ((5, 2), (5, "alive"), (5, 0.5), (0, 1), (-5, 1), ("long", 1), (float("inf"), 0)):
+        with pytest.raises(SuiteError, match=r"case a: .*0 \(censored\) or 1 \(died\)"):
+            survival_time("a", {"survival": days, "event": event}, "survival", "event")
 
 
 def test_significant_habitats_are_those_that_separate_survival():
