@@ -166,6 +166,13 @@ def test_presets_and_options_reach_the_search_and_the_settings():
     assert (settings_of(cfg, 2).alpha, settings_of(cfg, 2).encoder.update, cfg.model["update"]) == (0.25, "joint", "joint")
 
 
+@pytest.mark.parametrize("wrong", ["search.strategy=tpe", "significance=units", "encoder.kind=vae", "share=1", "repeats=0"])
+def test_bad_settings_are_refused_before_a_voxel_is_read(wrong, folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"habitats\." + wrong.partition("=")[0].replace(".", r"\.")):
+        run(*COMMON, f"data.root={folder}", f"runs={tmp_path}", f"habitats.{wrong}")
+    assert not list(tmp_path.rglob("case.json"))
+
+
 def test_stored_voxels_are_streamed_by_case_and_key(whole):
     from datamodules import TumorVoxels
 

@@ -1,8 +1,10 @@
-"""The stages of an experiment that are no training: search for theta, fit the habitats, analyze survival. Called by `run.py`."""
+"""The stages of an experiment that are no training: look at the settings, search for theta, fit the habitats, analyze survival. Called by
+`run.py`."""
 
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,16 @@ from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.figures import clusters_figure, kaplan_meier_figure, save, search_figure
 from lightning_modules.habitats.pipeline import EncoderFits, HabitatModel, HabitatObjective, HabitatSettings, Tumor, calinski_harabasz
 from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank, survival_time, testable
+
+
+def settings(cfg: DictConfig, folder: Path) -> Path:
+    """Refuses settings that later stages could not use, before any voxel is read; leaves them in `settings.json`.
+
+    Raises:
+        SuiteError: see `HabitatSettings`, `EncoderSettings` and `Search`.
+    """
+    found = settings_of(cfg, slice_axis=2)  # the axis is the task's, which only the data know
+    return write_json(folder / "settings.json", {"settings": asdict(found), "search": asdict(search_of(cfg))})
 
 
 def optimize(cfg: DictConfig, folder: Path) -> Path:
