@@ -12,6 +12,7 @@ from lesionbench.task import Task
 from lesionbench.voxels import tumor_mask
 from lightning_modules.base import Method
 from lightning_modules.habitats.pipeline import HabitatModel, HabitatPrediction
+from lightning_modules.habitats.survival import survival_time
 from lightning_modules.habitats.texture import FEATURES
 
 
@@ -23,7 +24,7 @@ class Habitats(Method):
 
     Args:
         region: tumor region that is partitioned; None = every foreground class.
-        time, event: names of the survival attributes, which result rows repeat.
+        time, event: names of the survival attributes; result rows have `days` and `died` of cases that have both.
     """
 
     def __init__(self, task: Task, *, region: str | None = None, time: str = "survival", event: str = "event", **options: Any) -> None:
@@ -60,8 +61,8 @@ class Habitats(Method):
         return Prediction(labels=labels, table=case_table(found, int(mask.sum()), self.fitted.theta.clusters))
 
     def measure(self, prediction: Prediction, truth: Any, batch: Mapping[str, Any], *_: Any) -> list[dict]:
-        attributes = batch["attributes"][0]
-        survival = {name: attributes[key] for name, key in (("days", self.time), ("died", self.event)) if key in attributes}
+        days, died = survival_time(batch["case"][0], batch["attributes"][0], self.time, self.event)
+        survival = {"days": days, "died": float(died)} if days == days else {}
         return [{"member": "", "region": "", **prediction.table, **survival}]
 
     def _evaluate(self, *arguments: Any) -> CaseResult | None:

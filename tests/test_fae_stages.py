@@ -166,6 +166,13 @@ def test_presets_and_options_reach_the_search_and_the_settings():
     assert (settings_of(cfg, 2).alpha, settings_of(cfg, 2).encoder.update, cfg.model["update"]) == (0.25, "joint", "joint")
 
 
+@pytest.mark.parametrize("wrong", ["search.strategy=tpe", "significance=units", "encoder.kind=vae", "share=1", "repeats=0"])
+def test_bad_settings_are_refused_before_a_voxel_is_read(wrong, folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"habitats\." + wrong.partition("=")[0].replace(".", r"\.")):
+        run(*COMMON, f"data.root={folder}", f"runs={tmp_path}", f"habitats.{wrong}")
+    assert not list(tmp_path.rglob("case.json"))
+
+
 def test_stored_voxels_are_streamed_by_case_and_key(whole):
     from datamodules import TumorVoxels
 
@@ -186,11 +193,12 @@ def test_stored_voxels_are_streamed_by_case_and_key(whole):
         TumorVoxels(whole / "test")
 
 
-def changed_attributes(root, column, value):
-    """Overwrites a column of attributes.csv; the column goes with value None."""
+def changed_attributes(root, column, value, cases=None):
+    """Overwrites a column of attributes.csv (of some cases); the column goes with value None."""
     found = table(root / "attributes.csv")
     for row in found:
-        row[column] = value
+        if cases is None or row["case"] in cases:
+            row[column] = value
         if value is None:
             del row[column]
     with (root / "attributes.csv").open("w", newline="") as file:
@@ -220,6 +228,23 @@ def test_unusable_survival_is_refused_and_alpha_one_needs_none(folder, tmp_path)
     run(*common, "habitats.alpha=1")
     (found,) = [f for f in run_folders(tmp_path / "runs-censored") if (f / "test").exists()]
     assert not (found / "encoder").exists()  # habitats=raw
+
+
+def test_held_out_survival_is_read_as_that_of_training_patients_is(whole, folder, tmp_path):
+    root, common = broken(folder, tmp_path, "events")
+    held_out = [r["case"] for r in rows(whole)]
+    changed_attributes(root, "event", "alive", held_out[:1])
+    with pytest.raises(SuiteError, match=f"case {held_out[0]}: .*'alive'"):
+        run(*common)
+    changed_attributes(root, "event", "", held_out[:1])  # days without an event are not censored days
+    run(*common, "resume=true")
+    (found,) = run_folders(tmp_path / "runs-events")
+    training, tested = table(found / "analyze" / "survival.csv")
+    assert [int(r["low"]) + int(r["high"]) for r in (training, tested)] == [8, 3]
+    trained = next(r["case"] for r in table(root / "attributes.csv") if r["case"] not in held_out)
+    changed_attributes(root, "event", "2", [trained])
+    with pytest.raises(SuiteError, match=f"case {trained}: .*'event': 2"):
+        run(*common)
 
 
 def test_empty_masks_are_left_out_and_constant_modalities_refused(folder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from lightning_modules.habitats.bayesopt import Surrogate, expected_improvement
 from lightning_modules.habitats.clustering import HabitatClustering
 from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.outliers import OutlierFilter
-from lightning_modules.habitats.pipeline import label_map, sample_voxels
+from lightning_modules.habitats.pipeline import label_map, sample_voxels, survival_of
 from lightning_modules.habitats.risk_groups import RiskGroups, two_medoids
 from lightning_modules.habitats.scaling import Scaling
 from lightning_modules.habitats.stability import disagreement, stability_losses
-from lightning_modules.habitats.survival import Survival, excess_deaths, log_rank, significance_loss, significant_habitats
+from lightning_modules.habitats.survival import Survival, excess_deaths, log_rank, significance_loss, significant_habitats, survival_time
 from lightning_modules.habitats.texture import FEATURES, cooccurrence, directions, run_lengths, texture_features
 
 QUICK = HabitatSettings(encoder=EncoderSettings(epochs=2, batch_size=128), repeats=3)
@@ -312,6 +313,18 @@ def test_significance_loss_falls_with_p_and_tau_changes_no_minimum():
         significance_loss(0.1, "units")
 
 
+def test_survival_is_read_from_attributes():
+    assert survival_time("a", {"survival": 361.0, "event": 0}, "survival", "event") == (361, False)
+    assert survival_time("a", {"days": "12", "dead": "1"}, "days", "dead") == (12, True)
+    for attributes in ({}, {"survival": 5}, {"event": 1}):  # one without the other is no survival time, and no censored one either
+        days, died = survival_time("a", attributes, "survival", "event")
+        assert np.isnan(days)
+        assert not died
+    for days, event in ((5, 2), (5, "alive"), (5, 0.5), (0, 1), (-5, 1), ("long", 1), (float("inf"), 0)):
+        with pytest.raises(SuiteError, match=r"case a: .*0 \(censored\) or 1 \(died\)"):
+            survival_time("a", {"survival": days, "event": event}, "survival", "event")
+
+
 def test_significant_habitats_are_those_that_separate_survival():
     rng = np.random.default_rng(0)
     fractions = rng.random((40, 5))
@@ -354,15 +367,21 @@ def test_grid_is_spread_over_both_parameters():
 
 
 def test_rounds_take_the_improvement_then_the_posterior_minimum():
-    search = Search(initial=6, proposals=("posterior_min",), quantile=(0, 1))
+    from scipy.stats import norm
+
+    search = Search(initial=6, quantile=(0, 1))
     done = [Theta(q, k) for k in (3, 7) for q in (0.1, 0.5, 0.9)]
     losses = [(t.quantile - 0.7) ** 2 + (t.clusters - 5) ** 2 / 4 for t in done]
     settings = search.settings()
-    free = np.array([Theta(float(q), int(k)) not in done for q, k in settings])
-    mean, std = Surrogate(search, done, losses).predict(settings)
+    free = settings[[Theta(float(q), int(k)) not in done for q, k in settings]]
+    mean, std = Surrogate(search, done, losses).predict(free)
     assert (std > 0).all()
-    lowest = settings[free][mean[free].argmin()]
-    assert search.propose(done, losses) == Theta(float(lowest[0]), int(lowest[1]))
+    below = (min(losses) - mean) / std
+    improvement = std * (below * norm.cdf(below) + norm.pdf(below))  # eq. 4
+    highest, lowest = (Theta(float(row[0]), int(row[1])) for row in (free[improvement.argmax()], free[mean.argmin()]))
+    assert highest != lowest
+    assert search.propose(done, losses) == highest
+    assert Search(initial=5, quantile=(0, 1)).propose(done, losses) == lowest  # one evaluation further in its round
 
 
 def test_search_stops_when_nothing_improves():
@@ -399,7 +418,15 @@ def test_search_goes_on_from_its_log_as_if_nothing_had_happened(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"strategy": "bayes"}, "bo"), ({"proposals": ["ucb"]}, "ei"), ({"quantile": (0.9, 0.5)}, "quantile"), ({"initial": 1}, "initial=1")],
+    [
+        ({"strategy": "bayes"}, "bo"),
+        ({"proposals": ["ucb"]}, "ei"),
+        ({"quantile": (0.9, 0.5)}, "quantile"),
+        ({"initial": 1}, "initial=1"),
+        ({"iterations": -1}, "iterations=-1"),
+        ({"patience": 0}, "patience=0"),
+        ({"limit": 0}, "limit=0"),
+    ],
 )
 def test_bad_searches_are_named(options, named):
     with pytest.raises(SuiteError, match=named):
@@ -491,11 +518,62 @@ def test_label_map_puts_labels_at_their_places():
     assert (box[0, 0, 0], box[1, 0, 0], box[1, 2, 1], (box > 0).sum()) == (1, 2, 3, 3)
 
 
-def test_bad_settings_are_named():
-    with pytest.raises(SuiteError, match="alpha=2"):
-        HabitatSettings(alpha=2)
-    with pytest.raises(SuiteError, match="texture=4d"):
-        HabitatSettings(texture="4d")
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (HabitatSettings, {"alpha": 2}, "alpha=2"), (HabitatSettings, {"texture": "4d"}, "habitats.texture"), (HabitatSettings, {"scaling": "log"}, "minmax"),
+        (HabitatSettings, {"filter_mode": "lower"}, "two_sided"), (HabitatSettings, {"significance": "units"}, "unit"), (HabitatSettings, {"share": 1.0}, "share=1"),
+        (HabitatSettings, {"repeats": 0}, "repeats=0"), (HabitatSettings, {"voxels_per_patient": 0}, "voxels_per_patient=0"), (HabitatSettings, {"tau": 0}, "tau=0"),
+        (HabitatSettings, {"p_floor": 0}, "p_floor=0"), (HabitatSettings, {"min_kept": 1.5}, "min_kept=1.5"), (EncoderSettings, {"kind": "vae"}, "ensemble"),
+        (EncoderSettings, {"update": "both"}, "joint"), (EncoderSettings, {"batch_size": 0}, "batch_size=0"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(make, options, named):
+    with pytest.raises(SuiteError, match=named):
+        make(**options)
+
+
+def test_training_groups_are_those_of_prediction_whichever_group_lives_longer():
+    for turned in (False, True):  # one of them turns the groups round
+        tumors = [replace(t, days=1e5 / t.days if turned else t.days) for t in patients()]
+        model, training = HabitatObjective(tumors, QUICK).fit(Theta(1.0, 3))
+        high = np.array([p.high_risk for p in training])
+        assert [model.predict(t.values, t.positions).high_risk for t in tumors] == high.tolist()
+        assert excess_deaths(survival_of(tumors), high)[1] > 0
+
+
+def test_texture_settings_reach_the_features():
+    labels, positions = np.array([1, 2, 1, 1, 2, 2, 2, 1], np.int8), np.argwhere(np.ones((2, 2, 2)))
+    for texture, axis in (("3d", 2), ("2d", 2), ("2d", 0)):
+        model = HabitatModel(Theta(1.0, 2), replace(QUICK, texture=texture, slice_axis=axis), None)
+        expected = texture_features(labels.reshape(2, 2, 2), 2, axis if texture == "2d" else None)
+        assert {n: v for n, v in model.describe(labels, positions).items() if n in FEATURES} == expected
+    within = [texture_features(labels.reshape(2, 2, 2), 2, plane)["rmi"] for plane in (None, 2, 0)]
+    assert len(set(within)) == 3
+
+
+def test_loss_settings_reach_the_loss():
+    tumors = patients()
+    options = {"significance": "raw", "tau": 0.2, "p_floor": 0.999, "alpha": 0.25}
+    row = HabitatObjective(tumors, replace(QUICK, **options))(Theta(1.0, 3))
+    assert row["significance_loss"] == pytest.approx(math.log(max(row["p_train"], 0.999) / 0.2))
+    assert row["loss"] == pytest.approx(0.25 * row["stability_loss"] + 0.75 * row["significance_loss"])
+    objective = HabitatObjective(tumors, replace(QUICK, share=0.4, repeats=2))
+    found = objective.stability(objective.sample, objective.patient, 6)
+    assert found.tolist() == stability_losses(objective.sample, objective.patient, 6, repeats=2, share=0.4, seed=("stability", 0)).tolist()
+    assert found.tolist() != stability_losses(objective.sample, objective.patient, 6, repeats=2, seed=("stability", 0)).tolist()
+
+
+def test_outliers_have_the_habitat_of_their_cut_off():
+    """Maps have no holes: a voxel beyond a cut-off is clipped to it before it is scaled and encoded."""
+    tumors = patients()
+    model, _ = HabitatObjective(tumors, QUICK).fit(Theta(0.9, 3))
+    assert np.isfinite(model.encoder.outliers.high).all()
+    values = np.concatenate([t.values for t in tumors])
+    beyond = model.encoder.outliers.high + np.float32([[0, 0, 0], [50, 0, 0], [0, 1e3, 0], [1e6, 1e6, 1e6]])
+    latent = model.encoder.transform(beyond)
+    assert np.array_equal(latent, np.repeat(latent[:1], 4, axis=0))
+    assert set(model.label(np.concatenate([values, beyond]))) == {1, 2, 3}
 
 
 def test_example_of_the_page():

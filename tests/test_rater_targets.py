@@ -221,6 +221,18 @@ def test_ignored_voxels_count_nowhere():
         found = encoded(target, raters)
         assert (found[:, :, 0] == -1).all()
         assert (found[:, :, 1:] >= 0).all()
+    masks = blobs(3, 5).to(torch.int8)
+    masks[1, 8:] = -1  # one rater says nothing of most of the case: fused from what all of them saw
+    valid = torch.zeros(masks.shape[1:], dtype=torch.bool)
+    valid[:8] = True
+    there = masks.clamp(min=0).bool()
+    for target, fused in (
+        (Staple(task(3), soft=True), staple(there, valid).posterior(there)),
+        (Simple(task(3)), torch.einsum("r,r...->...", simple(there, valid).float(), there.float()) > 0.5 + 1e-6),
+    ):
+        found = encoded(target, masks)[0, 0].reshape(valid.shape)
+        assert (found[8:] == -1).all()
+        assert torch.allclose(found[:8], fused[:8].float(), atol=1e-5)
 
 
 def test_one_rater_is_ordinary_segmentation_and_equal_raters_are_too():
@@ -263,6 +275,8 @@ def test_largest_component_is_kept_of_classes_that_are_one_piece_in_every_traini
     target.learn("a", torch.stack([ring(5), ring(3)]))  # one ring, one disk
     assert target.single() == [1, 2]
     target.learn("b", torch.stack([ring(5), two]))  # a corner drawn by one of two as well
+    assert target.single() == [2]
+    target.learn("c", torch.stack([ring(5), ring(3)]))  # what a later case looks like does not make up for it
     assert target.single() == [2]
     other = AgreementClasses(task(2))
     other.load(target.state())

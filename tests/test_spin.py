@@ -16,7 +16,7 @@ from lightning_modules import SPiN
 from lightning_modules.inferers import PackWise
 from lightning_modules.losses import RegionBCE, RegionDice
 from lightning_modules.networks import SubpixelNet
-from lightning_modules.networks.subpixel import LearnedDownsampler, SubpixelEmbedding, combined
+from lightning_modules.networks.subpixel import LearnedDownsampler, SubpixelEmbedding, SubpixelGuidance, combined
 from lightning_modules.schedules import steps
 from tests.fake_data import write_fake_folder
 from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
@@ -177,6 +177,35 @@ def test_embedding_is_local():
     assert int(rows.max()) == 20 + 8
     assert int(columns.min()) == 20 - 8
     assert int(columns.max()) == 20 + 8
+
+
+def test_embedding_adds_its_features_to_those_of_the_first_convolution():
+    torch.manual_seed(0)
+    embedding = SubpixelEmbedding(5, 8).eval()
+    for parameter in embedding.features[-1][1].parameters():  # the last normalization gives nothing
+        torch.nn.init.zeros_(parameter)
+    image = torch.randn(1, 5, 9, 7)
+    assert torch.equal(embedding(image), embedding.last(embedding.to_space(embedding.first(image))))
+    assert embedding(image).std() > 1e-3
+
+
+def test_guidance_at_1x_tells_the_subpixels_of_a_pixel_apart():
+    torch.manual_seed(0)
+    guidance = SubpixelGuidance(torch.nn.Identity(), channels=2, width=3, resolutions=(1, 2)).eval()
+    embedded = torch.randn(1, 2, 8, 6)
+    swapped = embedded.unflatten(3, (3, 2)).flip(4).flatten(3)  # columns within a pixel; its mean stays
+    (one, other) = (guidance(e) for e in (embedded, swapped))
+    assert (one[1].shape, one[2].shape) == ((1, 3, 4, 3), (1, 3, 8, 6))
+    assert (one[1] - other[1]).abs().min() > 1e-6
+
+
+def test_downsampler_sees_logits_only_where_it_should():
+    torch.manual_seed(0)
+    latent, logits = torch.randn(1, 8, 6, 6), torch.randn(1, 1, 6, 6)
+    for seen in (0, 1):
+        downsampler = LearnedDownsampler(8, seen)
+        assert torch.equal(downsampler(latent, logits), downsampler(latent, -logits)) == (not seen)
+    assert [net(ld_input=i).downsampler.sees_logits for i in ("latent", "latent_and_logits")] == [False, True]
 
 
 def test_gradients_reach_guidance_and_downsampler():

@@ -45,7 +45,7 @@ class Search:
         limit: upper bound on the evaluations (debugging); None = none.
 
     Raises:
-        SuiteError: an unknown strategy or proposal, an empty range, fewer than two initial evaluations.
+        SuiteError: an unknown strategy or proposal, an empty range, fewer than two initial evaluations, a number below its least.
     """
 
     strategy: str = "bo"
@@ -74,6 +74,10 @@ class Search:
             )
         if self.initial < 2:
             raise SuiteError(f"habitats.search.initial={self.initial}: a surrogate needs two evaluations or more")
+        for name, least in (("iterations", 0), ("patience", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SuiteError(f"habitats.search.{name}={value}: expected {least} or more")
 
     @property
     def budget(self) -> int:

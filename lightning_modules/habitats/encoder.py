@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import numpy_generator, torch_seeded
-from lightning_modules.networks.voxel_autoencoders import turns, voxel_encoder
+from lightning_modules.networks.voxel_autoencoders import ENCODERS, UPDATES, turns, voxel_encoder
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class EncoderSettings:
     """What the encoder is and how it is fitted (kind, hidden, latent_dim, update: see `networks.voxel_autoencoders`).
 
     The paper states neither learning rate, batch size nor epochs.
+
+    Raises:
+        SuiteError: an unknown kind or update, a number below its least.
     """
 
     kind: str = "fae"
@@ -26,6 +30,16 @@ class EncoderSettings:
     epochs: int = 10
     batch_size: int = 1024
     lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", ENCODERS), ("update", UPDATES)):
+            if getattr(self, name) not in known:
+                raise unknown(f"habitats.encoder.{name}", getattr(self, name), known)
+        if self.epochs < 0 or self.batch_size < 1 or self.hidden < 1 or self.lr <= 0:
+            raise SuiteError(
+                f"habitats.encoder: epochs={self.epochs} must not be negative, batch_size={self.batch_size}, hidden={self.hidden} and "
+                f"lr={self.lr} be positive"
+            )
 
 
 def build_encoder(settings: EncoderSettings, modalities: int, *seed: object) -> nn.Module:

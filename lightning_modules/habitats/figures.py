@@ -73,8 +73,9 @@ def clusters_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             k, [r["stability"] for r in own], [r["stability_std"] for r in own], color=color, label=name, marker="o", capsize=3
         )
         quality.plot(k, [r["calinski_harabasz"] for r in own], color=color, label=name, marker="o")
-    stability.set(xlabel="habitats", ylabel="stability 1 - Ls (mean ± std of divisions)")
-    quality.set(xlabel="habitats", ylabel="Calinski-Harabasz index", yscale="log")
+    ticks = sorted({int(r["clusters"]) for r in rows})
+    stability.set(xlabel="habitats", xticks=ticks, ylabel="stability 1 - Ls (mean ± std of divisions)")
+    quality.set(xlabel="habitats", xticks=ticks, ylabel="Calinski-Harabasz index", yscale="log")
     quality.legend(frameon=False, fontsize=8)
     return figure
 

@@ -14,16 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import numpy_generator
 from lightning_modules.habitats.bayesopt import Theta
 from lightning_modules.habitats.clustering import HabitatClustering
 from lightning_modules.habitats.encoder import EncoderSettings, build_encoder, encode, fit_encoder
-from lightning_modules.habitats.outliers import OutlierFilter
+from lightning_modules.habitats.outliers import MODES, OutlierFilter
 from lightning_modules.habitats.risk_groups import RiskGroups
-from lightning_modules.habitats.scaling import Scaling
+from lightning_modules.habitats.scaling import KINDS, Scaling
 from lightning_modules.habitats.stability import stability_losses
-from lightning_modules.habitats.survival import Survival, excess_deaths, log_rank, significance_loss, significant_habitats
+from lightning_modules.habitats.survival import (
+    SIGNIFICANCE_SCALES,
+    Survival,
+    excess_deaths,
+    log_rank,
+    significance_loss,
+    significant_habitats,
+)
 from lightning_modules.habitats.texture import FEATURES, texture_features
 
 TEXTURES = ("3d", "2d")
@@ -43,6 +50,9 @@ class HabitatSettings:
         texture: `3d`, or `2d` within the slices of `slice_axis`.
         alpha: weight of the stability loss in the joint loss, in [0, 1].
         significance, tau, p_floor: of the significance loss.
+
+    Raises:
+        SuiteError: an unknown choice, or a number out of range.
     """
 
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -60,10 +70,22 @@ class HabitatSettings:
     p_floor: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.texture not in TEXTURES:
-            raise SuiteError(f"habitats.texture={self.texture}: expected one of {', '.join(TEXTURES)}")
-        if not 0 <= self.alpha <= 1:
-            raise SuiteError(f"habitats.alpha={self.alpha}: expected a weight in [0, 1]")
+        choices = {"filter_mode": MODES, "scaling": KINDS, "texture": TEXTURES, "significance": SIGNIFICANCE_SCALES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"habitats.{name}", getattr(self, name), known)
+        ranges = {
+            "alpha": (0 <= self.alpha <= 1, "a weight in [0, 1]"),
+            "min_kept": (0 <= self.min_kept <= 1, "a share in [0, 1]"),
+            "share": (0 < self.share < 1, "a share between 0 and 1"),
+            "repeats": (self.repeats >= 1, "1 or more"),
+            "voxels_per_patient": (self.voxels_per_patient is None or self.voxels_per_patient >= 1, "1 or more, or null for all"),
+            "tau": (self.tau > 0, "a p above 0"),
+            "p_floor": (0 < self.p_floor < 1, "a p between 0 and 1"),
+        }
+        for name, (fits, expected) in ranges.items():
+            if not fits:
+                raise SuiteError(f"habitats.{name}={getattr(self, name)}: expected {expected}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "HabitatSettings":

@@ -33,8 +33,8 @@ class RiskGroups:
 
     Attributes:
         mean, std: of the features of the training patients (F,); a feature without spread counts for nothing.
-        medoids: z-scored features (2, F); the first is the low-risk group once `orient` has been told the events, or the group with
-            fewer training patients where they cannot tell.
+        medoids: z-scored features (2, F); the first is the low-risk group once `orient` has been told the events. Where they
+            cannot tell (no survival times), it is the group of the medoid that comes first among the patients, and says nothing of risk.
     """
 
     def fit(self, features: np.ndarray) -> "RiskGroups":

@@ -1,8 +1,10 @@
-"""The stages of an experiment that are no training: search for theta, fit the habitats, analyze survival. Called by `run.py`."""
+"""The stages of an experiment that are no training: look at the settings, search for theta, fit the habitats, analyze survival. Called by
+`run.py`."""
 
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,23 @@ from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
 from lesionbench.results import read_rows, write_json, write_rows
 from lesionbench.task import Task
-from lesionbench.voxels import VoxelRecord, VoxelStore
+from lesionbench.voxels import VoxelStore
 from lightning_modules.habitat_maps import Habitats, case_table, native_labels
 from lightning_modules.habitats.bayesopt import EvaluationLog, Search, Theta, run_search
 from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.figures import clusters_figure, kaplan_meier_figure, save, search_figure
 from lightning_modules.habitats.pipeline import EncoderFits, HabitatModel, HabitatObjective, HabitatSettings, Tumor, calinski_harabasz
-from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank, testable
+from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank, survival_time, testable
+
+
+def settings(cfg: DictConfig, folder: Path) -> Path:
+    """Refuses settings that later stages could not use, before any voxel is read; leaves them in `settings.json`.
+
+    Raises:
+        SuiteError: see `HabitatSettings`, `EncoderSettings` and `Search`.
+    """
+    found = settings_of(cfg, slice_axis=2)  # the axis is the task's, which only the data know
+    return write_json(folder / "settings.json", {"settings": asdict(found), "search": asdict(search_of(cfg))})
 
 
 def optimize(cfg: DictConfig, folder: Path) -> Path:
@@ -158,23 +170,13 @@ def tumors_of(store: VoxelStore, time: str, event: str) -> list[Tumor]:
     for record in records:
         days, died = float("nan"), False
         if record.patient not in seen:
-            days, died = _survival(record, time, event)
+            days, died = survival_time(record.case, record.attributes, time, event)
             lacking += [record.patient] if days != days else []
         seen.add(record.patient)
         tumors.append(Tumor(record.case, store.values(record.case), store.positions(record.case), days, died, record.patient))
     if lacking:
         print(f"{len(lacking)} of {len(seen)} training patients without survival: {', '.join(lacking[:8])}{' ...' if lacking[8:] else ''}")
     return tumors
-
-
-def _survival(record: VoxelRecord, time: str, event: str) -> tuple[float, bool]:
-    if time not in record.attributes or event not in record.attributes:
-        return float("nan"), False
-    try:
-        return float(record.attributes[time]), bool(int(record.attributes[event]))
-    except (TypeError, ValueError):
-        found = {k: record.attributes[k] for k in (time, event)}
-        raise SuiteError(f"case {record.case}: expected a number of days and an event of 0 or 1, got {found}") from None
 
 
 def search_of(cfg: DictConfig) -> Search:

@@ -1,6 +1,8 @@
 """Survival of groups of patients: log-rank test, significance loss, and which habitats matter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,24 @@ class Survival:
             raise SuiteError(f"a survival time of {self.days[known].min():g}: times are positive")
         if not self.died[known].any():
             raise SuiteError(f"all {known.sum()} training patients with a survival time are censored (event=0); {hint}")
+
+
+def survival_time(case: str, attributes: Mapping[str, Any], time: str, event: str) -> tuple[float, bool]:
+    """Days and whether the patient died, from a case's attributes of these names; NaN and False where either is lacking.
+
+    Raises:
+        SuiteError: days that are no positive number, an event that is neither 0 nor 1 (codes 1 and 2 of other software included).
+    """
+    if time not in attributes or event not in attributes:
+        return float("nan"), False
+    found = {k: attributes[k] for k in (time, event)}
+    try:
+        days, died = (float(v) for v in found.values())
+    except (TypeError, ValueError):
+        days, died = float("nan"), float("nan")
+    if not 0 < days < float("inf") or died not in (0, 1):
+        raise SuiteError(f"case {case}: expected a positive number of days and an event of 0 (censored) or 1 (died), got {found}")
+    return days, bool(died)
 
 
 def testable(survival: Survival, high: np.ndarray) -> bool:
