@@ -228,6 +228,16 @@ def test_teachers_are_in_no_optimizer():
     assert isinstance(module.teacher, Teacher)
 
 
+def test_a_checkpoint_names_the_patients_without_a_label_too():
+    """They were trained on: an ensemble must not be tested on them."""
+    module, part = method(MeanTeacher), {"train": "ab", "labeled": "a", "unlabeled": "bu", "val": "v", "test": "t"}
+    parts = {name: [SimpleNamespace(patient=p) for p in patients] for name, patients in part.items()}
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(parts=parts))
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["lesionbench"]["patients"] == ["a", "b", "u", "v"]
+
+
 @pytest.mark.parametrize("common", [RUN, STORED], ids=["online", "stored"])
 def test_labels_of_unlabeled_cases_change_nothing(common, tmp_path):
     """Not when they are garbage on disk from the start, and not when files and cache are deleted behind the data module's back."""
