@@ -400,6 +400,40 @@ def test_quality_of_pseudo_labels_by_hand(tmp_path):
     assert len(found) == 3
 
 
+def test_voxels_that_a_stored_label_leaves_out_are_not_judged(tmp_path):
+    """-1 is no class, least of all the last one."""
+    truth, said = np.array([1, 1, 0, 0, -1, 0], np.int8), np.array([1, -1, -1, 0, -1, 1], np.int8)
+    callback, counts = PseudoLabelQuality(str(tmp_path), map="pseudo_label"), {}
+    data = SimpleNamespace(
+        task=TASK,
+        parts={"unlabeled": [SimpleNamespace(id="a", label="there")]},
+        store=SimpleNamespace(open=lambda c: SimpleNamespace(label=lambda: truth)),
+    )
+    callback._count(counts, data, "a", said, None)
+    callback._write(SimpleNamespace(is_global_zero=True, current_epoch=0), SimpleNamespace(iteration=1), counts, 1)
+    with (tmp_path / "pseudo_labels.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert [float(row[k]) for k in ("voxels", "share", "error", "ppv", "tpr", "csi")] == [3, 3 / 5, 1 / 3, 1 / 2, 1, 1 / 2]
+
+
+def test_every_region_can_have_a_mask_of_its_own(tmp_path):
+    task = Task(("t1",), {"background": 0, "a": 1, "b": 2}, {"A": ("a",), "B": ("b",)})
+    truth, said = (np.array(v, np.int8).reshape(4, 1, 1) for v in ([0, 1, 2, 0], [1, 1, 2, 2]))
+    masks = np.array([[1, 0, 0, 0], [0, 0, 1, 1]], bool).reshape(2, 4, 1, 1)
+    callback, counts = PseudoLabelQuality(str(tmp_path), map="pseudo_label", mask="uncertain"), {}
+    data = SimpleNamespace(
+        task=task,
+        parts={"unlabeled": [SimpleNamespace(id="a", label="there")]},
+        store=SimpleNamespace(open=lambda c: SimpleNamespace(label=lambda: truth)),
+    )
+    callback._count(counts, data, "a", said, masks)
+    assert {key: value[:4].tolist() for key, value in counts.items() if key[1] == "inside"} == {
+        ("A", "inside"): [0, 1, 0, 1],
+        ("B", "inside"): [1, 1, 0, 2],
+    }
+    assert counts["B", "outside"][:4].tolist() == [0, 0, 0, 2]
+
+
 def test_quality_of_predictions_does_not_disturb_training(tmp_path):
     common = [*RUN, f"data.root={tmp_path / 'data'}"]
     run(*common, f"runs={tmp_path / 'plain'}")
