@@ -19,7 +19,7 @@ from lesionbench.geometry import read_volume, write_volume
 from lesionbench.maps import MapStore
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
-from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised
+from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised, TemporalEnsembling
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import SoftDice
 from lightning_modules.ramps import Ramp
@@ -142,6 +142,26 @@ def test_a_method_that_writes_maps_warms_up_for_whole_epochs():
 def test_refusals(options, message):
     with pytest.raises(SuiteError, match=message):
         method(**options)
+
+
+def test_a_warm_start_that_leaves_nothing_is_refused():
+    for options in ({"warm_start": 40}, {"warm_start": 0.999}):
+        with pytest.raises(SuiteError, match=r"takes 40 of the 40 batches .* flat would never begin"):
+            timed(method(**options), 0).on_train_start()
+    with pytest.raises(SuiteError, match="takes 40 of the 40"):  # 31 batches, rounded up to whole epochs
+        timed(method(PseudoLabel, labels="stored", warm_start=31), 0).on_train_start()
+    timed(method(warm_start=39), 0).on_train_start()
+    timed(method(warm_start=100), 0, epochs=1).on_train_start()
+
+
+def test_maps_that_are_lacking_are_asked_for_as_they_are_to_be_moved():
+    data = SimpleNamespace(streams={"labeled": {}, "unlabeled": {}}, extra_maps={})
+    for kind, options, wanted in (
+        (PseudoLabel, {"labels": "stored"}, "pseudo_label: nearest"),
+        (TemporalEnsembling, {}, "ensemble: linear"),
+    ):
+        with pytest.raises(SuiteError, match=rf"data\.extra_maps={{{wanted}}}"):
+            method(kind, **options).check(data)
 
 
 def test_refuses_a_network_that_is_not_there():
