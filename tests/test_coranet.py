@@ -291,6 +291,14 @@ def test_consistency_over_all_heads_is_their_mean():
     torch.testing.assert_close(model.consistency(out, batch), sum(each) / 3)
 
 
+def test_noise_is_on_the_teacher_s_images_only():
+    model, batch = method(uncertain="all", noise=0.3), unlabeled()
+    clean, noisy = (model.network(x)["logits"].softmax(1) for x in (batch["image"], model.noisy(batch["image"], "teacher", 0.3, 0.6)))
+    expected = (clean - noisy).square().sum(1).mean()
+    assert expected > 0
+    torch.testing.assert_close(model.consistency(model.network(batch["image"]), batch), expected)
+
+
 # teacher
 
 
