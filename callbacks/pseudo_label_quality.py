@@ -19,13 +19,13 @@ class PseudoLabelQuality(pl.Callback):
     at the end of every `every` epochs. The method sees no label: cases come from `unlabeled_loader`, labels from the cache.
 
     Columns: epoch, iteration, version (of the map), region, where (`all`; with `mask` also `inside` and `outside` of it), cases,
-    voxels, share (of all voxels), error (share of voxels with a wrong answer about the region), ppv = tp / (tp + fp),
+    voxels (that were given a label; a stored label may leave out what is not sure), share (of all voxels of known truth), error (share of voxels with a wrong answer about the region), ppv = tp / (tp + fp),
     tpr = tp / (tp + fn), csi = tp / (tp + fp + fn); empty where the denominator is 0 (Shi et al., IEEE TMI 2022, Figs. 3-5).
 
     Args:
         folder: run folder.
         map: name of a stored map of class indices (X, Y, Z), or None.
-        mask: name of a stored map, nonzero = inside; only with `map`.
+        mask: name of a stored map, nonzero = inside; one for all regions, or a channel for each. Only with `map`.
         every: epochs.
     """
 
@@ -73,23 +73,26 @@ class PseudoLabelQuality(pl.Callback):
             if data.maps.has(self.map, case.id):
                 labels = data.maps.read(self.map, case.id)
                 mask = None if self.mask is None else data.maps.read(self.mask, case.id)
-                self._count(
-                    counts, data, case.id, labels.reshape(labels.shape[-3:]), None if mask is None else mask.reshape(mask.shape[-3:]) != 0
-                )
+                mask = None if mask is None else mask.reshape(-1, *mask.shape[-3:]) != 0
+                self._count(counts, data, case.id, labels.reshape(labels.shape[-3:]), mask)
         self._write(trainer, pl_module, counts, version)
 
     def _count(self, counts: dict, data: Any, case_id: str, labels: np.ndarray, mask: np.ndarray | None) -> None:
-        """Adds tp, fp, fn, voxels and 1 for the case, under (region, where)."""
+        """Adds tp, fp, fn, voxels, 1 for the case and its voxels of known truth, under (region, where); mask (1 or R, X, Y, Z)."""
         case = next(c for c in data.parts["unlabeled"] if c.id == case_id)
         if case.label is None:
             return
         truth = data.store.open(case).label()
         known = truth != IGNORE
-        places = {"all": known} | ({} if mask is None else {"inside": known & mask, "outside": known & ~mask})
-        for region, members in zip(data.task.regions, data.task.region_matrix, strict=True):
-            said, true = members[labels.astype(int)], members[np.maximum(truth, 0)]
+        given = known & (labels != IGNORE)
+        for r, (region, members) in enumerate(zip(data.task.regions, data.task.region_matrix, strict=True)):
+            places = {"all": given}
+            if mask is not None:
+                inside = mask[r if len(mask) > 1 else 0]
+                places |= {"inside": given & inside, "outside": given & ~inside}
+            said, true = members[np.maximum(labels, 0).astype(int)], members[np.maximum(truth, 0)]
             for where, place in places.items():
-                found = [(said & true)[place].sum(), (said & ~true)[place].sum(), (~said & true)[place].sum(), place.sum(), 1]
+                found = [(said & true)[place].sum(), (said & ~true)[place].sum(), (~said & true)[place].sum(), place.sum(), 1, known.sum()]
                 counts[region, where] = counts.get((region, where), 0) + np.array(found)
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, counts: dict, version: int) -> None:
@@ -103,8 +106,7 @@ class PseudoLabelQuality(pl.Callback):
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(self.HEADER)
-            for (region, where), (tp, fp, fn, voxels, cases) in total.items():
-                everything = total[region, "all"][3]
+            for (region, where), (tp, fp, fn, voxels, cases, everything) in total.items():
                 quotients = [(voxels, everything), (fp + fn, voxels), (tp, tp + fp), (tp, tp + fn), (tp, tp + fp + fn)]
                 shares = [a / b if b else "" for a, b in quotients]
                 writer.writerow([trainer.current_epoch, pl_module.iteration, version, region, where, cases, voxels, *shares])

@@ -207,11 +207,17 @@ class CaseDataModule(pl.LightningDataModule):
         cases = self.cases()
         self.parts = self.divided(cases)
         self.parts["predict"] = cases
-        self.parts["unlabeled"] += [c for c in cases if c.label is None and not c.raters] if self._wants("unlabeled") else []
+        if self._wants("unlabeled"):
+            self.parts["unlabeled"] += self.without_label(cases)
         if self.preprocessing.normalize == "dataset" and self.statistics is None:
             self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:
             self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
+
+    def without_label(self, cases: Sequence[Case]) -> list[Case]:
+        """Cases that have no label and join the `unlabeled` ones: of nobody who is validated or tested."""
+        held_out = {c.patient for part in ("val", "test") for c in self.parts[part]}
+        return [c for c in cases if c.label is None and not c.raters and c.patient not in held_out]
 
     def _wants(self, cases: str) -> bool:
         return any(spec.get("cases") == cases for spec in self.streams.values())

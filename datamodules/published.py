@@ -69,6 +69,10 @@ class PublishedSplit(CaseDataModule):
                 )
         return parts
 
+    def without_label(self, cases: Sequence[Case]) -> list[Case]:
+        found = super().without_label(cases)
+        return found if self.named_split is None else [c for c in found if c.patient in self.lists["train"]]
+
     def prepare_data(self) -> None:
         first = not self._prepared
         super().prepare_data()

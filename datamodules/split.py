@@ -53,9 +53,13 @@ class Split:
             parts = self._published(published, by_patient)
         else:
             parts = self._listed(cases) if self.file else self._drawn(patients)
+        for name in ("train", "labeled"):
+            count = getattr(self, name)
+            if count is not None and (count < 0 or count != int(count)):
+                raise SuiteError(f"data.split.{name}={count}: a number of patients from 0, or null for all")
         if self.train is not None:
-            parts["train"] = parts["train"][: self.train]
-        keep = len(parts["train"]) if self.labeled is None else self.labeled
+            parts["train"] = parts["train"][: int(self.train)]
+        keep = len(parts["train"]) if self.labeled is None else int(self.labeled)
         if keep > len(parts["train"]):
             raise SuiteError(f"data.split.labeled={keep}, but there are only {len(parts['train'])} training patients")
         parts["labeled"], parts["unlabeled"] = parts["train"][:keep], parts["train"][keep:]

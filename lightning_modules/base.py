@@ -320,7 +320,7 @@ class Method(pl.LightningModule):
             "task": self.task.to_dict(),
             "preprocessing": data.preprocessing.to_dict() if hasattr(data, "preprocessing") else None,
             "statistics": getattr(data, "statistics", None),
-            "patients": sorted({c.patient for part in ("train", "val") for c in getattr(data, "parts", {}).get(part, [])}),
+            "patients": sorted({c.patient for part in ("train", "unlabeled", "val") for c in getattr(data, "parts", {}).get(part, [])}),
         }
         if self._within_window():  # gradients summed so far belong to the state of a run stopped between two steps
             checkpoint["lesionbench"]["gradients"] = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}

@@ -15,7 +15,7 @@ from lesionbench.errors import SuiteError
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy
 from lightning_modules.losses.cross_entropy import voxel_binary_cross_entropy, voxel_cross_entropy, weighted_mean
 from lightning_modules.networks.branches import every_head
-from lightning_modules.uncertainty import active_dropout, mc_dropout
+from lightning_modules.uncertainty import mc_dropout
 
 
 def decided(maps: torch.Tensor, kind: str) -> torch.Tensor:
@@ -110,8 +110,6 @@ class DropoutMask(SoftmaxThreshold):
         self.passes = _at_least_one("passes", passes)
 
     def maps(self, method: Any, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not active_dropout(method.network):
-            raise SuiteError("model/mask=mc_dropout needs dropout in the network: model.network.dropout=0.5")
         maps = super().maps(method, view)
         with mc_dropout(method.network):
             passes = [method.probabilities(method.network(view)) for _ in range(self.passes)]

@@ -74,8 +74,10 @@ class CoLearning(SemiSupervised):
         for name, (value, known) in choices.items():
             if value not in known:
                 raise unknown(f"model.{name}", value, known)
-        if not 0 < box < 1 or len(variants) != 2:
-            raise SuiteError(f"model.box={box} must be above 0 and below 1, model.variants must be two, not {len(variants)}")
+        if not 0 < box < 1:
+            raise SuiteError(f"model.box={box}: above 0 and below 1")
+        if len(variants) != 2:
+            raise SuiteError(f"model.variants has {len(variants)} entries: one mapping of network options for each of the two students")
         super().__init__(task, network=lambda **sizes: network(**sizes, **variants[0]), **options)
         self.second = network(in_channels=len(task.channels), out_channels=self.target.out_channels, **variants[1])
         if init == "same":

@@ -10,10 +10,11 @@ from torch import nn
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
 from lesionbench.task import IGNORE, Task
-from lightning_modules.certainty_masks import CertaintyMask, ConservativeRadical, with_heads
+from lightning_modules.certainty_masks import CertaintyMask, ConservativeRadical, DropoutMask, with_heads
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy, masked_consistency
 from lightning_modules.semi_supervised import Batch, Output, SemiSupervised, logits_of
 from lightning_modules.teachers import Teacher
+from lightning_modules.uncertainty import active_dropout
 
 CHOICES = {
     "certain": ("none", "all", "masked"),
@@ -53,8 +54,8 @@ class CoraNet(SemiSupervised):
         noise: standard deviation of noise on the teacher's images, clipped at twice that.
 
     Raises:
-        SuiteError: an unknown option, a network without heads, all heads asked for where the mask has none, or alternating updates together
-            with accumulation.
+        SuiteError: an unknown option, a network without heads, all heads asked for where the mask has none, a mask of dropout for a network
+            that has none, or alternating updates together with accumulation.
     """
 
     terms: Mapping[str, float] = {"certain": 1.0, "uncertain": 1.0}
@@ -85,6 +86,8 @@ class CoraNet(SemiSupervised):
                 raise unknown(f"model.{name}", locals()[name], known)
         if "all" in (certain_heads, uncertain_heads) and not isinstance(mask, ConservativeRadical):
             raise SuiteError("model.certain_heads=all and model.uncertain_heads=all need the heads of model/mask=xor")
+        if isinstance(mask, DropoutMask) and not active_dropout(self.network):
+            raise SuiteError("model/mask=mc_dropout needs dropout in the network: model.network.dropout=0.5")
         if update == "alternating" and self.accumulate > 1:
             raise SuiteError(f"model.update=alternating does not go with accumulate={self.accumulate}: use update=joint")
         self.mask, self.certain, self.uncertain, self.certain_heads = mask, certain, uncertain, certain_heads

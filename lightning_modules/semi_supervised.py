@@ -41,13 +41,15 @@ class SemiSupervised(SegmentationMethod):
 
     Attributes:
         terms: name of each term besides `supervised` -> its default weight.
+        map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
 
     Raises:
-        SuiteError: an unknown term, network to predict with, or a number out of range.
+        SuiteError: an unknown term, network to predict with, or a number out of range; in training, a warm start that leaves nothing.
     """
 
     streams = ("labeled", "unlabeled")
     terms: ClassVar[Mapping[str, float]] = {}
+    map_interpolation: ClassVar[str] = "nearest"  # of the maps that it writes
 
     def __init__(
         self,
@@ -126,8 +128,16 @@ class SemiSupervised(SegmentationMethod):
             raise unknown("model.predict_with", self.predict_with, known)
         missing = [name for name in self.writes_maps if name not in getattr(data, "extra_maps", {})]
         if missing:
+            maps = ", ".join(f"{name}: {self.map_interpolation}" for name in missing)
+            raise SuiteError(f"{type(self).__name__} stores maps and reads them back: set data.extra_maps={{{maps}}}")
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        warm, total = self.warm_iterations, self.total_iterations
+        if warm >= total and self.trainer.max_epochs > 1:  # a single epoch is a look at whether everything runs
             raise SuiteError(
-                f"{type(self).__name__} stores maps and reads them back: set data.extra_maps={{{', '.join(f'{n}: nearest' for n in missing)}}}"
+                f"model.warm_start={self.warm_start} takes {warm} of the {total} batches of this training, so that {', '.join(self.terms)} would "
+                "never begin; give a share below 1, or more epochs"
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ class TemporalEnsembling(SemiSupervised):
 
     terms: Mapping[str, float] = {"consistency": 1.0}
     writes_maps = ("ensemble",)
+    map_interpolation = "linear"
 
     def __init__(self, task: Task, *, alpha: float = 0.6, noise: float = 0.1, **options: Any) -> None:
         super().__init__(task, **options)

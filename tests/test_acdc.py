@@ -56,6 +56,17 @@ def test_every_form_divides_patients_as_published(roots, form):
     assert not [f for f in data.findings(progress=False) if f.level == "error"]
 
 
+def test_frames_without_a_label_are_trained_on_only_of_patients_of_the_training_list(roots, tmp_path):
+    own = shutil.copytree(roots["nifti"], tmp_path / "own")
+    for patient in (NAMES["train"][-1], NAMES["val"][0], NAMES["test"][0], "patient101"):
+        (frame,) = own.rglob(f"{patient}_frame01_gt.nii.gz")
+        frame.unlink()
+    streams = {"labeled": {"cases": "labeled"}, "unlabeled": {"cases": "unlabeled"}}
+    data = ready(own, "nifti", streams=streams)
+    assert {c.patient for c in data.parts["unlabeled"]} == set(NAMES["train"][3:])
+    assert len(data.parts["unlabeled"]) == 2 * len(NAMES["train"][3:])  # the frame that lost its label is there
+
+
 @pytest.mark.parametrize("form", ["h5", "slices", "flat"])
 def test_hdf5_volumes_have_the_axes_of_the_nifti_files(roots, form):
     data = ready(roots[form], form)

@@ -291,6 +291,14 @@ def test_consistency_over_all_heads_is_their_mean():
     torch.testing.assert_close(model.consistency(out, batch), sum(each) / 3)
 
 
+def test_noise_is_on_the_teacher_s_images_only():
+    model, batch = method(uncertain="all", noise=0.3), unlabeled()
+    clean, noisy = (model.network(x)["logits"].softmax(1) for x in (batch["image"], model.noisy(batch["image"], "teacher", 0.3, 0.6)))
+    expected = (clean - noisy).square().sum(1).mean()
+    assert expected > 0
+    torch.testing.assert_close(model.consistency(model.network(batch["image"]), batch), expected)
+
+
 # teacher
 
 
@@ -355,8 +363,6 @@ def test_dropout_mask_is_the_mean_of_passes():
     model.network.branches.heads[0][-2].train()
     torch.manual_seed(1)
     torch.testing.assert_close(maps["mean"], sum(model.network(image).softmax(1) for _ in range(3)) / 3)
-    with pytest.raises(SuiteError, match=r"network\.dropout=0\.5"):
-        eval_method(DropoutMask()).mask.maps(eval_method(DropoutMask()), image)
 
 
 class Pointwise(nn.Module):
@@ -523,6 +529,8 @@ def test_wrong_options_are_named():
         method(mask=SoftmaxThreshold(), certain_heads="all")
     with pytest.raises(SuiteError, match="update=joint"):
         method(update="alternating", accumulate=2)
+    with pytest.raises(SuiteError, match=r"network\.dropout=0\.5"):  # before the training, not after the pretraining
+        method(mask=DropoutMask())
     for make, text in [
         (lambda: ConservativeRadical(0.5), "alpha=0.5"),
         (lambda: SoftmaxThreshold(0.3), "threshold=0.3"),

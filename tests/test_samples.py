@@ -341,6 +341,22 @@ def test_cases_without_label_join_the_unlabeled_stream_only(tmp_path):
     assert "case_04" not in [c.id for part in ("train", "val", "test", "labeled") for c in data.parts[part]]
 
 
+def test_cases_without_label_of_patients_who_are_held_out_are_not_trained_on(tmp_path):
+    """Second time points that nobody has drawn."""
+    root = write_fake_folder(tmp_path, 8, shape=SHAPE)
+    for number in range(4, 8):
+        (root / "labels" / f"case_{number:02d}.nii.gz").unlink()
+    table = root / "attributes.csv"
+    for number in range(4, 8):
+        table.write_text(table.read_text().replace(f"patient_0{number}", f"patient_0{number - 4}"))
+    streams = {"a": {"cases": "labeled"}, "b": {"cases": "unlabeled"}}
+    data = module(root, split=Split(test=1, val=1, labeled=1), streams=streams)
+    held_out = {c.patient for part in ("val", "test") for c in data.parts[part]}
+    assert len(held_out) == 2
+    assert len(data.parts["unlabeled"]) == 3  # one with a label, and the second time points of both training patients
+    assert not held_out & {c.patient for c in data.parts["unlabeled"]}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -159,6 +159,14 @@ def test_mean_teacher_by_hand(labeled, unlabeled):
     assert torch.allclose(module.losses(labeled, unlabeled)["consistency"], difference.square().sum(1).mean())
 
 
+def test_mean_teacher_and_student_each_have_their_own_noise(labeled, unlabeled):
+    module = method(MeanTeacher, noise=0.3)
+    image = torch.cat([labeled["image"], unlabeled["image"]])
+    f, g = (module.network(module.noisy(image, name, 0.3, 0.6)).softmax(1) for name in ("student", "teacher"))
+    assert (f - g).square().sum() > 0  # the weights are still the same
+    assert torch.allclose(module.losses(labeled, unlabeled)["consistency"], (f - g).square().sum(1).mean())
+
+
 def test_ua_mt_counts_certain_voxels_only(labeled, unlabeled):
     """Against sum I(u < H) |f' - f|^2 / sum I(u < H) of each image, with u from the mean of the passes."""
     module = method(UAMT, noise=0.0, passes=2, gate=FixedShare(0.5))

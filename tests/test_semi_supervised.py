@@ -19,7 +19,7 @@ from lesionbench.geometry import read_volume, write_volume
 from lesionbench.maps import MapStore
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
-from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised
+from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised, TemporalEnsembling
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import SoftDice
 from lightning_modules.ramps import Ramp
@@ -144,6 +144,26 @@ def test_refusals(options, message):
         method(**options)
 
 
+def test_a_warm_start_that_leaves_nothing_is_refused():
+    for options in ({"warm_start": 40}, {"warm_start": 0.999}):
+        with pytest.raises(SuiteError, match=r"takes 40 of the 40 batches .* flat would never begin"):
+            timed(method(**options), 0).on_train_start()
+    with pytest.raises(SuiteError, match="takes 40 of the 40"):  # 31 batches, rounded up to whole epochs
+        timed(method(PseudoLabel, labels="stored", warm_start=31), 0).on_train_start()
+    timed(method(warm_start=39), 0).on_train_start()
+    timed(method(warm_start=100), 0, epochs=1).on_train_start()
+
+
+def test_maps_that_are_lacking_are_asked_for_as_they_are_to_be_moved():
+    data = SimpleNamespace(streams={"labeled": {}, "unlabeled": {}}, extra_maps={})
+    for kind, options, wanted in (
+        (PseudoLabel, {"labels": "stored"}, "pseudo_label: nearest"),
+        (TemporalEnsembling, {}, "ensemble: linear"),
+    ):
+        with pytest.raises(SuiteError, match=rf"data\.extra_maps={{{wanted}}}"):
+            method(kind, **options).check(data)
+
+
 def test_refuses_a_network_that_is_not_there():
     data = SimpleNamespace(streams=("labeled", "unlabeled"))
     with pytest.raises(SuiteError, match="techer"):
@@ -226,6 +246,16 @@ def test_teachers_are_in_no_optimizer():
     owned = {id(p) for p in module.optimizer_groups()["main"]}
     assert owned == {id(p) for p in module.network.parameters()}
     assert isinstance(module.teacher, Teacher)
+
+
+def test_a_checkpoint_names_the_patients_without_a_label_too():
+    """They were trained on: an ensemble must not be tested on them."""
+    module, part = method(MeanTeacher), {"train": "ab", "labeled": "a", "unlabeled": "bu", "val": "v", "test": "t"}
+    parts = {name: [SimpleNamespace(patient=p) for p in patients] for name, patients in part.items()}
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(parts=parts))
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["lesionbench"]["patients"] == ["a", "b", "u", "v"]
 
 
 @pytest.mark.parametrize("common", [RUN, STORED], ids=["online", "stored"])
@@ -388,6 +418,40 @@ def test_quality_of_pseudo_labels_by_hand(tmp_path):
     assert [float(found["inside"][k]) for k in ("voxels", "share", "error", "csi")] == [2, 2 / 5, 1, 0]
     assert [float(found["outside"][k]) for k in ("error", "ppv", "tpr")] == [0, 1, 1]
     assert len(found) == 3
+
+
+def test_voxels_that_a_stored_label_leaves_out_are_not_judged(tmp_path):
+    """-1 is no class, least of all the last one."""
+    truth, said = np.array([1, 1, 0, 0, -1, 0], np.int8), np.array([1, -1, -1, 0, -1, 1], np.int8)
+    callback, counts = PseudoLabelQuality(str(tmp_path), map="pseudo_label"), {}
+    data = SimpleNamespace(
+        task=TASK,
+        parts={"unlabeled": [SimpleNamespace(id="a", label="there")]},
+        store=SimpleNamespace(open=lambda c: SimpleNamespace(label=lambda: truth)),
+    )
+    callback._count(counts, data, "a", said, None)
+    callback._write(SimpleNamespace(is_global_zero=True, current_epoch=0), SimpleNamespace(iteration=1), counts, 1)
+    with (tmp_path / "pseudo_labels.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert [float(row[k]) for k in ("voxels", "share", "error", "ppv", "tpr", "csi")] == [3, 3 / 5, 1 / 3, 1 / 2, 1, 1 / 2]
+
+
+def test_every_region_can_have_a_mask_of_its_own(tmp_path):
+    task = Task(("t1",), {"background": 0, "a": 1, "b": 2}, {"A": ("a",), "B": ("b",)})
+    truth, said = (np.array(v, np.int8).reshape(4, 1, 1) for v in ([0, 1, 2, 0], [1, 1, 2, 2]))
+    masks = np.array([[1, 0, 0, 0], [0, 0, 1, 1]], bool).reshape(2, 4, 1, 1)
+    callback, counts = PseudoLabelQuality(str(tmp_path), map="pseudo_label", mask="uncertain"), {}
+    data = SimpleNamespace(
+        task=task,
+        parts={"unlabeled": [SimpleNamespace(id="a", label="there")]},
+        store=SimpleNamespace(open=lambda c: SimpleNamespace(label=lambda: truth)),
+    )
+    callback._count(counts, data, "a", said, masks)
+    assert {key: value[:4].tolist() for key, value in counts.items() if key[1] == "inside"} == {
+        ("A", "inside"): [0, 1, 0, 1],
+        ("B", "inside"): [1, 1, 0, 2],
+    }
+    assert counts["B", "outside"][:4].tolist() == [0, 0, 0, 2]
 
 
 def test_quality_of_predictions_does_not_disturb_training(tmp_path):

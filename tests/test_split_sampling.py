@@ -156,6 +156,9 @@ def test_a_patient_listed_on_both_sides_by_different_cases_is_refused(tmp_path):
         (Split(folds=5, fold=-1), "fold=-1"),
         (Split(folds=9), "folds=9"),
         (Split(labeled=99), "labeled=99"),
+        (Split(labeled=-1), "data.split.labeled=-1: a number of patients"),
+        (Split(labeled=0.1), "data.split.labeled=0.1: a number of patients"),
+        (Split(train=-2), "data.split.train=-2: a number of patients"),
     ],
 )
 def test_impossible_splits_are_refused(split, message):
