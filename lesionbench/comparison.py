@@ -568,7 +568,7 @@ def _fold_records(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]]
         return []
     records = []
     for fold, tested in sorted(cases.items(), key=lambda item: (len(item[0]), item[0])):
-        per_seed = [_mean(values[seed].get(case, math.nan) for case in own) for seed, own in tested.items() if seed in values]
+        per_seed = [_mean(values[seed].get(case, math.nan) for case in sorted(own)) for seed, own in tested.items() if seed in values]
         n_cases = len(set().union(*tested.values()))
         records.append(dict(zip(_FOLD_COLUMNS, (*cell, fold, _mean(per_seed), n_cases), strict=False)))
     return records

@@ -273,6 +273,8 @@ def test_sending_a_dashboard_says_that_it_needs_an_account(finished, tmp_path, m
     with pytest.raises(SuiteError, match="needs a W&B account"):
         run("job=dashboard", f"compare.runs=[{finished}]")
     with pytest.raises(SuiteError, match=r"Unknown config key 'model.los'; did you mean 'model.loss'"):  # W&B would show one group
-        run("job=dashboard", f"compare.runs=[{finished}]", "compare.group_by=[model.los]", "dashboard.dry_run=true", f"out={tmp_path / 'x'}")
+        run(
+            "job=dashboard", f"compare.runs=[{finished}]", "compare.group_by=[model.los]", "dashboard.dry_run=true", f"out={tmp_path / 'x'}"
+        )
     with pytest.raises(SuiteError, match="out="):
         run("job=dashboard", f"compare.runs=[{finished}]", "dashboard.dry_run=true")
