@@ -1,6 +1,7 @@
 """The HTML report holds every table, plot and picture in one file, and its numbers are those of the runs."""
 
 import csv
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ import torch
 from callbacks import Calibration
 from callbacks.calibration import COLUMNS
 from lesionbench.comparison import Sheet, compare
-from lesionbench.html_report import _band, _calibration_counts, _curves, comma_separated, latex, write_html
+from lesionbench.html_report import _band, _calibration_counts, _curves, _training, comma_separated, latex, write_html
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
 from tests.test_comparison import make_run, row
@@ -98,6 +99,36 @@ def test_a_bare_run_has_a_report_too(tmp_path):
     text = write_html(compare([tmp_path]), tmp_path / "report.html").read_text()
     for line in ("No run has a training curve", "No run has region probabilities", "No run has pictures", "compare.baseline"):
         assert line in text
+
+
+def test_a_comparison_of_values_over_all_voxels_alone(tmp_path):
+    """As of detectors whose metrics are measured data-set-wise: no case has a value, the cost plot shows what there is."""
+    for name, auroc in (("a", 0.7), ("b", 0.9)):
+        folder = make_run(tmp_path, name, values=dict.fromkeys(CASES, 0.5), cost={"parameters": 1e6, "wall_s": 5.0})
+        (folder / "test" / "dataset.json").write_text(json.dumps({"": {"WT": {"auroc": auroc}}}))
+    comparison = compare([tmp_path], metrics=["auroc"])
+    assert not comparison.cells
+    text = write_html(comparison, tmp_path / "report.html").read_text()
+    assert "auroc, mean over regions" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_one_point_and_metrics_without_a_value_are_drawn(tmp_path):
+    folder = make_run(tmp_path, values=dict.fromkeys(CASES, math.nan), config={"objective": {"name": "val/dice"}}, cost={"parameters": 1e6})
+    (folder / "metrics.csv").write_text("iteration,epoch,name,value\n2,0,val/dice,0.5\n")
+    comparison = compare([tmp_path])
+    write_html(comparison, tmp_path / "report.html")
+    drawn = []
+
+    def kept(figure, name):
+        drawn.extend(figure.axes[0].get_lines())
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lesionbench.html_report._svg", kept)
+        _training(comparison)
+    (line,) = drawn
+    assert line.get_marker() == "o"  # a line through one point is not seen
 
 
 def test_latex_and_csv_of_a_sheet():
