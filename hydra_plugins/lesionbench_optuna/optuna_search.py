@@ -112,9 +112,7 @@ class OptunaSearch(Sweeper):
             if key in space:
                 raise SuiteError(f"{key} is not a setting to choose by its score; to repeat runs over it, use -m without a search")
         for override in space.values():
-            tags, interval = getattr(override.value(), "tags", set()), isinstance(override.value(), IntervalSweep)
-            if tags - ({"log"} if interval else set()):
-                raise SuiteError(f"{override.input_line}: the one tag there is stands before an interval: tag(log,interval(1e-4,1e-2))")
+            _check_values(override)
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         return space, fixed if "resume" in lines else [*fixed, "resume=true"]
 
@@ -179,6 +177,17 @@ class OptunaSearch(Sweeper):
         return [
             f"+callbacks.pruner={{_target_:callbacks.TrialPruner,study:'{path}',trial:{number},monitor:'{self.config.objective.name}'}}"
         ]
+
+
+def _check_values(override: Override) -> None:
+    """Refuses what a trial could not draw from, or would draw from otherwise than was meant."""
+    value, line = override.value(), override.input_line
+    if getattr(value, "tags", set()) - ({"log"} if isinstance(value, IntervalSweep) else set()):
+        raise SuiteError(f"{line}: the one tag there is stands before an interval: tag(log,interval(1e-4,1e-2))")
+    if isinstance(value, IntervalSweep) and not value.start < value.end:
+        raise SuiteError(f"{line}: the first end has to be below the second")
+    if isinstance(value, IntervalSweep) and "log" in value.tags and value.start <= 0:
+        raise SuiteError(f"{line}: an interval has a logarithm only if both ends are above 0")
 
 
 def _suggested(trial: "Trial", key: str, override: Override) -> Any:
