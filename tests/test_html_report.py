@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 
 from callbacks import Calibration
 from callbacks.calibration import COLUMNS
@@ -110,6 +111,32 @@ def test_a_comparison_of_values_over_all_voxels_alone(tmp_path):
     assert not comparison.cells
     text = write_html(comparison, tmp_path / "report.html").read_text()
     assert "auroc, mean over regions" in text
+
+
+def test_plots_show_the_numbers_under_the_right_names(runs, tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr("lesionbench.html_report._svg", lambda figure, name: figures.setdefault(name, figure) and "")
+    comparison = compare([runs], baseline="a")
+    write_html(comparison, tmp_path / "report.html")
+    names = [label.get_text() for label in figures["dice"].axes[0].get_yticklabels()]
+    heights = dict(zip(names, figures["dice"].axes[0].get_yticks(), strict=True))
+    for axis in figures["dice"].axes:
+        means = {float(line.get_ydata()[0]): float(line.get_xdata()[0]) for line in axis.get_lines() if line.get_marker() == "^"}
+        for group in ("a", "b & <c>"):
+            (cell,) = [c for c in comparison.cells if (c["group"], c["region"], c["metric"]) == (group, axis.get_title(), "dice")]
+            assert means[heights[group]] == pytest.approx(cell["mean"])
+    axis = figures["differences"].axes[0]
+    places = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
+    (points,) = [c for c in axis.collections if isinstance(c, PathCollection)]
+    drawn = {float(y): float(x) for x, y in points.get_offsets()}
+    for test in (t for t in comparison.tests if t["metric"] == "dice"):
+        assert drawn[places[f"{test['group']} {test['region']}"]] == pytest.approx(test["mean_difference"])
+    (curve, *_) = [line for line in figures["calibration"].axes[0].get_lines() if line.get_label() == "a"]
+    assert np.allclose(curve.get_xydata(), [[0.1, 0.1], [0.8, 0.4]])  # predicted, true
+    cost = {line.get_label(): line.get_xydata()[0] for line in figures["cost"].axes[1].get_lines()}
+    for group in ("a", "b & <c>"):
+        score = np.mean([c["mean"] for c in comparison.cells if (c["group"], c["metric"]) == (group, "dice")])
+        assert np.allclose(cost[group], [10.5, score])
 
 
 @pytest.mark.filterwarnings("error")
