@@ -49,6 +49,7 @@ class WandbRun(WandbLogger):
             if kind not in ("best", "last"):
                 raise unknown("checkpoint (logger.wandb.checkpoints)", kind, ["best", "last"])
         super().__init__(save_dir=folder, project=project, offline=offline, entity=entity)
+        self._wandb_init.pop("anonymous", None)  # Lightning hands it on though nobody set it, and W&B warns of it
         self.folder, self.checkpoints, self.tags, self.options = Path(folder), list(checkpoints), list(tags), options
         self._process = os.getpid()
 
@@ -105,7 +106,11 @@ class WandbRun(WandbLogger):
             for layers in ({"truth": view.truth, "prediction": view.prediction} for view in views)
         ]
         captions = [f"{case}, {view.name} {view.index}" for view in views]
-        self.log_image(key, [_gray(view.image[0]) for view in views], caption=captions, masks=masks)
+        size = np.max(
+            [view.image.shape[1:] for view in views], axis=0
+        )  # W&B shows images side by side rightly only if they are equally large
+        masks = [{layer: {**mask, "mask_data": _framed(mask["mask_data"], size)} for layer, mask in layers.items()} for layers in masks]
+        self.log_image(key, [_framed(_gray(view.image[0]), size) for view in views], caption=captions, masks=masks)
 
     @rank_zero_only
     def log_checkpoints(self, folder: Path) -> None:
@@ -157,6 +162,12 @@ def described(folder: Path) -> dict[str, Any]:
 def _innermost(masks: np.ndarray) -> np.ndarray:
     """Region masks (R, h, w), outermost first -> (h, w) with 0 outside, else the number of the innermost region, from 1."""
     return np.max(masks * np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None], axis=0)
+
+
+def _framed(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """(h, w) -> `size`, in the middle of zeros."""
+    before = [(whole - own) // 2 for own, whole in zip(image.shape, size, strict=True)]
+    return np.pad(image, [(b, whole - own - b) for b, own, whole in zip(before, image.shape, size, strict=True)])
 
 
 def _gray(image: np.ndarray) -> np.ndarray:

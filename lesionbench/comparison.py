@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -145,7 +145,7 @@ class Comparison:
         if self.folds:
             _write_table(out / "folds.csv", _FOLD_COLUMNS, [{**record, "note": self.caption} for record in self.folds])
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
-        write_json(out / "comparison.json", {k: v for k, v in asdict(self).items() if k not in ("values", "objectives")})
+        write_json(out / "comparison.json", {k: v for k, v in vars(self).items() if k not in ("values", "objectives")})
         names = ["comparison.csv", "dataset.csv", *(["folds.csv"] if self.folds else []), "comparison.md", "tests.csv", "comparison.json"]
         return [out / name for name in names]
 
@@ -200,7 +200,7 @@ def compare(
     left_out = {str(run.folder): run.status for run in found if run.status != "finished"}
     if not finished:
         raise SuiteError("no finished and tested run among the folders:\n" + _lines(f"{k}: {v}" for k, v in left_out.items()))
-    _check_keys(finished, keys)
+    check_keys([run.settings for run in finished], keys)
     groups = _grouped(finished, keys, left_out)
     if baseline is not None and baseline not in groups:
         raise unknown("baseline", baseline, groups)
@@ -275,7 +275,7 @@ def read_run(folder: Path) -> Run:
         SuiteError: a file that cannot be read; names it.
     """
     summary = _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
-    config = _parsed(folder / "config.yaml", _config)
+    config = read_config(folder)
     status = str(summary.get("status"))
     table = folder / "test" / "cases.csv"
     if status == "finished" and not table.exists():
@@ -288,6 +288,15 @@ def read_run(folder: Path) -> Run:
     if status == "finished" and not run.rows:
         run.status = "no case in test/cases.csv"
     return run
+
+
+def read_config(folder: Path) -> Record:
+    """The `config.yaml` of a run folder.
+
+    Raises:
+        SuiteError: it cannot be read.
+    """
+    return _parsed(folder / "config.yaml", _config)
 
 
 def _config(text: str) -> Any:
@@ -327,15 +336,19 @@ def _setting(settings: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _check_keys(runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """A key may be missing in some runs (an option of one method), but not in all."""
+def check_keys(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Refuses dotted keys that no config has; a key may be missing in some (an option of one method).
+
+    Raises:
+        SuiteError: such a key.
+    """
     for key in keys:
-        if any(_setting(run.settings, key) is not _ABSENT for run in runs):
+        if any(_setting(config, key) is not _ABSENT for config in configs):
             continue
         parts = key.split(".")
-        for depth in range(len(parts)):  # the first part that no run has, and what there is in its place
+        for depth in range(len(parts)):  # the first part that no config has, and what there is in its place
             prefix = ".".join(parts[:depth])
-            levels = [_setting(run.settings, prefix) if prefix else run.settings for run in runs]
+            levels = [_setting(config, prefix) if prefix else config for config in configs]
             known = {f"{prefix}.{name}".lstrip(".") for level in levels if isinstance(level, Mapping) for name in level}
             if ".".join(parts[: depth + 1]) not in known:
                 raise unknown("config key", ".".join(parts[: depth + 1]), known)
@@ -379,12 +392,19 @@ def _same_config(a: Run, b: Run) -> bool:
 
 
 def _tested_twice(group: str, seed: Any, a: Run, b: Run) -> SuiteError:
-    first, second = _flat(a.settings), _flat(b.settings)
+    first, second = (_flat(_portable(run.settings)) for run in (a, b))
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key, _ABSENT) != second.get(key, _ABSENT))
     return SuiteError(
         f"group '{group}', seed {seed}: case(s) {_few(a.cases & b.cases)} were tested by two runs with different configs:\n"
         f"{_lines([a.folder, b.folder])}\nThey differ in {_few(keys)}. Add what tells them apart to group_by, or leave one out."
     )
+
+
+def _portable(settings: Record) -> Record:
+    """The settings less where the run lies, which many of them repeat and which never tells two runs apart."""
+    text = json.dumps(settings, default=str)
+    where = settings.get("run_folder")
+    return json.loads(text.replace(json.dumps(where)[1:-1], "<run folder>") if where else text)
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -418,7 +438,7 @@ def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[Cell]]:
     for group, seeds in groups.items():
         for seed, run in ((seed, run) for seed, runs in seeds.items() for run in runs):
             for row in run.rows:
-                case, place = row["case"], (group, row["member"], row["region"])
+                case, place, tuned = row["case"], (group, row["member"], row["region"]), is_oracle(row)
                 for metric, value in row.items():
                     if metric in KEYS or metric == "oracle" or isinstance(value, str):
                         continue
@@ -428,7 +448,7 @@ def _pooled(groups: Groups) -> tuple[dict[Cell, Values], set[Cell]]:
                             f"{run.folder / 'test' / 'cases.csv'}: case {case} has two rows for member '{place[1]}', region '{place[2]}'"
                         )
                     values[case] = float(value)
-                    if depends_on_oracle(metric, is_oracle(row)):
+                    if depends_on_oracle(metric, tuned):
                         oracle.add((*place, metric))
     return pool, oracle
 
@@ -548,7 +568,7 @@ def _fold_records(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]]
         return []
     records = []
     for fold, tested in sorted(cases.items(), key=lambda item: (len(item[0]), item[0])):
-        per_seed = [_mean(values[seed].get(case, math.nan) for case in own) for seed, own in tested.items() if seed in values]
+        per_seed = [_mean(values[seed].get(case, math.nan) for case in sorted(own)) for seed, own in tested.items() if seed in values]
         n_cases = len(set().union(*tested.values()))
         records.append(dict(zip(_FOLD_COLUMNS, (*cell, fold, _mean(per_seed), n_cases), strict=False)))
     return records
@@ -646,8 +666,13 @@ def _test(cell: Cell, values: Values, baseline: str, reference: Values) -> Recor
 
 
 def _per_case(values: Values) -> dict[str, float]:
-    cases = dict.fromkeys(case for seed in values.values() for case in seed)
-    return {case: _mean(seed[case] for seed in values.values() if case in seed) for case in cases}
+    """Case -> mean over the seeds that have a value; NaN where none has."""
+    cases = list(dict.fromkeys(case for seed in values.values() for case in seed))
+    table = np.array([[seed.get(case, math.nan) for seed in values.values()] for case in cases])
+    means = table.mean(axis=1)
+    for place in np.flatnonzero(np.isnan(means)):
+        means[place] = _mean(table[place])
+    return dict(zip(cases, means.tolist(), strict=True))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------------------

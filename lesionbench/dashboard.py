@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lesionbench.comparison import find_runs
+from lesionbench.comparison import check_keys, find_runs, read_config
 from lesionbench.errors import SuiteError
 from lesionbench.report import curve_names
 from lesionbench.results import write_json
@@ -30,7 +30,7 @@ def workspace(
         name: of the workspace.
 
     Raises:
-        SuiteError: no run, none that was tested or trained, or a package that is not installed.
+        SuiteError: no run, none that was tested or trained, a config key that no run has, or a package that is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -38,6 +38,7 @@ def workspace(
     except ImportError:
         raise SuiteError("job=dashboard needs wandb-workspaces: pip install -e '.[dashboard]'") from None
     folders = find_runs(runs)
+    check_keys([read_config(folder) for folder in folders], group_by)
     tested, curves = _tested(folders), sorted({name for folder in folders for name in curve_names(folder)})
     if not tested and not curves:
         raise SuiteError(f"none of the {len(folders)} run folder(s) has results or curves to show")

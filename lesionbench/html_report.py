@@ -117,10 +117,10 @@ def _differences(comparison: Comparison) -> str:
     figure, axes = _rows([f"{_name(name)} {name[2]}" for name in names], len(metrics))
     for axis, metric in zip(axes, metrics, strict=True):
         tests = [t for t in comparison.tests if t["metric"] == metric]
-        for test in tests:
-            place, color = _place(names, (test["group"], test["member"], test["region"])), _color(comparison, test["group"])
-            axis.plot([test["ci_low"], test["ci_high"]], [place, place], color=color, lw=2)
-            axis.plot(test["mean_difference"], place, "o", color=color, ms=4)
+        places = [_place(names, (t["group"], t["member"], t["region"])) for t in tests]
+        colors = [_color(comparison, t["group"]) for t in tests]
+        axis.hlines(places, [t["ci_low"] for t in tests], [t["ci_high"] for t in tests], colors=colors, lw=2)
+        axis.scatter([t["mean_difference"] for t in tests], places, s=16, c=colors, zorder=2)
         axis.axvline(0, color="0.5", lw=0.8)
         axis.set_title(f"{metric} ({tests[0]['better']} is better)", fontsize=9)
     return f"<p>Difference to {html.escape(comparison.baseline)}, mean and 95 % interval.</p>{_svg(figure, 'differences')}"
@@ -139,7 +139,7 @@ def _training(comparison: Comparison) -> str:
             if not found.get(name):
                 continue
             at, mean, low, high = _band(found[name])
-            axis.plot(at, mean, color=_color(comparison, group), lw=1.3, label=group)
+            axis.plot(at, mean, "o-" if len(at) == 1 else "-", ms=4, color=_color(comparison, group), lw=1.3, label=group)
             axis.fill_between(at, low, high, color=_color(comparison, group), alpha=0.15, lw=0)
         axis.set_xlabel("iteration")
         axis.set_title(name, fontsize=9)
@@ -208,15 +208,19 @@ def _calibration_counts(path: Path) -> dict[tuple[str, int], np.ndarray]:
 
 def _costs(comparison: Comparison) -> str:
     """The first metric, averaged over regions, against parameters and training time."""
-    first = comparison.cells[0]["metric"]
+    records = comparison.cells or comparison.dataset
+    first = records[0]["metric"]
     figure, axes = _axes(2)
     for axis, cost in zip(axes, (PARAMETERS, SECONDS), strict=True):
         for group in comparison.groups:
-            cells = [c["mean"] for c in comparison.cells if (c["group"], c["member"], c["metric"]) == (group["group"], "", first)]
-            if cells and math.isfinite(group[cost]):
-                axis.plot(group[cost], np.nanmean(cells), "o", color=_color(comparison, group["group"]), label=group["group"])
+            known = [r["mean"] for r in records if (r["group"], r["member"], r["metric"]) == (group["group"], "", first)]
+            known = [mean for mean in known if math.isfinite(mean)]
+            if known and math.isfinite(group[cost]):
+                axis.plot(group[cost], np.mean(known), "o", color=_color(comparison, group["group"]), label=group["group"])
         axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost])
-        axis.set_xscale("log" if axis.get_lines() and min(line.get_xdata()[0] for line in axis.get_lines()) > 0 else "linear")
+        spent = [line.get_xdata()[0] for line in axis.get_lines()]
+        if spent and 0 < 10 * min(spent) <= max(spent):  # over less than a decade a logarithmic axis writes its labels over each other
+            axis.set_xscale("log")
     axes[0].set_ylabel(f"{first}, mean over regions")
     if axes[-1].get_lines():
         axes[-1].legend(fontsize=7)
@@ -250,7 +254,9 @@ def _axes(count: int) -> tuple["Figure", list[Any]]:
 
     figure = Figure(figsize=(4.4 * count, 3.4))
     axes = figure.subplots(1, count, squeeze=False)[0]
-    figure.subplots_adjust(left=0.6 / (4.4 * count), right=1 - 0.1 / (4.4 * count), bottom=0.16, top=0.9)
+    figure.subplots_adjust(left=0.75 / (4.4 * count), right=1 - 0.15 / (4.4 * count), bottom=0.16, top=0.9)
+    for axis in axes:
+        axis.locator_params(nbins=6)
     return figure, list(axes)
 
 
@@ -265,6 +271,8 @@ def _rows(labels: Sequence[str], panels: int) -> tuple["Figure", list[Any]]:
     figure.subplots_adjust(left=left / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08)
     axes[0].set_yticks(range(len(labels)), list(labels)[::-1], fontsize=8)
     axes[0].set_ylim(-0.6, len(labels) - 0.4)
+    for axis in axes:
+        axis.locator_params(axis="x", nbins=5)
     return figure, list(axes)
 
 

@@ -232,6 +232,15 @@ def test_group_by_nested_keys(tmp_path):
         compare(tmp_path, group_by="model.loss._target_")
 
 
+def test_what_tells_runs_apart_is_named_not_where_they_lie(tmp_path):
+    for loss in ("Dice", "Focal"):
+        where = str(tmp_path / loss)
+        config = {"run_folder": where, "callbacks": {f"a{i}": {"folder": f"{where}/x"} for i in range(6)}, "model": {"loss": loss}}
+        make_run(tmp_path, folder=loss, values={"c0": 0.5}, config=config)
+    with pytest.raises(SuiteError, match=r"They differ in model.loss\. Add"):
+        compare(tmp_path)
+
+
 def test_unknown_key_names_the_nearest(tmp_path):
     make_run(tmp_path, "a", values={"c0": 0.2}, config={"model": {"loss": {"_target_": "Dice"}, "lr": 1}})
     make_run(tmp_path, "b", values={"c0": 0.2}, config={"model": {"mc_samples": 4}})

@@ -1,6 +1,7 @@
 """The HTML report holds every table, plot and picture in one file, and its numbers are those of the runs."""
 
 import csv
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 
 from callbacks import Calibration
 from callbacks.calibration import COLUMNS
 from lesionbench.comparison import Sheet, compare
-from lesionbench.html_report import _band, _calibration_counts, _curves, comma_separated, latex, write_html
+from lesionbench.html_report import _band, _calibration_counts, _curves, _training, comma_separated, latex, write_html
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
 from tests.test_comparison import make_run, row
@@ -98,6 +100,62 @@ def test_a_bare_run_has_a_report_too(tmp_path):
     text = write_html(compare([tmp_path]), tmp_path / "report.html").read_text()
     for line in ("No run has a training curve", "No run has region probabilities", "No run has pictures", "compare.baseline"):
         assert line in text
+
+
+def test_a_comparison_of_values_over_all_voxels_alone(tmp_path):
+    """As of detectors whose metrics are measured data-set-wise: no case has a value, the cost plot shows what there is."""
+    for name, auroc in (("a", 0.7), ("b", 0.9)):
+        folder = make_run(tmp_path, name, values=dict.fromkeys(CASES, 0.5), cost={"parameters": 1e6, "wall_s": 5.0})
+        (folder / "test" / "dataset.json").write_text(json.dumps({"": {"WT": {"auroc": auroc}}}))
+    comparison = compare([tmp_path], metrics=["auroc"])
+    assert not comparison.cells
+    text = write_html(comparison, tmp_path / "report.html").read_text()
+    assert "auroc, mean over regions" in text
+
+
+def test_plots_show_the_numbers_under_the_right_names(runs, tmp_path, monkeypatch):
+    figures = {}
+    monkeypatch.setattr("lesionbench.html_report._svg", lambda figure, name: figures.setdefault(name, figure) and "")
+    comparison = compare([runs], baseline="a")
+    write_html(comparison, tmp_path / "report.html")
+    names = [label.get_text() for label in figures["dice"].axes[0].get_yticklabels()]
+    heights = dict(zip(names, figures["dice"].axes[0].get_yticks(), strict=True))
+    for axis in figures["dice"].axes:
+        means = {float(line.get_ydata()[0]): float(line.get_xdata()[0]) for line in axis.get_lines() if line.get_marker() == "^"}
+        for group in ("a", "b & <c>"):
+            (cell,) = [c for c in comparison.cells if (c["group"], c["region"], c["metric"]) == (group, axis.get_title(), "dice")]
+            assert means[heights[group]] == pytest.approx(cell["mean"])
+    axis = figures["differences"].axes[0]
+    places = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
+    (points,) = [c for c in axis.collections if isinstance(c, PathCollection)]
+    drawn = {float(y): float(x) for x, y in points.get_offsets()}
+    for test in (t for t in comparison.tests if t["metric"] == "dice"):
+        assert drawn[places[f"{test['group']} {test['region']}"]] == pytest.approx(test["mean_difference"])
+    (curve, *_) = [line for line in figures["calibration"].axes[0].get_lines() if line.get_label() == "a"]
+    assert np.allclose(curve.get_xydata(), [[0.1, 0.1], [0.8, 0.4]])  # predicted, true
+    cost = {line.get_label(): line.get_xydata()[0] for line in figures["cost"].axes[1].get_lines()}
+    for group in ("a", "b & <c>"):
+        score = np.mean([c["mean"] for c in comparison.cells if (c["group"], c["metric"]) == (group, "dice")])
+        assert np.allclose(cost[group], [10.5, score])
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_one_point_and_metrics_without_a_value_are_drawn(tmp_path):
+    folder = make_run(tmp_path, values=dict.fromkeys(CASES, math.nan), config={"objective": {"name": "val/dice"}}, cost={"parameters": 1e6})
+    (folder / "metrics.csv").write_text("iteration,epoch,name,value\n2,0,val/dice,0.5\n")
+    comparison = compare([tmp_path])
+    write_html(comparison, tmp_path / "report.html")
+    drawn = []
+
+    def kept(figure, name):
+        drawn.extend(figure.axes[0].get_lines())
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lesionbench.html_report._svg", kept)
+        _training(comparison)
+    (line,) = drawn
+    assert line.get_marker() == "o"  # a line through one point is not seen
 
 
 def test_latex_and_csv_of_a_sheet():

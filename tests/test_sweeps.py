@@ -210,6 +210,10 @@ def test_a_search_in_which_nothing_succeeds_ends(small, tmp_path):
         (["sweep=tpe", LR, "data.split.fold=0,1"], "fold is not a setting"),
         (["sweep=tpe", LR, "objective.name=null"], "nothing that could be optimized"),
         (["sweep=tpe", LR, "hydra.sweeper.parallel=0"], "at least 1"),
+        (["sweep=tpe", LR.replace("log", "lgo")], "the one tag there is"),
+        (["sweep=tpe", LR.replace("1e-4,1e-1", "1e-1,1e-4")], "the first end has to be below"),
+        (["sweep=tpe", LR.replace("1e-4", "0")], "both ends are above 0"),
+        (["sweep=tpe", LR, "epochs=tag(log,range(1,9))"], "the one tag there is"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(small, overrides, message, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from callbacks.overlays import View
 from callbacks.wandb_run import WandbRun, _innermost, described
 from lesionbench.errors import SuiteError
 from lesionbench.run_folder import RunFolder, variant_hash
@@ -143,9 +144,32 @@ def test_overlays_have_truth_and_prediction_as_masks(finished):
     assert len(masks) == 3
     assert all(set(m) == {"truth", "prediction"} for m in masks)
     truth = imread(kept.folder / "files" / masks[0]["truth"]["path"])
-    image = imread(kept.folder / "files" / row["overlays/best/filenames"][0])
-    assert truth.shape[:2] == image.shape[:2]
+    images = [imread(kept.folder / "files" / name) for name in row["overlays/best/filenames"]]
+    assert truth.shape[:2] == images[0].shape[:2]
     assert truth.max() > 0
+    assert len({image.shape for image in images}) == 1  # else W&B warns and shows them wrongly
+
+
+def test_slices_of_a_case_are_framed_to_one_size_with_their_masks(tmp_path, monkeypatch):
+    sent = {}
+    logger = WandbRun(str(tmp_path), offline=True)
+    monkeypatch.setattr(logger, "log_image", lambda key, images, caption, masks: sent.update(images=images, masks=masks))
+    views = []
+    for name, shape in (("axial", (4, 6)), ("coronal", (7, 3))):
+        mask = np.zeros((1, *shape), bool)
+        mask[0, 0, 0] = True
+        image = np.ones((1, *shape), np.float32)
+        image[0, 0, 0] = 2  # the brightest voxel and the mask stay together
+        views.append(View(name, 5, shape, image, truth=mask, prediction=None))
+    logger.log_overlays("overlays/best", "case", views, ["lesion"])
+    for image, masks, corner in zip(sent["images"], sent["masks"], [(1, 0), (0, 1)], strict=True):
+        assert image.shape == masks["truth"]["mask_data"].shape == (7, 6)
+        assert np.argwhere(masks["truth"]["mask_data"]).tolist() == [list(corner)]
+        assert image[corner] == image.max() > 0
+
+
+def test_nothing_is_handed_on_that_wandb_warns_of(tmp_path):
+    assert "anonymous" not in WandbRun(str(tmp_path), offline=True)._wandb_init
 
 
 def test_of_nested_regions_the_inner_one_is_seen():
@@ -248,5 +272,9 @@ def test_sending_a_dashboard_says_that_it_needs_an_account(finished, tmp_path, m
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SuiteError, match="needs a W&B account"):
         run("job=dashboard", f"compare.runs=[{finished}]")
+    with pytest.raises(SuiteError, match=r"Unknown config key 'model.los'; did you mean 'model.loss'"):  # W&B would show one group
+        run(
+            "job=dashboard", f"compare.runs=[{finished}]", "compare.group_by=[model.los]", "dashboard.dry_run=true", f"out={tmp_path / 'x'}"
+        )
     with pytest.raises(SuiteError, match="out="):
         run("job=dashboard", f"compare.runs=[{finished}]", "dashboard.dry_run=true")

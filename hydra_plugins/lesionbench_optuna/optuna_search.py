@@ -111,6 +111,8 @@ class OptunaSearch(Sweeper):
         for key in REPLICATES:
             if key in space:
                 raise SuiteError(f"{key} is not a setting to choose by its score; to repeat runs over it, use -m without a search")
+        for override in space.values():
+            _check_values(override)
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         return space, fixed if "resume" in lines else [*fixed, "resume=true"]
 
@@ -177,17 +179,28 @@ class OptunaSearch(Sweeper):
         ]
 
 
+def _check_values(override: Override) -> None:
+    """Refuses what a trial could not draw from, or would draw from otherwise than was meant."""
+    value, line = override.value(), override.input_line
+    if getattr(value, "tags", set()) - ({"log"} if isinstance(value, IntervalSweep) else set()):
+        raise SuiteError(f"{line}: the one tag there is stands before an interval: tag(log,interval(1e-4,1e-2))")
+    if isinstance(value, IntervalSweep) and not value.start < value.end:
+        raise SuiteError(f"{line}: the first end has to be below the second")
+    if isinstance(value, IntervalSweep) and "log" in value.tags and value.start <= 0:
+        raise SuiteError(f"{line}: an interval has a logarithm only if both ends are above 0")
+
+
 def _suggested(trial: "Trial", key: str, override: Override) -> Any:
-    """A value for one key: `interval` and `range` by their numbers (`tag(log, ...)`: in their logarithm), anything else by choice.
+    """A value for one key: an `interval` by its ends (`tag(log, ...)`: in their logarithm), a `range` of whole numbers by steps, anything
+    else by choice.
 
     An interval with whole ends has whole values, both ends among them; a range ends before its second number, as in Hydra.
     """
     value = override.value()
-    log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
         whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (trial.suggest_int if whole else trial.suggest_float)(key, value.start, value.end, log=log)
-    if isinstance(value, RangeSweep) and not log:
+        return (trial.suggest_int if whole else trial.suggest_float)(key, value.start, value.end, log="log" in value.tags)
+    if isinstance(value, RangeSweep):
         numbers = list(value.range())
         if len(numbers) > 1 and all(isinstance(n, int) for n in numbers):
             return trial.suggest_int(key, min(numbers), max(numbers), step=abs(numbers[1] - numbers[0]))
