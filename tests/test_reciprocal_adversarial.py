@@ -250,6 +250,11 @@ def test_dropout_has_one_mask_for_all_passes():
     torch.manual_seed(0)
     network, image = Memory(), torch.randn(2, 2, 8, 8)
     assert VAT("sigmoid", eps=0.0)(network, image).abs() < 1e-6  # another mask for the reference would be a divergence
+    dropped = []
+    network.layers[3].register_forward_hook(lambda _, inputs, output: dropped.append(output == 0))
+    VAT("sigmoid", eps=0.2, iterations=2)(network, image)
+    assert len(dropped) == 4  # reference, two probes, loss
+    assert all(torch.equal(one, dropped[0]) for one in dropped)
     assert not torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=2)["logits"])
     assert torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=1)["logits"])
 
