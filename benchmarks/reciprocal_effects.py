@@ -91,12 +91,17 @@ def print_table(variants: dict[str, dict[int, dict[tuple[str, str], float]]]) ->
 
 
 def draw_robustness(path: Path, variants: dict[str, dict[int, dict[tuple[str, str], float]]], scale: float) -> None:
-    """Dice against the size of the change, in units of [0, 1] (`scale` = standard deviation of brain voxels there)."""
+    """Dice against the size of the change, in units of [0, 1] (`scale` = standard deviation of brain voxels there).
+
+    Seeds differ more than variants do, so a variant without some of the seeds is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    every = set().union(*variants.values())
+    variants = {name: seeds for name, seeds in variants.items() if set(seeds) == every}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     for axis, steps, title in zip(axes, (0, 20), ("random noise", "L2 attack, 20 steps"), strict=True):
         for name, seeds in variants.items():

@@ -48,7 +48,7 @@ def print_run(folder: Path) -> None:
     for member, regions in (summary.get("dataset") or {}).items():
         console.print(_dataset_table(member, regions))
     _baseline(console, folder)
-    for line in _paths(folder, config["runs"]):
+    for line in _paths(folder, config["runs"], config.get("select")):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
@@ -101,7 +101,7 @@ def _baseline(console: Any, folder: Path) -> None:
         )
 
 
-def _paths(folder: Path, runs: str) -> list[str]:
+def _paths(folder: Path, runs: str, select: str | None) -> list[str]:
     wanted = {
         "results per case": folder / "test" / "cases.csv",
         "summary": folder / "summary.json",
@@ -111,8 +111,9 @@ def _paths(folder: Path, runs: str) -> list[str]:
         "checkpoints": folder / "checkpoints",
     }
     lines = [f"  {title:17s} {path}" for title, path in wanted.items() if path.exists()]
-    best = next((p for p in (folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt") if p.exists()), None)
+    names = ("last.ckpt",) if select == "last" else ("best.ckpt", "last.ckpt")  # the one that was tested
+    tested = next((p for p in (folder / "checkpoints" / name for name in names) if p.exists()), None)
     follow = ["What next:", f"  python run.py job=compare compare.runs=[{runs}]"]
-    if best:
-        follow.append(f"  python run.py job=predict ckpt={best} input=<folder of NIfTI files> out=<new folder>")
+    if tested:
+        follow.append(f"  python run.py job=predict ckpt={tested} input=<folder of NIfTI files> out=<new folder>")
     return ["Where it is:", *lines, *follow]

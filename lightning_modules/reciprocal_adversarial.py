@@ -49,7 +49,7 @@ class ReciprocalAdversarial(SegmentationMethod):
             loss on its logits instead of fooling it. For comparison only.
 
     Raises:
-        SuiteError: an unknown option, or several critic steps per batch together with accumulation.
+        SuiteError: an unknown option or one out of range, or several critic steps per batch together with accumulation.
     """
 
     def __init__(
@@ -78,6 +78,15 @@ class ReciprocalAdversarial(SegmentationMethod):
         for name in (*weights, *(warmup or {})):
             if name not in WEIGHTS:
                 raise unknown("model.weights or model.warmup", name, WEIGHTS)
+        numbers = {
+            f"{kind}.{name}": (value, 0)
+            for kind, given in (("weights", weights), ("warmup", warmup or {}))
+            for name, value in given.items()
+        }
+        numbers |= {"penalty": (penalty, 0), "instance_noise": (instance_noise, 0), "critic_steps": (critic_steps, 1)}
+        for name, (value, least) in numbers.items():
+            if value < least:
+                raise SuiteError(f"model.{name}={value}: at least {least}")
         if critic_steps > 1 and self.accumulate > 1:
             raise SuiteError(f"model.critic_steps={critic_steps} does not go with accumulate={self.accumulate}: one of them must be 1")
         self.automatic_optimization = False

@@ -55,7 +55,7 @@ class UMM(SegmentationMethod):
     The paper uses the probabilities of the first pass in both losses, and initializes all weights by Xavier's uniform rule.
 
     Raises:
-        SuiteError: no branch, an unknown `mutual` or `fusion`, fewer than one sample, a target that is no softmax over classes.
+        SuiteError: no branch, an unknown `mutual` or `fusion`, a number out of range, a target that is no softmax over classes.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class UMM(SegmentationMethod):
             raise SuiteError(f"model.branches: {', '.join(sorted(taken))} cannot be the name of a branch")
         if mc_samples < 1 or passes_at_once < 1:
             raise SuiteError(f"model.mc_samples={mc_samples} model.passes_at_once={passes_at_once}: both are at least 1")
+        if max_weight < 0 or (ramp_epochs is not None and ramp_epochs < 1):
+            raise SuiteError(f"model.max_weight={max_weight} is at least 0, model.ramp_epochs={ramp_epochs} at least 1 (null = all epochs)")
         super().__init__(task, network=partial(Branches, factories=factories, axis=task.slice_axis, seed=seed), seed=seed, **options)
         if not isinstance(self.target, ClassSoftmax):
             raise SuiteError(f"UMM needs a softmax over classes (model/target=softmax); got {type(self.target).__name__}")
@@ -108,7 +110,7 @@ class UMM(SegmentationMethod):
             raise SuiteError(f"data.view={view}: UMM makes the views of its branches itself and needs data.view=patch")
         for name, branch in self.network.items():
             if patch is not None and not branch.takes(patch):
-                raise SuiteError(f"patch={list(patch)} is too small (or not the fixed size) for model.branches.{name}")
+                raise SuiteError(f"patch={list(patch)} is too small for model.branches.{name}, which needs {branch.needs}")
 
     def progress(self) -> float:
         """Share of the ramp that is behind, m / Gamma of Eq. 6 in batches."""
@@ -178,8 +180,9 @@ class UMM(SegmentationMethod):
         """
         own, moments = {}, {}
         for name, branch in self.network.items():
-            moments[name] = self._add_passes(RunningMoments(), branch, view, self.mc_samples if active_dropout(branch) else 1)
-            own[name] = moments[name].mean if self.predict_mc_mean else self.target.activate(branch(view))
+            draws = bool(active_dropout(branch))  # without dropout one pass is all passes
+            moments[name] = self._add_passes(RunningMoments(), branch, view, self.mc_samples if draws else 1)
+            own[name] = self.target.activate(branch(view)) if draws and not self.predict_mc_mean else moments[name].mean
         uncertainty = {name: m.entropy for name, m in moments.items()}
         maps = {**own, **{f"{name}/entropy": u for name, u in uncertainty.items()}}
         for name, fusion in [("maps", self.fusion), *((f, f) for f in self.extra_fusions)]:
@@ -270,6 +273,14 @@ class VolumeWise(nn.Module):
         sides = [s for axis, s in enumerate(patch) if net.dimensions == 3 or axis != self.axis]
         sides = tuple(-(-side // by) * by for side, by in zip(sides, net.divisor, strict=True))
         return any(s >= m for s, m in zip(sides, net.min_size, strict=True)) and net.fixed_size in (None, sides)
+
+    @property
+    def needs(self) -> str:
+        """What `takes` asks for, in words."""
+        net = self.network
+        where = "" if net.dimensions == 3 else f" in the plane of its slices (all axes but {self.axis})"
+        size = f"{net.fixed_size}" if net.fixed_size else f"one side to reach its part of {net.min_size}"
+        return f"{size}{where}, padded to multiples of {net.divisor}"
 
     def _answer(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.network(view)

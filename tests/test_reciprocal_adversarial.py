@@ -250,6 +250,11 @@ def test_dropout_has_one_mask_for_all_passes():
     torch.manual_seed(0)
     network, image = Memory(), torch.randn(2, 2, 8, 8)
     assert VAT("sigmoid", eps=0.0)(network, image).abs() < 1e-6  # another mask for the reference would be a divergence
+    dropped = []
+    network.layers[3].register_forward_hook(lambda _, inputs, output: dropped.append(output == 0))
+    VAT("sigmoid", eps=0.2, iterations=2)(network, image)
+    assert len(dropped) == 4  # reference, two probes, loss
+    assert all(torch.equal(one, dropped[0]) for one in dropped)
     assert not torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=2)["logits"])
     assert torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=1)["logits"])
 
@@ -488,13 +493,89 @@ def test_without_both_terms_it_is_supervised_training_to_the_last_bit():
 
 def test_logged_terms_add_up(monkeypatch):
     logged = []
-    method = built(warmup={"vat": 4})
+    method = built(warmup={"vat": 4, "critic": 5})
     monkeypatch.setattr(method, "log_terms", lambda **terms: logged.append({n: float(t.detach()) for n, t in terms.items()}))
     fitted(method, batches(2))
     for number, terms in enumerate(logged):
-        expected = terms["supervised"] + 0.2 * (number + 1) / 4 * terms["vat"] + 0.3 * terms["adversarial"]
+        expected = terms["supervised"] + (number + 1) * (0.2 / 4 * terms["vat"] + 0.3 / 5 * terms["adversarial"])
         assert terms["loss"] == pytest.approx(expected, rel=1e-6)
         assert terms["critic"] > 0
+
+
+@pytest.mark.parametrize("brain", [True, False])
+def test_change_has_its_size_in_deviations_and_stays_in_the_brain_and_the_channels_there_are(brain):
+    method, (batch,) = built(vat_brain=brain), batches(1)
+    method.image_sd.fill_(0.5)
+    batch["channel_mask"] = torch.tensor([[True, True], [True, False]])
+    seen = []
+    method.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    method._vat(batch, *method._truth(method.target.encode(batch["label"])), None)
+    allowed = batch["channel_mask"][:, :, None, None] & (batch["brain_mask"] if brain else torch.tensor(True))
+    for view, size in zip(seen, (0.5 * 1e-3, 0.5 * 0.3), strict=True):  # the probe, then the change itself
+        for r, inside in zip(view - batch["image"], allowed.expand_as(view), strict=True):
+            assert r[inside].square().mean().sqrt() == pytest.approx(size, rel=1e-2)
+            assert (r[~inside] == 0).all()
+
+
+class Asked(nn.Module):
+    """Stands in for VAT: notes what it is asked about; its loss is 1 the first time, then 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, network, image, reference=None, *, valid=None, **options):
+        self.calls.append((reference, valid))
+        return torch.tensor(float(len(self.calls)))
+
+
+@pytest.mark.parametrize("target", ["truth", "prediction"])
+def test_what_vat_compares_with_and_that_images_count_alike(target):
+    method, (labeled,), (unlabeled,) = built(vat_target=target, unlabeled=True), batches(1), batches(1, seed=1, labeled=False)
+    method.vat = Asked()
+    truth, valid = method._truth(method.target.encode(labeled["label"]))
+    loss = method._vat(labeled, truth, valid, {name: torch.cat([value, value[:1]]) for name, value in unlabeled.items()})
+    (first, counted), (second, everywhere) = method.vat.calls
+    assert first is (truth if target == "truth" else None)
+    assert counted is valid
+    assert second is None
+    assert everywhere is None
+    assert loss == pytest.approx((2 * 1 + 3 * 2) / 5)  # two labeled images, three unlabeled
+
+
+class Watching(nn.Module):
+    """A critic that notes the masks it is shown and answers with them."""
+
+    def __init__(self, **_):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, masks, image=None):
+        self.seen.append(masks)
+        return masks
+
+
+@pytest.mark.parametrize("kind", ["bce", "lsgan", "wgan_gp"])
+@pytest.mark.parametrize("noise", [0.0, 0.15])
+def test_masks_that_the_critic_sees(noise, kind):
+    """True and predicted ones, 0 where the truth is unknown, each with noise of its own; and what is made of the answers."""
+    method = built(instance_noise=noise, critic=Watching, adversary=kind, penalty=0.5)
+    generator = torch.Generator().manual_seed(0)
+    logits, image = torch.randn((2, 3, 40, 40), generator=generator), torch.zeros(2, 2, 40, 40)
+    truth, valid = (torch.rand((2, 3, 40, 40), generator=generator) > share for share in (0.5, 0.3))
+    truth, valid = truth.float(), valid.float()
+    fooled = method._adversarial([(logits, image, valid)], truth)
+    learned = method._critic_loss([(logits.sigmoid(), image, valid)], truth, 0)
+    in_network, fake, real, *mixed = method.critic.seen
+    # answers are the masks, so that every gradient is (1, 1, 1)
+    assert learned == pytest.approx(critic_loss(real, fake, kind).item() + (0.5 * (3**0.5 - 1) ** 2 if mixed else 0), rel=1e-5)
+    assert len(mixed) == (kind == "wgan_gp")
+    assert fooled == pytest.approx(fooling_loss(in_network, kind).item())
+    clean = [logits.sigmoid() * valid, logits.sigmoid() * valid, truth * valid]
+    drawn = [masks - mask for masks, mask in zip((in_network, fake, real), clean, strict=True)]
+    for one in drawn:
+        assert one.std() == pytest.approx(noise, rel=0.05)
+    assert not noise or torch.corrcoef(torch.stack([one.flatten() for one in drawn])).triu(1).abs().max() < 0.1
 
 
 def test_unlabeled_images_reach_both_terms():
@@ -540,6 +621,10 @@ def test_mistakes_in_options_are_named():
     for wrong in ({"weights": {"dice": 1.0}}, {"vat_target": "gt"}, {"adversary": "hinge"}, {"gradients": "none"}):
         with pytest.raises(SuiteError, match=next(iter(wrong))):
             built(**wrong)
+    low = {"weights": {"vat": -0.2}, "warmup": {"critic": -1}, "penalty": -1.0, "instance_noise": -0.1, "critic_steps": 0}
+    for name, value in low.items():
+        with pytest.raises(SuiteError, match=rf"model\.{name}.*: at least"):
+            built(**{name: value})
     with pytest.raises(SuiteError, match=r"model\.scheduler has \['network'\], the method trains \['critic', 'network'\]"):
         fitted(built(scheduler={"network": partial}), batches(1))
 

@@ -242,6 +242,17 @@ def test_the_report_says_what_how_good_where_and_what_next(tmp_path, capsys, mon
     assert "predictions " not in text  # what was not written is not shown
 
 
+@pytest.mark.parametrize(("select", "tested"), [("best", "best.ckpt"), ("last", "last.ckpt")])
+def test_the_report_goes_on_with_the_checkpoint_that_was_tested(select, tested, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = finished_run(tmp_path / "run")
+    (folder / "checkpoints" / "best.ckpt").touch()
+    config = folder / "config.yaml"
+    config.write_text(f"{config.read_text()}select: {select}\n")
+    print_run(folder)
+    assert f"job=predict ckpt={folder / 'checkpoints' / tested}" in capsys.readouterr().out
+
+
 def test_curves_by_name(tmp_path):
     found = curve(finished_run(tmp_path / "run"), "val/dice")
     assert found[0] == (1, 0.5)

@@ -166,6 +166,7 @@ def test_weights_do_not_depend_on_the_other_branches_and_are_xavier_uniform():
     three, one = method(seed=3), method(branches={"v": POINTWISE["v"]}, seed=3)
     for a, b in zip(three.network["v"].parameters(), one.network["v"].parameters(), strict=True):
         assert torch.equal(a, b)
+    assert not torch.equal(one.network["v"].network.layer.weight, method(seed=4).network["v"].network.layer.weight)
     layer = method(branches={"v": partial(basic_unet, features=PAPER)}).network["v"].network.conv_0.conv_1.conv
     bound = math.sqrt(6 / (16 * 27 + 16 * 27))
     assert bound * 0.99 < float(layer.weight.detach().abs().max()) <= bound
@@ -274,6 +275,15 @@ def test_total_loss_by_hand():
         assert umm.training_step(batch, 0).item() == pytest.approx(supervised + 0.25 * consistency, abs=1e-5), mutual
 
 
+@pytest.mark.parametrize(("ramp_epochs", "shares"), [(None, (0, 0.25, 0.5)), (2, (0, 0.5, 1))])
+def test_the_ramp_counts_batches_of_all_epochs_or_of_its_own(ramp_epochs, shares):
+    umm = UMM(TASK, branches=POINTWISE, loss=ClassBalancedCE(), inferer=Window((8, 8, 4)), ramp_epochs=ramp_epochs)
+    umm.__dict__["_trainer"] = type("Trainer", (), {"num_training_batches": 5, "max_epochs": 4})()
+    for epoch, share in enumerate(shares):
+        umm.iteration = 5 * epoch
+        assert umm.progress() == pytest.approx(share)
+
+
 def test_the_weight_follows_the_ramp():
     umm, batch = fixed(mutual="plain")
     logged = {}
@@ -338,7 +348,7 @@ def test_the_mask_is_the_teachers():
     for value in (0.1, 0.9):
         umm, batch = fixed(loss=NoLoss())
         umm.network["a"].network.logits.data[0, :, 1, 0, 0] = torch.tensor([value, 1 - value]).log()
-        losses.append(float(umm.training_step(batch, 0)))
+        losses.append(umm.training_step(batch, 0).item())
     assert losses[0] == pytest.approx(losses[1])
     assert losses[0] == pytest.approx(2 * 0.39**2, abs=1e-5)
 
@@ -389,10 +399,10 @@ def test_dropout_of_a_branch_does_not_depend_on_the_other_terms():
         logged = {}
         umm.log_terms = lambda logged=logged, **terms: logged.update(terms)
         umm.training_step(sample(), 0)
-        found.append(float(logged["supervised_v"]))
+        found.append(logged["supervised_v"].item())
         umm.iteration += 1
         umm.training_step(sample(), 1)
-        assert float(logged["supervised_v"]) != found[-1]
+        assert logged["supervised_v"].item() != found[-1]
     assert len(set(found)) == 1
 
 
@@ -470,8 +480,9 @@ def test_the_mean_of_the_passes_can_be_the_prediction():
     assert torch.allclose(prediction.uncertainty["entropy"], -(full * full.clamp_min(1e-12).log()).sum(dim=0), atol=1e-4)
 
 
-def test_one_pass_over_the_windows_serves_all_branches_and_the_fusion():
-    umm = method(branches={n: partial(f, dropout=0.5) for n, f in POINTWISE.items()}, mc_samples=3).eval()
+@pytest.mark.parametrize(("dropout", "passes"), [(0.5, 3 + 1), (0.0, 1)])
+def test_one_pass_over_the_windows_serves_all_branches_and_the_fusion(dropout, passes):
+    umm = method(branches={n: partial(f, dropout=dropout) for n, f in POINTWISE.items()}, mc_samples=3).eval()
     seen = []
     inner = umm.predict_maps
     umm.predict_maps = lambda view: seen.append(view.shape) or inner(view)
@@ -481,7 +492,7 @@ def test_one_pass_over_the_windows_serves_all_branches_and_the_fusion():
     with torch.no_grad():
         umm.predict_case({"image": torch.randn(1, 2, 12, 8, 4)})
     assert len(seen) == 2  # windows of 8 with half overlap over 12 voxels
-    assert set(calls.values()) == {2 * (3 + 1)}
+    assert set(calls.values()) == {2 * passes}
 
 
 # what is refused
@@ -498,6 +509,9 @@ def test_mistakes_are_named():
         method(extra_fusions=["single:s"])
     with pytest.raises(SuiteError, match="mc_samples"):
         method(mc_samples=0)
+    for wrong in ({"max_weight": -1.0}, {"ramp_epochs": 0}):
+        with pytest.raises(SuiteError, match=rf"model\.{next(iter(wrong))}={next(iter(wrong.values()))}"):
+            method(**wrong)
     with pytest.raises(SuiteError, match="cannot be the name"):
         method(branches={"mean": Pointwise})
     with pytest.raises(SuiteError, match="softmax over classes"):
@@ -518,6 +532,10 @@ def test_patches_that_a_branch_cannot_take():
     assert not flat.takes((16, 16, 64))  # one voxel at the bottleneck, whose variance does not exist
     assert deep.takes((16, 16, 17))
     assert not deep.takes((16, 16, 16))
+    data = type("Data", (), {"view": "patch", "patch": (16, 16, 64)})
+    umm = method(branches={"v": partial(basic_unet, features=PAPER), "s": partial(basic_unet, dimensions=2, features=PAPER)})
+    with pytest.raises(SuiteError, match=r"model\.branches\.s, which needs one side to reach its part of \(32, 32\) in the plane"):
+        umm.check(data)
 
 
 def test_two_branch_subsets():
