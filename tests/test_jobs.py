@@ -166,6 +166,11 @@ def test_patch_that_does_not_fit_the_network_is_refused_before_training(folder, 
         run(*plain, f"data.root={folder}", f"runs={tmp_path}", "model/network=small_unet", "patch=[24,24,24]")
 
 
+def test_an_optimizer_that_cannot_be_built_is_named(folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"model\.optimizer: Invalid learning rate"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "model.optimizer.lr=-1")
+
+
 def test_loggers_together(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
