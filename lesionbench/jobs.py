@@ -141,15 +141,17 @@ def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> Non
 
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
     run = Assembled(cfg)
     run.method.check(run.data)
+    if cfg.init_from:
+        read_checkpoint(cfg.init_from)  # one that cannot be read is refused before hours of caching
     run.prepare()
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
     iteration = -1
     if resumed:
-        from lesionbench.checkpoint import read_checkpoint
-
         iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
         _say(f"continuing {cfg.run_folder} after iteration {iteration}")
     elif cfg.init_from:
@@ -205,10 +207,14 @@ def _stopped_between_batches() -> Iterator[None]:
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
     run = Assembled(cfg)
-    run.prepare()
     trains = any(p.requires_grad for p in run.method.parameters())
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
+    if checkpoint:
+        read_checkpoint(checkpoint)  # before hours of caching
+    run.prepare()
     run.dress(cfg)
     if checkpoint:
         run.load(checkpoint)

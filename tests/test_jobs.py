@@ -371,6 +371,13 @@ def test_what_the_data_cannot_give_is_refused_before_caching(override, message, 
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("option", [["init_from=none.ckpt"], ["job=test", "ckpt=none.ckpt"]])
+def test_a_checkpoint_that_is_not_there_is_refused_before_caching(option, folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"none\.ckpt: no such checkpoint"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *option)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_options_are_checked_before_anything_is_built(folder, tmp_path):
     common = [*SHORT, f"data.root={folder}", f"runs={tmp_path}"]
     with pytest.raises(SuiteError, match="did you mean 'best'"):
