@@ -1,7 +1,18 @@
 """The one entry point: `python run.py [job=...] [experiment=...] [key=value ...]`; `python run.py --help` says more."""
 
+import errno
 import os
 import sys
+
+UNUSABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}  # places, not programs, are at fault
 
 
 def main() -> None:
@@ -27,6 +38,13 @@ def main() -> None:
         if cause is None and os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
         sys.exit(f"error: {cause or explain(error, arguments)}")
+    except OSError as error:
+        if error.filename is None or error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
+        sys.exit(
+            f"error: {error.filename}: cannot be written or read ({error.strerror})\n"
+            "Other places are set by runs=, out= and data.cache=<folder>."
+        )
 
 
 def _suite_error(error: BaseException | None) -> BaseException | None:

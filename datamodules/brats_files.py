@@ -89,9 +89,11 @@ def find_brats(root: Path, layout: str | None = None, allow_missing: bool = Fals
     return require_channels(cases, channels, allow_missing)
 
 
-def require_root(root: Path, name: str) -> Path:
-    """`root` if it is a folder; else an error that says how to point at the data and where to get them."""
+def require_root(root: Path, name: str, option: str = "data.root") -> Path:
+    """`root` if it is a folder; else an error that names the `option` that points at it and, for data sets, where to get them."""
     root = Path(root)
+    if not root.is_dir() and option != "data.root":
+        raise SuiteError(f"{option}={root}: no such folder ({name})")
     if not root.is_dir():
         raise SuiteError(
             f"{name} data: no such folder: {root}\n"

@@ -63,7 +63,7 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
     Raises:
         SuiteError: missing folder, nothing that fits, missing channels, or more numbered channels than `channels`.
     """
-    root = require_root(root, "prediction input:")
+    root = require_root(root, "of images to predict", "input")
     start = root / "images" if (root / "images").is_dir() else root
     suffixes = {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in SUFFIXES_2023.items() if c in channels}
     numbered = {f"_{i:04d}": c for i, c in enumerate(channels)}

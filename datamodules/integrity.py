@@ -22,7 +22,7 @@ ERROR, WARNING = "error", "warning"
 UNLABELED_SPLITS = ("unlabeled", "predict")  # splits whose cases need no label
 SHOWN = 4  # findings of one kind that `render` lists
 
-UNREADABLE = "unreadable or truncated file: copy or download it again"
+UNREADABLE = "unreadable, truncated or not a 3D volume: copy, download or export it again"
 NOT_FINITE = "NaN or infinite values: export the file again, or leave the case out"
 CONSTANT = "constant image: export it again, or leave the channel out (data.preprocessing.allow_missing=true)"
 NO_CHANNEL = "missing channel: add the file, narrow task.channels, or set data.preprocessing.allow_missing=true"
@@ -32,13 +32,13 @@ ORIENTATION = "orientation differs from the case's first image: reorient to one 
 AFFINE = "affine differs from the case's first image: resample to one grid, or repair the header"
 SINGULAR = "affine is not a voxel-to-world matrix: repair the header"
 NOT_INTEGER = "label holds values that are not integers: export it without interpolation"
-UNKNOWN_VALUE = "label holds values of no class: declare them in task.classes or task.ignore"
+UNKNOWN_VALUE = "label holds values of no class: correct it, or declare them (data=folder: data.classes or data.ignore)"
 SAME_ID = "case id appears twice: rename or remove one"
 SAME_IMAGE = "same image content as another case: remove one"
 TWO_SPLITS = "patient in two splits: split by patient"
 NOT_FOUND = "split names a case that was not found: correct the split"
 EMPTY_LABEL = "empty label: make sure that the case has no lesion"
-EMPTY_REGION = "empty region: fine for some cases, else check its values in task.classes"
+EMPTY_REGION = "empty region: fine for some cases, else check the values of its classes"
 ODD_SPACING = "odd voxel size: check the header, or resample (data.preprocessing.spacing)"
 
 

@@ -53,7 +53,7 @@ class SemiReal(CaseDataModule):
         return Task(("t1",), {"background": 0, "lesion": 1}, {"LESION": ("lesion",)})
 
     def find_cases(self) -> list[Case]:
-        folder = require_root(self.masks, "lesion masks (data.masks):")
+        folder = require_root(self.masks, "of lesion masks", "data.masks")
         taken = {path.resolve() for path in self.brains.values() if path is not None}
         found = [p for p in sorted(folder.iterdir()) if p.name.endswith((".nii", ".nii.gz")) and p.resolve() not in taken]
         if not found:

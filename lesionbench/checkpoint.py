@@ -1,5 +1,6 @@
 """Checkpoints: read them safely, build the method they hold, and start from the weights of another run."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # torch's own text begins with how to load the file all the same, by executing what is in it
+        text = re.sub(r"(?s)^Weights only load failed.*?WeightsUnpickler error:\s*", "", str(error).strip())
+        reason = text.splitlines()[0][:200] if text else type(error).__name__
         raise SuiteError(f"{path}: not a checkpoint that can be read as plain data; refused ({reason})") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise SuiteError(f"{path}: not a checkpoint: it has no 'state_dict'")
@@ -62,7 +65,13 @@ def build_method(config: Mapping[str, Any], task: Task) -> Any:
     from hydra.utils import instantiate
 
     # partial, so that the task reaches the method as it is: Hydra would turn a dataclass among the arguments into a dict
-    method = instantiate({**config, "_partial_": True}, _convert_="all")(task=task)
+    maker = instantiate({**config, "_partial_": True}, _convert_="all")
+    try:
+        method = maker(task=task)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise SuiteError(f"model ({config['_target_']}): {error}") from error
     method.config = dict(config)
     return method
 

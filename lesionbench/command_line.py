@@ -83,13 +83,19 @@ def options(group: str) -> list[str]:
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text = str(error)
+    from hydra.errors import InstantiationException
+
     if "'optuna" in text and find_spec("optuna") is None:
         return SuiteError("a search needs Optuna: pip install -e '.[sweeps]'")
+    if isinstance(error, InstantiationException):  # a class that does not exist, or an argument that it does not have
+        return SuiteError(re.sub(r", (set|see) .*?HYDRA_FULL_ERROR=1.*?(?=\n|$)", "", text).replace("\nfull_key: ", "\nin: "))
     key = (
         re.search(r"full_key: (\S+)", text)
         or re.search(r"Could not override '([^']+)'", text)
         or re.search(r"Key '([^']+)' is not in struct", text)
     )
+    if key and "/" in key.group(1):
+        return SuiteError(_unused_group(key.group(1)))
     if key:
         return SuiteError(_unknown_key(key.group(1), arguments))
     missing = re.search(r"Could not find '([^']+)'", text)
@@ -107,6 +113,14 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
             return SuiteError(f"There is no {group}={name}{nearest(name, options(group))}")
         return SuiteError(f"There is no group '{name}'{nearest(name, [str(d.relative_to(CONF)) for d in _groups()])}")
     return SuiteError(text)
+
+
+def _unused_group(name: str) -> str:
+    """A group that is overridden, but that nothing in the composed configuration has."""
+    group, groups = name.partition("@")[0], [str(d.relative_to(CONF)) for d in _groups()]
+    if group not in groups:
+        return f"There is no group '{group}'{nearest(group, groups)}"
+    return f"{name}=...: the chosen model and data have no {name} that could be replaced; leave it out, or choose those that have"
 
 
 def _unknown_key(full: str, arguments: Sequence[str]) -> str:

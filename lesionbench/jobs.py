@@ -67,6 +67,10 @@ def fit(cfg: DictConfig) -> float | None:
 
 def _check_options(cfg: DictConfig) -> None:
     """What can be said before anything is built."""
+    for option in ("seed", "epochs", "accumulate", "data.batch_size", "data.samples_per_epoch"):
+        value, least = OmegaConf.select(cfg, option), 0 if option == "seed" else 1
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise SuiteError(f"{option}={value}: expected a whole number, at least {least}")
     if cfg.select not in ("best", "last"):
         raise unknown("select", cfg.select, ["best", "last"])
     for stage in cfg.stages:
@@ -137,15 +141,17 @@ def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> Non
 
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
     run = Assembled(cfg)
     run.method.check(run.data)
+    if cfg.init_from:
+        read_checkpoint(cfg.init_from)  # one that cannot be read is refused before hours of caching
     run.prepare()
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
     iteration = -1
     if resumed:
-        from lesionbench.checkpoint import read_checkpoint
-
         iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
         _say(f"continuing {cfg.run_folder} after iteration {iteration}")
     elif cfg.init_from:
@@ -201,10 +207,14 @@ def _stopped_between_batches() -> Iterator[None]:
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
     run = Assembled(cfg)
-    run.prepare()
     trains = any(p.requires_grad for p in run.method.parameters())
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
+    if checkpoint:
+        read_checkpoint(checkpoint)  # before hours of caching
+    run.prepare()
     run.dress(cfg)
     if checkpoint:
         run.load(checkpoint)
@@ -300,19 +310,27 @@ class Assembled:
             elif strategy in ("ddp", "ddp_fork", "ddp_spawn"):
                 options["strategy"] = f"{strategy}_find_unused_parameters_true"
         from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
         callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
         chosen = (
             {} if cfg.job == "predict" else {"csv": {"_target_": "callbacks.CurvesLogger", "folder": cfg.run_folder}, **(cfg.logger or {})}
         )
         loggers = [instantiate(c, _convert_="all") for c in chosen.values() if c]  # metrics.csv is always written: other jobs read it
-        trainer = instantiate({**options, "_partial_": True}, _convert_="all")(
-            callbacks=callbacks,
-            logger=loggers,
-            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-            accumulate_grad_batches=cfg.accumulate if self.method.automatic_optimization else 1,
-        )
+        try:
+            trainer = instantiate({**options, "_partial_": True}, _convert_="all")(
+                callbacks=callbacks,
+                logger=loggers,
+                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+                enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+                accumulate_grad_batches=cfg.accumulate if self.method.automatic_optimization else 1,
+            )
+        except (MisconfigurationException, ValueError, TypeError) as error:  # what the machine or Lightning does not have
+            asked = " ".join(f"trainer.{k}={options[k]}" for k in ("accelerator", "devices", "precision") if k in options)
+            hint = (
+                "" if options.get("accelerator") == "cpu" else "\nWithout a GPU write trainer=cpu; docs/scaling.md has the other trainers."
+            )
+            raise SuiteError(f"{asked}: {error}{hint}") from error
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
 

@@ -138,7 +138,10 @@ class Method(pl.LightningModule):
             raise SuiteError(f"{type(self).__name__} trains {', '.join(groups)} but model.optimizer is null")
         self._names = list(groups)
         makers = self._by_name("optimizer", self.optimizer)
-        optimizers = [makers[name](params) for name, params in groups.items()]
+        try:
+            optimizers = [makers[name](params) for name, params in groups.items()]
+        except (TypeError, ValueError) as error:
+            raise SuiteError(f"model.optimizer: {error}") from error
         if self.scheduler is None:
             return optimizers
         total = self.trainer.estimated_stepping_batches
@@ -406,6 +409,11 @@ class SegmentationMethod(Method):
             return
         flat = len(patch) == 3 and self.network.dimensions == 2
         sides = [s for axis, s in enumerate(patch) if not (flat and axis == self.task.slice_axis)]
+        if len(sides) != self.network.dimensions:
+            raise SuiteError(
+                f"patch={list(patch)} has {len(sides)} sides, {type(self.network).__name__} is a {self.network.dimensions}D network; "
+                "for slices also data.view, model/inferer and model.network.dimensions change: see docs/configuration.md"
+            )
         fits = all(s >= m and s % d == 0 for s, m, d in zip(sides, self.network.min_size, self.network.divisor, strict=True))
         if not fits or self.network.fixed_size not in (None, tuple(sides)):
             needs = self.network.fixed_size or f"at least {self.network.min_size}, each side divisible by {self.network.divisor}"

@@ -46,6 +46,12 @@ def test_jobs_of_help_are_the_jobs_that_exist():
         ("sweep=tpee", "There is no sweep=tpee; did you mean 'tpe'"),
         ("hydra.sweeper.trails=3 sweep=tpe", "did you mean hydra.sweeper.trials"),
         ("launcher=joblb", "There is no launcher=joblb; did you mean 'joblib'"),
+        ("modle/loss=dice", "There is no group 'modle/loss'; did you mean 'model/loss'"),
+        ("model/gate=fixed", "have no model/gate that could be replaced"),
+        ("model.loss._target_=foo.Bar", "Error locating target 'foo.Bar'"),
+        ("+model.loss.nope=1", "unexpected keyword argument 'nope'"),
+        ("runs=README.md/runs", "README.md/runs"),
+        ("job=simulate out=README.md/cases simulate.count=1 simulate.spacing=4", "README.md/cases"),
     ],
 )
 def test_mistakes_name_the_nearest(mistake, hint):
@@ -69,6 +75,16 @@ def test_mistakes_name_the_nearest(mistake, hint):
         (["model/loss=region_bce"], "change one of them"),
         (["metrics.names=[dise]"], "did you mean 'dice'"),
         (["task.channels=[flare]"], "did you mean 'flair'"),
+        (["seed=one"], "seed=one: expected a whole number, at least 0"),
+        (["epochs=0"], "epochs=0: expected a whole number, at least 1"),
+        (["accumulate=0"], "accumulate=0: expected"),
+        (["data.batch_size=0"], "data.batch_size=0: expected"),
+        (["data.samples_per_epoch=1.5"], "data.samples_per_epoch=1.5: expected"),
+        (["patch=[32,32]"], "patch=[32, 32] has 2 sides, BasicUNet is a 3D network"),
+        (["precision=half"], "trainer.precision=half: Precision 'half' is invalid"),
+        (["+model.nope=1"], "model (lightning_modules.Supervised): Method.__init__() got an unexpected keyword argument 'nope'"),
+        (["+trainer.nope=1"], "unexpected keyword argument 'nope'"),
+        (["job=predict", "ckpt=README.md"], "refused (Unsupported operand"),
     ],
 )
 def test_errors_say_what_and_how(overrides, message, tmp_path):
@@ -79,6 +95,15 @@ def test_errors_say_what_and_how(overrides, message, tmp_path):
     with pytest.raises((SuiteError, InstantiationException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
     assert message in str(_suite_error(caught.value))
+
+
+def test_without_a_gpu_the_error_says_what_to_write(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SuiteError, match=r"(?s)trainer\.accelerator=gpu.*Without a GPU write trainer=cpu"):
+        run("trainer=gpu", f"runs={tmp_path}")
 
 
 def test_a_launcher_that_is_not_installed_says_what_to_install():

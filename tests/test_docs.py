@@ -145,6 +145,19 @@ def test_links_lead_to_files_and_headings():
             )
 
 
+def test_every_result_is_linked():
+    text = "".join(page.read_text() for page in PAGES)
+    assert [f.name for f in sorted((ROOT / "docs" / "results").iterdir()) if f"results/{f.name}" not in text] == []
+
+
+def test_tables_name_nothing_twice():
+    """Two rows of one table with the same first cell: a merge that kept both, and they may contradict each other."""
+    for page in PAGES:
+        for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
+            firsts = re.findall(r"^\| (`[^`|]+`) \|", table, flags=re.MULTILINE)
+            assert len(firsts) == len(set(firsts)), f"{page.name}: {sorted(f for f in firsts if firsts.count(f) > 1)}"
+
+
 def test_files_named_in_the_text_exist():
     made = {"conf/model/noise_consistency.yaml", "lightning_modules/noise_consistency.py", "datamodules/wmh.py", "conf/data/wmh.yaml"}
     for page in PAGES:

@@ -306,6 +306,12 @@ def test_more_numbered_channels_than_wanted_are_refused(tmp_path):
         find_images(tmp_path, ["flair"])
 
 
+def test_a_missing_folder_of_images_to_predict_is_named_by_its_option(tmp_path):
+    with pytest.raises(SuiteError, match=f"^input={tmp_path}/none: no such folder") as caught:
+        find_images(tmp_path / "none", ["flair"])
+    assert "data.root" not in str(caught.value)
+
+
 def test_brats_folders_are_prediction_input_too(tmp_path):
     for layout in ("2018", "2023"):
         root = write_fake_brats(tmp_path / layout, layout, count=3, shape=TINY)

@@ -166,6 +166,11 @@ def test_patch_that_does_not_fit_the_network_is_refused_before_training(folder, 
         run(*plain, f"data.root={folder}", f"runs={tmp_path}", "model/network=small_unet", "patch=[24,24,24]")
 
 
+def test_an_optimizer_that_cannot_be_built_is_named(folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"model\.optimizer: Invalid learning rate"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "model.optimizer.lr=-1")
+
+
 def test_loggers_together(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -363,6 +368,13 @@ def test_job_test_leaves_the_training_run_alone_and_refuses_its_own_training_cas
 def test_what_the_data_cannot_give_is_refused_before_caching(override, message, folder, tmp_path):
     with pytest.raises(SuiteError, match=message):
         run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", override)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("option", [["init_from=none.ckpt"], ["job=test", "ckpt=none.ckpt"]])
+def test_a_checkpoint_that_is_not_there_is_refused_before_caching(option, folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"none\.ckpt: no such checkpoint"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *option)
     assert not (tmp_path / "cache").exists()
 
 
