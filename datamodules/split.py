@@ -110,7 +110,10 @@ class Split:
         for part, ids in self._ids().items():
             missing = [i for i in ids if i not in patient_of]
             if missing:
-                raise SuiteError(f"{self.file}: {part} lists cases that were not found: {missing[:5]}")
+                raise SuiteError(
+                    f"{self.file}: {part} lists cases that were not found among those with a label: {missing[:5]} "
+                    "(a case without one is unlabeled training data and is not listed)"
+                )
             parts[part] = list(dict.fromkeys(patient_of[i] for i in ids))
             for p in parts[part]:
                 if owner.setdefault(p, part) != part:

@@ -37,11 +37,10 @@ def print_run(folder: Path) -> None:
     console = Console()
     cost, test = summary.get("cost") or {}, summary.get("test") or {}
     done = f"{config['model']['_target_'].rsplit('.', 1)[-1]} on {config['data']['_target_'].rsplit('.', 1)[-1]}"
-    trained = (
-        f", {cost['iterations']} iterations in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters"
-        if cost.get("iterations")
-        else ""
-    )
+    trained = ""
+    if cost.get("iterations"):
+        work = f"tested after {cost['iterations']} iterations," if config["job"] == "test" else f"{cost['iterations']} iterations"
+        trained = f", {work} in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters"
     console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
     for member, regions in test.items():
         console.print(_results(member, regions))

@@ -212,12 +212,12 @@ def test_a_kill_while_writing_leaves_the_old_summary(tmp_path, monkeypatch):
 # the report
 
 
-def finished_run(folder: Path) -> Path:
+def finished_run(folder: Path, job: str = "fit") -> Path:
     stats = {"mean": 0.81234, "std": 0.05, "median": 0.83, "n": 4, "missing": 1}
     alone = {"mean": 3.5, "std": None, "median": 3.5, "n": 1, "missing": 0}
     run = RunFolder(folder)
     targets = {"model": {"_target_": "lightning_modules.Supervised"}, "data": {"_target_": "datamodules.Simulated"}}
-    run.write_config(OmegaConf.create({"runs": "all/of/them", **targets}))
+    run.write_config(OmegaConf.create({"runs": "all/of/them", "job": job, **targets}))
     test = {"": {"WT": {"dice": stats, "hd95_mm": alone}, "TC": {"dice": {**stats, "mean": None}}}}
     run.update_summary(
         experiment="supervised/simulated", seed=2, test=test, cost={"iterations": 40, "wall_s": 12.3, "parameters": 2_500_000}
@@ -240,6 +240,12 @@ def test_the_report_says_what_how_good_where_and_what_next(tmp_path, capsys, mon
     ):  # fmt: skip
         assert part in text, part
     assert "predictions " not in text  # what was not written is not shown
+
+
+def test_the_time_of_a_test_is_not_given_as_that_of_the_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    print_run(finished_run(tmp_path / "run", job="test"))
+    assert "Supervised on Simulated, tested after 40 iterations, in 12 s, 2.50 M parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("select", "tested"), [("best", "best.ckpt"), ("last", "last.ckpt")])

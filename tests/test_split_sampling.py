@@ -123,7 +123,7 @@ def test_published_lists_keep_their_order_and_leave_out_who_is_not_there():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train": ["c000", "c999"]}', "not found: .*c999"),
+        ('{"train": ["c000", "c999"]}', "not found among those with a label: .*c999"),
         ('{"train": ["c000"], "test": ["c000"]}', "in both train and test"),
         ('{"test": ["c000"]}', "'train' is empty"),
         ("[1, 2]", "expected a JSON object"),
