@@ -18,6 +18,8 @@ from lesionbench.results import read_rows
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 METHODS = {
     "supervised/left_atrium": "labeled scans alone",
+    "supervised/left_atrium, linear": "the same, linear upsampling",
+    "supervised/left_atrium, nearest": "the same, nearest-neighbor upsampling",
     "mean_teacher/left_atrium": "mean teacher",
     "coranet/left_atrium": "CoraNet",
     "colearning/left_atrium": "co-learning, mean of the students",
@@ -27,13 +29,15 @@ METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd
 
 
 def measured(folders: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Experiment -> test scan -> fold and metrics of the method itself."""
+    """Experiment, with the upsampling of its network where that is not the default -> test scan -> fold and metrics of the method itself."""
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in METHODS}
     for path in sorted(p for folder in folders for p in Path(folder).rglob("test/cases.csv")):
         config = OmegaConf.load(path.parent.parent / "config.yaml")
+        upsampling = config.model.network.upsampling
+        name = config.experiment_name if upsampling == "transposed" else f"{config.experiment_name}, {upsampling}"
         for row in read_rows(path):
             if row["member"] == "":
-                found[config.experiment_name][row["case"]] = {"fold": config.data.split.fold, **{m: row[m] for m in METRICS}}
+                found[name][row["case"]] = {"fold": config.data.split.fold, **{m: row[m] for m in METRICS}}
     return found
 
 
@@ -42,7 +46,7 @@ def main(*folders: str) -> None:
     found = measured(list(folders))
     with (RESULTS / "left_atrium_small.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["experiment", "fold", "case", *METRICS])
+        writer.writerow(["method", "fold", "case", *METRICS])
         for name, scans in found.items():
             for case, values in sorted(scans.items(), key=lambda item: (item[1]["fold"], item[0])):
                 writer.writerow([name, values["fold"], case, *(f"{values[m]:.4f}" for m in METRICS)])

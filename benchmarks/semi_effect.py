@@ -32,6 +32,7 @@ ROWS = {
     "full": ["experiment=full_supervision/blobs"],
     "mean_teacher": ["experiment=mean_teacher/blobs", "model.predict_members=true"],
     "cps": ["experiment=cps/blobs", "model.predict_members=true"],
+    "co_students": [*CPS, "model.weights.cps=0"],
     "co_cps": CPS,
     "co_cps_teacher": CPS_TEACHER,
     "co_mix": MIX,
