@@ -125,11 +125,13 @@ def test_the_experiment_with_an_unreliable_peer_in_small(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_gate_protects_from_an_unreliable_peer(tmp_path):
-    """The frozen experiment: averaged over four seeds, plain mutual learning harms the 3D branch and the fusion, the gate does not."""
-    found = dice("thick_slices_unreliable", [0, 1, 2, 3], tmp_path / "data", tmp_path / "runs")
-    mean = {mode: {member: np.mean(values) for member, values in members.items()} for mode, members in found.items()}
+    """The frozen experiment, seeds it was not looked at on: on each, plain mutual learning harms the 3D branch and the fusion, and the
+    gate undoes it; on average the gated 3D branch is no worse than one trained alone."""
+    found = dice("thick_slices_unreliable", [4, 5, 6, 7], tmp_path / "data", tmp_path / "runs")
     for member in ("3D", "fused, softmin"):
-        assert mean["ml"][member] < mean["pure"][member]
-        assert mean["ml"][member] < mean["ml+u"][member]
-    for mode in mean:
-        assert mean[mode]["fused, softmin"] > mean[mode]["fused, mean"]
+        pure, plain, gated = (np.array(found[mode][member]) for mode in ("pure", "ml", "ml+u"))
+        assert (plain < pure).all()
+        assert (plain < gated).all()
+        assert gated.mean() > pure.mean() - 0.01
+    for members in found.values():
+        assert (np.array(members["fused, softmin"]) > members["fused, mean"]).all()
