@@ -6,6 +6,7 @@ result. Quantiles lie on a grid (far finer than the loss can resolve), so that e
 
 import csv
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +128,13 @@ class Search:
     def _best_of(self, kind: str, rows: np.ndarray, done: Sequence[Theta], losses: Sequence[float]) -> int:
         import torch
 
-        surrogate = Surrogate(self, done, losses)
-        acquisition = surrogate.expected_improvement() if kind == "ei" else surrogate.posterior_mean()
-        with torch.no_grad():
-            return int(acquisition(surrogate.scaled(rows)[:, None]).argmax())
+        with warnings.catch_warnings():
+            # settings next to each other make the kernel matrix singular in floating point; what GPyTorch adds to its diagonal is far below the losses' variance of 1
+            warnings.filterwarnings("ignore", message="A not p.d., added jitter")
+            surrogate = Surrogate(self, done, losses)
+            acquisition = surrogate.expected_improvement() if kind == "ei" else surrogate.posterior_mean()
+            with torch.no_grad():
+                return int(acquisition(surrogate.scaled(rows)[:, None]).argmax())
 
     def converged(self, losses: Sequence[float]) -> bool:
         """Whether the last `patience` rounds brought nothing."""
