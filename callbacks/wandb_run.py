@@ -106,9 +106,8 @@ class WandbRun(WandbLogger):
             for layers in ({"truth": view.truth, "prediction": view.prediction} for view in views)
         ]
         captions = [f"{case}, {view.name} {view.index}" for view in views]
-        size = np.max(
-            [view.image.shape[1:] for view in views], axis=0
-        )  # W&B shows images side by side rightly only if they are equally large
+        # W&B shows images side by side rightly only if they are equally large
+        size = np.max([view.image.shape[1:] for view in views], axis=0)
         masks = [{layer: {**mask, "mask_data": _framed(mask["mask_data"], size)} for layer, mask in layers.items()} for layers in masks]
         self.log_image(key, [_framed(_gray(view.image[0]), size) for view in views], caption=captions, masks=masks)
 
