@@ -10,7 +10,7 @@ UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 
 def main() -> None:
     """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
-    from lesionbench.command_line import explain, help_text, quoted
+    from lesionbench.jobs.command_line import explain, help_text, quoted
 
     arguments = sys.argv[1:] = quoted(sys.argv[1:])
     if "--help" in arguments or "-h" in arguments:
@@ -60,7 +60,7 @@ def _hydra() -> None:
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="config")
     def job(cfg: DictConfig) -> float | None:
-        from lesionbench.jobs import run_job
+        from lesionbench.jobs.main import run_job
 
         register()  # a launcher may have started another process
         with open_dict(cfg):

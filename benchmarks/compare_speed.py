@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from lesionbench.comparison import compare
-from lesionbench.html_report import write_html
+from lesionbench.reports.comparison import compare
+from lesionbench.reports.html_report import write_html
 from lesionbench.results import write_json, write_rows
 
 SEEDS, FOLDS, CASES = 10, 5, 20

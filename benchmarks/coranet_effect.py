@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from lesionbench.checkpoint import load_method
 from lesionbench.results import read_rows
-from lightning_modules.certainty_masks import confidence
+from lightning_modules.semi_supervised.certainty_masks import confidence
 
 ROOT = Path(__file__).parent.parent
 ROWS = {

@@ -24,7 +24,7 @@ FEATURES = (4, 4, 8, 16, 512, 4)  # most weights where there are few voxels: 32 
 
 
 def task():
-    from datamodules.brats_files import brats_task
+    from datamodules.readers.brats_files import brats_task
 
     return brats_task("2020")
 
@@ -70,8 +70,8 @@ def measure(fusion: str, paths: list[str], side: int) -> None:
     from callbacks.cost import peak_memory
     from datamodules import Preprocessing
     from lesionbench.geometry import Geometry
-    from lightning_modules.ensemble import Ensemble
-    from lightning_modules.fusion import FUSIONS
+    from lightning_modules.evaluation.ensemble import Ensemble
+    from lightning_modules.raters.fusion import FUSIONS
 
     torch.set_num_threads(1)
     held = []

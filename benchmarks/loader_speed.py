@@ -31,7 +31,8 @@ from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
 from datamodules.folder import Folder
 from datamodules.sampling import Sampling
-from datamodules.simulation import Simulation, write_brats
+from datamodules.simulated.brats_layout import write_brats
+from datamodules.simulated.simulation import Simulation
 from datamodules.split import Split
 from lesionbench.geometry import read_volume, write_volume
 

@@ -34,7 +34,7 @@ def raters() -> Iterator[dict]:
     import torch
 
     from lesionbench.task import Task
-    from lightning_modules.fusion import Staple, Vote
+    from lightning_modules.raters.fusion import Staple, Vote
 
     task = Task(channels=("flair",), classes={"background": 0, "lesion": 1})
     truth = torch.zeros(SIDE, SIDE, SIDE, dtype=torch.bool)
@@ -73,10 +73,10 @@ def specks() -> Iterator[dict]:
     import numpy as np
     import torch
 
-    from datamodules.brats_files import brats_task
+    from datamodules.readers.brats_files import brats_task
+    from lightning_modules.evaluation.tuning import HeldOut, best_threshold
     from lightning_modules.metrics.overlap import overlap_metrics
     from lightning_modules.postprocessing import PostProcessing
-    from lightning_modules.tuning import HeldOut, best_threshold
 
     task, et, body = brats_task("2020"), 3, 1
     grid = np.stack(np.meshgrid(*[np.arange(32)] * 3, indexing="ij"))
@@ -117,8 +117,8 @@ def specks() -> Iterator[dict]:
 
 def threshold(folders: Sequence[str]) -> Iterator[dict]:
     """A row for each run: mean ET Dice of both halves without and with the threshold of the other half."""
+    from lightning_modules.evaluation.tuning import best_threshold, held_out
     from lightning_modules.postprocessing import PostProcessing
-    from lightning_modules.tuning import best_threshold, held_out
 
     for folder in folders:
         cases = sorted(held_out(Path(folder), "ET", "dice", PostProcessing({"WT": 10}), None), key=lambda c: c.case)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from lesionbench.command_line import CONF, quoted
-from lesionbench.jobs import run_job
+from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.main import run_job
 from lesionbench.resolvers import register
 from lesionbench.results import read_rows
 

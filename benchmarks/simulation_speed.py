@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 
-from datamodules.simulation import VARIANTS, Simulation, simulate
+from datamodules.simulated.simulation import VARIANTS, Simulation, simulate
 
 
 def main(cases: int = 5) -> None:

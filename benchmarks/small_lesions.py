@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from lesionbench.comparison import Run, find_runs, read_run
+from lesionbench.reports.runs import Run, find_runs, read_run
 from lesionbench.results import pool_slices
 
 KEYS = ("model.network.spg", "model.network.downsampler")

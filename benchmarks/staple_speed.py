@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from lightning_modules.staple import staple
+from lightning_modules.raters.staple import staple
 
 ROUNDS = 3
 

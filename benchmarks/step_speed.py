@@ -22,8 +22,8 @@ from interleaved import machine
 from omegaconf import open_dict
 from torch.utils.data import DataLoader
 
-from lesionbench.command_line import CONF
-from lesionbench.jobs import Assembled
+from lesionbench.jobs.assembled import Assembled
+from lesionbench.jobs.command_line import CONF
 from lesionbench.resolvers import register
 
 BATCHES, ROUNDS = 12, 4

@@ -20,7 +20,8 @@ from interleaved import machine, medians, seconds
 from scipy.ndimage import gaussian_filter
 
 from datamodules.brats import BraTS
-from datamodules.simulation import Simulation, write_brats
+from datamodules.simulated.brats_layout import write_brats
+from datamodules.simulated.simulation import Simulation
 from lesionbench.geometry import read_volume
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.surface import surface_metrics

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesionbench.checkpoint import build_method
-from lesionbench.command_line import CONF
+from lesionbench.jobs.command_line import CONF
 from lesionbench.resolvers import register
 
 # row -> parameters (M), FLOPs (G) in Table VII

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from lesionbench.report import curve
+from lesionbench.reports.report import curve
 from lesionbench.results import read_rows
 
 ROOT = Path(__file__).parent.parent

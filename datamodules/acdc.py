@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datamodules.acdc_files import NAMED_SPLITS, check_files, find_niftis, find_stacks, stack_case, write_stack
 from datamodules.published import PublishedSplit
+from datamodules.readers.acdc_files import NAMED_SPLITS, check_files, find_niftis, find_stacks, stack_case, write_stack
 from lesionbench.case import Case
 from lesionbench.task import Task
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.atlas_files import NAMED_SPLITS, find_atlas, merge_masks
 from datamodules.base import CaseDataModule
+from datamodules.readers.atlas_files import NAMED_SPLITS, find_atlas, merge_masks
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task

@@ -13,14 +13,15 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
-from datamodules.augmentation import Chain
-from datamodules.brats_files import nifti
 from datamodules.cache import CaseCache
 from datamodules.integrity import Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
-from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, WholeCases, WholeCaseSampler, collate
+from datamodules.readers.brats_files import nifti
+from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
+from datamodules.transforms.augmentation import Chain
+from datamodules.whole_cases import WholeCases, WholeCaseSampler
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.brats_files import brats_task, find_brats
+from datamodules.readers.brats_files import brats_task, find_brats
 from lesionbench.case import Case
 from lesionbench.task import Task
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.folder_files import find_folder
+from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
 from lesionbench.task import Task
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.ibsr_files import find_ibsr, ibsr_task
+from datamodules.readers.ibsr_files import find_ibsr, ibsr_task
 from lesionbench.case import Case
 from lesionbench.task import Task
 

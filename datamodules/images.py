@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.folder_files import find_images
 from datamodules.preprocessing import Preprocessing
+from datamodules.readers.folder_files import find_images
 from lesionbench.case import Case
 from lesionbench.task import Task
 

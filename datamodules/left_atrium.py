@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datamodules.left_atrium_files import FILES, NAMED_SPLITS, as_case, find_left_atrium, write_scan
 from datamodules.published import PublishedSplit
+from datamodules.readers.left_atrium_files import FILES, NAMED_SPLITS, as_case, find_left_atrium, write_scan
 from lesionbench.case import Case
 from lesionbench.errors import unknown
 from lesionbench.task import Task

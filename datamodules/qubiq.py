@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.qubiq_files import PARTS, SETS, as_volumes, find_qubiq, qubiq_task, write_volumes
+from datamodules.readers.qubiq_files import PARTS, SETS, as_volumes, find_qubiq, qubiq_task, write_volumes
 from lesionbench.case import Case
 from lesionbench.task import Task
 

@@ -1,8 +1,7 @@
-"""The bases of all methods: `Method` (optimizers, keyed randomness, results, checkpoints) and `SegmentationMethod` (networks that draw maps)."""
+"""`Method`, the base of all methods: optimizers, keyed randomness, results, checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,8 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
-from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
 from lightning_modules.inferers import Mirrored
-from lightning_modules.losses import DeepSupervision
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
 
@@ -366,96 +363,3 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(k for row in rows for k in row if k not in ("case", "patient", "site", "member", "region"))
     values = {n: [float(row[n]) for row in rows if row.get(n) is not None and row[n] == row[n]] for n in names}
     return {n: sum(v) / len(v) for n, v in values.items() if v}
-
-
-class SegmentationMethod(Method):
-    """One network that draws one set of maps; several-network methods override `predict_maps`.
-
-    Args:
-        network: called with (in_channels, out_channels), returns the network.
-        loss: called with (logits or output dict, target).
-        target: called with the task, returns the `Target`; softmax over classes by default.
-        inferer: called with (image, predictor, slice axis): see `lightning_modules.inferers`.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        *,
-        network: Callable[..., nn.Module],
-        loss: nn.Module,
-        inferer: Callable,
-        target: Callable = ClassSoftmax,
-        **training: Any,
-    ) -> None:
-        super().__init__(task, **training)
-        self.target: Target = target(task)
-        kind = getattr(loss, "kind", None)
-        if kind is not None and kind != self.target.kind:
-            raise SuiteError(
-                f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {self.target.kind}; change one of them"
-            )
-        self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
-        self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
-        self.inferer = inferer
-        if getattr(inferer, "divisor", 0) is None:
-            self.inferer = copy(inferer)
-            self.inferer.divisor = getattr(self.network, "divisor", 1)
-
-    def check(self, data: Any) -> None:
-        super().check(data)
-        patch = getattr(data, "patch", None)
-        if patch is None or not hasattr(self.network, "min_size"):
-            return
-        flat = len(patch) == 3 and self.network.dimensions == 2
-        sides = [s for axis, s in enumerate(patch) if not (flat and axis == self.task.slice_axis)]
-        if len(sides) != self.network.dimensions:
-            raise SuiteError(
-                f"patch={list(patch)} has {len(sides)} sides, {type(self.network).__name__} is a {self.network.dimensions}D network; "
-                "for slices also data.view, model/inferer and model.network.dimensions change: see docs/configuration.md"
-            )
-        fits = all(s >= m and s % d == 0 for s, m, d in zip(sides, self.network.min_size, self.network.divisor, strict=True))
-        if not fits or self.network.fixed_size not in (None, tuple(sides)):
-            needs = self.network.fixed_size or f"at least {self.network.min_size}, each side divisible by {self.network.divisor}"
-            raise SuiteError(f"patch={list(patch)} does not fit {type(self.network).__name__}, which needs {needs}")
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""
-        return self.network(image)
-
-    def training_target(self, batch: Batch) -> torch.Tensor:
-        """What the loss compares the logits of a batch with."""
-        return self.target.encode(batch["label"])
-
-    def compute_loss(self, batch: Batch) -> torch.Tensor:
-        """The loss of a batch; a network's own extra loss is added."""
-        output = self(batch["image"])
-        loss = self.loss(output, self.training_target(batch))
-        return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        loss = self.compute_loss(batch)
-        self.log_terms(loss=loss)
-        return loss
-
-    def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps of one view that may be averaged: `maps` (B, K, *spatial) for the target, and any further ones by name."""
-        output = self(view)
-        return {"maps": self.target.activate(output["logits"] if isinstance(output, dict) else output)}
-
-    def predict_case(self, batch: Batch) -> Prediction:
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
-        return self.decode(maps["maps"])
-
-    def decode(self, maps: torch.Tensor) -> Prediction:
-        """Blended maps (1, K, X, Y, Z) -> prediction of the one case."""
-        regions = self.target.decode(maps)
-        return Prediction(regions=regions[0], labels=self.target.labels(regions)[0])
-
-    def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
-        native = super().to_native(prediction, geometry)
-        if geometry.resampled != geometry.canonical:  # labels follow from resampled probabilities, not from resampled labels
-            for _, part in native.flat():
-                if part.regions is not None:
-                    part.labels = self.target.labels(part.regions[None])[0]
-        return native

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from lesionbench.command_line import CONF, quoted
-from lesionbench.jobs import run_job
+from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.main import run_job
 from lesionbench.resolvers import register
 
 # small enough for seconds, large enough that every part is exercised

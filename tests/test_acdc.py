@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datamodules import ACDC, Preprocessing, Split
-from datamodules.acdc_files import NAMED_SPLITS, find_niftis, find_stacks
+from datamodules.readers.acdc_files import NAMED_SPLITS, find_niftis, find_stacks
 from lesionbench.errors import SuiteError
 from tests.fake_data import ACDC as PATIENTS
 from tests.fake_data import write_fake_acdc

@@ -12,13 +12,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs import Assembled
+from lesionbench.jobs.assembled import Assembled
 from lesionbench.prediction import Prediction
 from lesionbench.score_counts import ScoreCounts
 from lesionbench.task import Task
 from lightning_modules import Autoencoder, BlurResidual, FlairThreshold
+from lightning_modules.anomaly.flair_threshold import equalized, minmax
 from lightning_modules.components import without_small_components
-from lightning_modules.flair_threshold import equalized, minmax
 from lightning_modules.inferers import SliceWise
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics
 from lightning_modules.networks import SpatialAutoencoder
@@ -265,7 +265,8 @@ def test_the_search_looks_at_unfiltered_maps(folder, tmp_path):
     made = Assembled(cfg)
     made.prepare()
     made.data.setup("test")
-    from lightning_modules.anomaly import Scored, choose_threshold
+    from lesionbench.jobs.choose_threshold import choose_threshold
+    from lightning_modules.anomaly.base import Scored
 
     cases = made.data.parts["train"] + made.data.parts["val"]
     scored = Scored(made, cases)

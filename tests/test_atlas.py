@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datamodules import Atlas, Split
-from datamodules.atlas_files import NAMED_SPLITS, find_atlas, merge_masks
+from datamodules.readers.atlas_files import NAMED_SPLITS, find_atlas, merge_masks
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
 from tests.fake_data import ATLAS_TEST, LPS, write_fake_atlas

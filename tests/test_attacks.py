@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lesionbench.errors import SuiteError
-from lightning_modules.attacks import perturb
+from lightning_modules.evaluation.attacks import perturb
 from tests.harness import composed, rows, run, run_folders
 
 MASK = torch.zeros(1, 1, 8, 8, dtype=torch.bool)

@@ -8,11 +8,11 @@ import torch
 import torchio
 from scipy.ndimage import gaussian_filter
 
-from datamodules import intensity, placement
-from datamodules.augmentation import chain
-from datamodules.placement import Placement, RandomPlacement
 from datamodules.preprocessing import Preprocessing
-from datamodules.quarter_turns import RandomQuarterTurns
+from datamodules.transforms import intensity, placement
+from datamodules.transforms.augmentation import chain
+from datamodules.transforms.placement import Placement, RandomPlacement
+from datamodules.transforms.quarter_turns import RandomQuarterTurns
 from lesionbench.errors import SuiteError
 from tests.test_samples import At, assert_same, dataset, module, root, store, whole
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules import Blobs, Preprocessing, Split
-from datamodules.blobs import blob
+from datamodules.simulated.blobs import blob
 from lesionbench.geometry import read_volume
 from lesionbench.keyed import numpy_generator
 
@@ -56,7 +56,7 @@ def test_the_gap_is_in_the_labeled_images_alone(tmp_path, monkeypatch):
         asked.append(contrast)
         return blob(rng, contrast)
 
-    monkeypatch.setattr("datamodules.blobs.blob", recorded)
+    monkeypatch.setattr("datamodules.simulated.blobs.blob", recorded)
     plain, gap = made(tmp_path), made(tmp_path, gap=True)
     assert asked[:14] == [(0.8, 1.6)] * 14
     labeled = {int(case.id.rpartition("_")[2]) for case in gap.parts["labeled"]}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lesionbench.checkpoint import _refuse_strangers, build_method, initialize_from, load_method, read_checkpoint
-from lesionbench.command_line import CONF
 from lesionbench.errors import SuiteError
+from lesionbench.jobs.command_line import CONF
 from lesionbench.task import Task
 
 TASK = Task(("t1", "flair"), {"background": 0, "core": 1, "edema": 2}, {"WT": ("core", "edema"), "CORE": ("core",)}, ignore=(9,))

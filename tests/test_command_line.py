@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from lesionbench.command_line import CONF, JOBS, explain, help_text, options, quoted
 from lesionbench.errors import SuiteError
+from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, options, quoted
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def test_help_lists_jobs_groups_and_options_without_heavy_imports():
 
 
 def test_jobs_of_help_are_the_jobs_that_exist():
-    from lesionbench import jobs
+    from lesionbench.jobs import main as jobs
 
     assert set(JOBS) == set(jobs.JOBS)
     assert all(name in help_text() for name in options("experiment"))

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from lesionbench.comparison import SIMULATED, compare, find_runs, read_run
 from lesionbench.errors import SuiteError
+from lesionbench.reports.comparison import compare
+from lesionbench.reports.runs import SIMULATED, find_runs, read_run
+from lesionbench.reports.statistics import bootstrap_interval, differences, holm, paired_tests
 from lesionbench.results import write_json, write_rows
-from lesionbench.statistics import bootstrap_interval, differences, holm, paired_tests
 
 CASES = [f"c{i}" for i in range(8)]
 
@@ -452,7 +453,7 @@ def test_terminal_tables_keep_every_number_whole(tmp_path, width):
 def test_reading_many_runs_imports_no_torch(tmp_path):
     for seed in range(3):
         make_run(tmp_path, seed=seed, values=series(0.1, 0.2))
-    code = "import sys; from lesionbench.comparison import compare; compare(sys.argv[1], out=sys.argv[2]); "
+    code = "import sys; from lesionbench.reports.comparison import compare; compare(sys.argv[1], out=sys.argv[2]); "
     code += "print([m for m in ('torch', 'pandas', 'monai', 'matplotlib') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -21,10 +21,10 @@ import datamodules
 import lightning_modules
 from hydra_plugins.lesionbench_optuna.optuna_search import OptunaSearchConf
 from lesionbench.checkpoint import build_method
-from lesionbench.command_line import CONF, JOBS, options
-from lesionbench.jobs import _stage_config
-from lesionbench.run_folder import RunFolder
-from lightning_modules.base import SegmentationMethod
+from lesionbench.jobs.command_line import CONF, JOBS, options
+from lesionbench.jobs.run_folder import RunFolder
+from lesionbench.jobs.stages import _stage_config
+from lightning_modules.segmentation import SegmentationMethod
 from tests import harness
 from tests.fake_data import LPS, fake_case
 from tests.harness import composed

@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from datamodules.brats_files import brats_task, detect_layout, find_brats
-from datamodules.folder_files import find_folder, find_images
-from datamodules.ibsr_files import find_ibsr
+from datamodules.readers.brats_files import brats_task, detect_layout, find_brats
+from datamodules.readers.folder_files import find_folder, find_images
+from datamodules.readers.ibsr_files import find_ibsr
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.brats_files import brats_task
+from datamodules.readers.brats_files import brats_task
 from lesionbench.target import ClassSoftmax, RegionSigmoid
 from lesionbench.task import Task
-from lightning_modules.fusion import FUSIONS, Mean, Staple, Vote
-from lightning_modules.staple import VotePatterns, staple, staple_of, vote_codes
+from lightning_modules.raters.fusion import FUSIONS, Mean, Staple, Vote
+from lightning_modules.raters.staple import VotePatterns, staple, staple_of, vote_codes
 
 LESION = Task(channels=("flair",), classes={"background": 0, "lesion": 1})
 BRATS = brats_task("2020")

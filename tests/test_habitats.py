@@ -584,7 +584,7 @@ def test_example_of_the_page():
     assert len(names["training"]) == 12
 
 
-# leaks: what belongs to held-out patients reaches nothing that is fitted (see also tests/test_fae_stages.py)
+# leaks: what belongs to held-out patients reaches nothing that is fitted (see also tests/methods/test_fae_stages.py)
 
 
 def test_estimators_never_see_held_out_patients():

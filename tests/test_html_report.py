@@ -14,9 +14,10 @@ from matplotlib.collections import PathCollection
 
 from callbacks import Calibration
 from callbacks.calibration import COLUMNS
-from lesionbench.comparison import Sheet, compare
-from lesionbench.html_report import _band, _calibration_counts, _curves, _training, comma_separated, latex, write_html
 from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.reports.comparison import compare
+from lesionbench.reports.html_report import _band, _calibration_counts, _curves, _training, comma_separated, latex, write_html
+from lesionbench.reports.sheets import Sheet
 from lesionbench.task import Task
 from tests.test_comparison import make_run, row
 
@@ -115,7 +116,7 @@ def test_a_comparison_of_values_over_all_voxels_alone(tmp_path):
 
 def test_plots_show_the_numbers_under_the_right_names(runs, tmp_path, monkeypatch):
     figures = {}
-    monkeypatch.setattr("lesionbench.html_report._svg", lambda figure, name: figures.setdefault(name, figure) and "")
+    monkeypatch.setattr("lesionbench.reports.html_report._svg", lambda figure, name: figures.setdefault(name, figure) and "")
     comparison = compare([runs], baseline="a")
     write_html(comparison, tmp_path / "report.html")
     names = [label.get_text() for label in figures["dice"].axes[0].get_yticklabels()]
@@ -152,7 +153,7 @@ def test_curves_of_one_point_and_metrics_without_a_value_are_drawn(tmp_path):
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lesionbench.html_report._svg", kept)
+        patch.setattr("lesionbench.reports.html_report._svg", kept)
         _training(comparison)
     (line,) = drawn
     assert line.get_marker() == "o"  # a line through one point is not seen

@@ -4,7 +4,7 @@ import torch
 from omegaconf import OmegaConf
 
 from datamodules import IBSR, Preprocessing, Sampling, Split
-from datamodules.ibsr_files import find_ibsr, ibsr_task
+from datamodules.readers.ibsr_files import find_ibsr, ibsr_task
 from lesionbench.checkpoint import build_method
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume

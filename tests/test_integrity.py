@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from datamodules import integrity
-from datamodules.brats_files import brats_task, find_brats
-from datamodules.folder_files import find_folder
 from datamodules.integrity import Finding, check_cases, raise_on_errors, render
+from datamodules.readers.brats_files import brats_task, find_brats
+from datamodules.readers.folder_files import find_folder
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume, write_volume
 from lesionbench.task import Task

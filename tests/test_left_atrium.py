@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from datamodules import LeftAtrium, Preprocessing, Sampling, Split
-from datamodules.left_atrium_files import NAMED_SPLITS, find_left_atrium
+from datamodules.readers.left_atrium_files import NAMED_SPLITS, find_left_atrium
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
 from tests.fake_data import LEFT_ATRIUM, write_fake_left_atrium

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lesionbench.checkpoint import build_method
-from lesionbench.command_line import CONF
+from lesionbench.jobs.command_line import CONF
 from tests.fake_data import write_fake_left_atrium
 from tests.harness import composed, run, run_folders
 

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lesionbench.checkpoint import build_method
-from lesionbench.command_line import options
+from lesionbench.jobs.command_line import options
 from tests.fake_data import WRITERS
 from tests.harness import composed, rows, run, run_folders
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules import ModalityToy
-from datamodules.modality_toy import CHANNELS, WITHOUT_RIM, conflict
+from datamodules.simulated.modality_toy import CHANNELS, WITHOUT_RIM, conflict
 
 MANY = [conflict(0, n) for n in range(40)]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.recipe_effects import specks
-from datamodules.brats_files import brats_task
+from datamodules.readers.brats_files import brats_task
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
+from lightning_modules.evaluation.tuning import HeldOut, Tuned, best_threshold
 from lightning_modules.inferers import Mirrored, SliceWise, Whole, Window
 from lightning_modules.postprocessing import PostProcessing
-from lightning_modules.tuning import HeldOut, Tuned, best_threshold
 
 BRATS = brats_task("2020")
 NCR, ED, ET = 1, 2, 3

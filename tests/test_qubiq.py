@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from datamodules import QUBIQ, Ellipses, Preprocessing, Split
-from datamodules.ellipses import BIASES, ellipse
 from datamodules.preprocessing import labeled_statistics, normalize_patch
-from datamodules.qubiq_files import SETS
+from datamodules.readers.qubiq_files import SETS
+from datamodules.simulated.ellipses import BIASES, ellipse
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import numpy_generator, torch_seeded
 from tests.fake_data import QUBIQ_SETS, write_fake_qubiq
@@ -143,7 +143,7 @@ def test_ct_statistics_come_from_the_training_cases(root, tmp_path):
 def test_brightness_is_affine_per_channel_and_leaves_masks_alone():
     import torchio
 
-    from datamodules.brightness import RandomBrightness
+    from datamodules.transforms.brightness import RandomBrightness
 
     image, mask = torch.randn(2, 5, 5, 2), torch.ones(1, 5, 5, 2)
     subject = torchio.Subject(image=torchio.ScalarImage(tensor=image), mask=torchio.LabelMap(tensor=mask))

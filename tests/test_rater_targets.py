@@ -13,8 +13,8 @@ from lesionbench.raters import agreement, majority
 from lesionbench.task import Task
 from lightning_modules.losses import RegionBCE, SoftDice
 from lightning_modules.metrics import q_dice
-from lightning_modules.multi_rater import MultiRater
-from lightning_modules.rater_targets import (
+from lightning_modules.raters.multi_rater import MultiRater
+from lightning_modules.raters.rater_targets import (
     AgreementClasses,
     AtLeast,
     DecoderPerRater,
@@ -24,8 +24,8 @@ from lightning_modules.rater_targets import (
     SoftLabel,
     Staple,
 )
-from lightning_modules.simple_fusion import simple
-from lightning_modules.staple import VotePatterns, staple
+from lightning_modules.raters.simple_fusion import simple
+from lightning_modules.raters.staple import VotePatterns, staple
 
 
 def task(raters: int) -> Task:

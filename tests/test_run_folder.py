@@ -11,9 +11,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from lesionbench.errors import SuiteError, nearest, unknown
-from lesionbench.report import curve, print_run
+from lesionbench.jobs.run_folder import RunFolder, config_hash, environment, variant_hash
+from lesionbench.reports.report import curve, print_run
 from lesionbench.resolvers import cap, either, offline_without_key, register
-from lesionbench.run_folder import RunFolder, config_hash, environment, variant_hash
 from tests.harness import composed
 
 SCHEDULED = (
@@ -152,7 +152,7 @@ def test_processes_of_one_scheduler_launch_share_its_folder(launch, rank, tmp_pa
 
 
 def test_an_announcement_of_an_earlier_launch_is_not_believed(tmp_path, monkeypatch):
-    from lesionbench import run_folder
+    from lesionbench.jobs import run_folder
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     base = RunFolder.of(config(tmp_path)).path.parent

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.augmentation import chain
 from datamodules.folder import Folder
 from datamodules.preprocessing import Preprocessing
-from datamodules.samples import KeyedSampler, WholeCaseSampler
+from datamodules.samples import KeyedSampler
 from datamodules.sampling import Sampling
 from datamodules.split import Split
+from datamodules.transforms.augmentation import chain
+from datamodules.whole_cases import WholeCaseSampler
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume, write_volume
 from lesionbench.maps import MapStore

@@ -25,11 +25,11 @@ from lightning_modules import (
     VirtualAdversarial,
 )
 from lightning_modules.components import largest_component
-from lightning_modules.copy_paste import largest_components
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import VAT, CrossEntropy, RegionDice
 from lightning_modules.losses.gated_consistency import FixedShare
-from lightning_modules.mixing import box_mask, halves, mix
+from lightning_modules.semi_supervised.copy_paste import largest_components
+from lightning_modules.semi_supervised.mixing import box_mask, halves, mix
 
 TASK = Task(("image",), {"background": 0, "blob": 1}, {"BLOB": ("blob",)}, unit="vox")
 

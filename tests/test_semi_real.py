@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from datamodules import Planting, SemiReal, Split
-from datamodules.planting import brain, plant
+from datamodules.simulated.planting import brain, plant
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
 from tests.fake_data import write_fake_masks

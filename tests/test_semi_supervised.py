@@ -23,8 +23,8 @@ from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised, Temporal
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import SoftDice
 from lightning_modules.ramps import Ramp
-from lightning_modules.semi_supervised import evaluating, parted
-from lightning_modules.teachers import Teacher
+from lightning_modules.semi_supervised.base import evaluating, parted
+from lightning_modules.semi_supervised.teachers import Teacher
 from tests.harness import assert_same, rows, run, run_folders, weights
 
 TASK = Task(("image",), {"background": 0, "blob": 1}, {"BLOB": ("blob",)}, unit="vox")

@@ -14,17 +14,19 @@ import pytest
 import torch
 from scipy import ndimage
 
-from datamodules import simulation
-from datamodules.brats_files import find_brats
-from datamodules.folder_files import find_folder
-from datamodules.simulation import PRESETS, VARIANTS, Difficulty, Simulation, simulate, survival_text, task_of, write_brats, write_folder
-from datamodules.simulation_variants import Deformation, Smooth, draw_for, grid
+from datamodules.readers.brats_files import find_brats
+from datamodules.readers.folder_files import find_folder
+from datamodules.simulated import simulation
+from datamodules.simulated.brats_layout import survival_text, write_brats
+from datamodules.simulated.difficulty import PRESETS, Difficulty
+from datamodules.simulated.simulation import VARIANTS, Simulation, simulate, task_of, write_folder
+from datamodules.simulated.simulation_variants import Deformation, Smooth, draw_for, grid
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
 from lesionbench.keyed import numpy_generator
 from lesionbench.score_counts import ScoreCounts
 from lesionbench.score_counts import dice as dice_of
-from lightning_modules.flair_threshold import equalized
+from lightning_modules.anomaly.flair_threshold import equalized
 
 COARSE = 4.0
 
@@ -377,7 +379,7 @@ def test_geometry_is_lps_on_the_template():
 
 
 def test_a_missing_template_is_explained(monkeypatch):
-    from datamodules import simulation_variants
+    from datamodules.simulated import simulation_variants
 
     monkeypatch.setattr(
         simulation_variants.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="/nowhere/nilearn/__init__.py")

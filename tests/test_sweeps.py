@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, read_write
 
 from callbacks import TrialPruner
-from lesionbench.command_line import CONF, quoted
 from lesionbench.errors import SuiteError
-from lesionbench.jobs import _check_options, run_job
+from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.main import run_job
+from lesionbench.jobs.stages import _check_options
 from lesionbench.resolvers import register
 from lesionbench.study import Pruned, open_study
 from tests.fake_data import write_fake_folder

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
-from lightning_modules.teachers import Teacher
+from lightning_modules.semi_supervised.teachers import Teacher
 
 
 def constant(value: float, **more) -> nn.Module:

@@ -7,8 +7,8 @@ import torchio
 from scipy.ndimage import label as components
 
 from datamodules import Split, ThickSlices
-from datamodules.intensity import RandomScaleShift
-from datamodules.thick_slices import thick_slices
+from datamodules.simulated.thick_slices import thick_slices
+from datamodules.transforms.intensity import RandomScaleShift
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import torch_seeded
 

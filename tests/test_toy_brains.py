@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules import ToyBrains
-from datamodules.toy_brains import LIFT, toy_brain
+from datamodules.simulated.toy_brains import LIFT, toy_brain
 
 
 @pytest.mark.parametrize("index", range(4))

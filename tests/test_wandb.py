@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from callbacks.overlays import View
 from callbacks.wandb_run import WandbRun, _innermost, described
 from lesionbench.errors import SuiteError
-from lesionbench.run_folder import RunFolder, variant_hash
+from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, composed, rows, run, run_folders, run_killed
 

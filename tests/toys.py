@@ -14,9 +14,10 @@ from torch import nn
 
 from lesionbench.checkpoint import load_method
 from lesionbench.prediction import Prediction
-from lightning_modules.base import Method, SegmentationMethod
-from lightning_modules.semi_supervised import SemiSupervised
-from lightning_modules.teachers import Teacher as MovingAverage
+from lightning_modules.base import Method
+from lightning_modules.segmentation import SegmentationMethod
+from lightning_modules.semi_supervised.base import SemiSupervised
+from lightning_modules.semi_supervised.teachers import Teacher as MovingAverage
 
 
 def small_net(in_channels: int, out_channels: int, width: int = 4) -> nn.Module:

@@ -118,7 +118,7 @@ class OptunaSearch(Sweeper):
 
     def _identity(self, space: dict[str, Override]) -> str:
         """`<experiment>-<hash>`: the same for the same search, wherever it runs."""
-        from lesionbench.run_folder import config_hash
+        from lesionbench.jobs.run_folder import config_hash
 
         cfg = self.config.copy()
         with open_dict(cfg):

@@ -64,6 +64,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MONAI:
-        return getattr(importlib.import_module("lightning_modules.networks.monai_networks"), name)
+        return getattr(importlib.import_module("lightning_modules.networks.monai_unets"), name)
     hint = "" if name.startswith("_") else nearest(name, __all__)
     raise AttributeError(f"module {__name__!r} has no network {name!r}{hint}")

@@ -1,0 +1,232 @@
+"""Finds cases in a user's own folder or list, and the images to predict.
+
+Folder: `images/<case>_<channel>.nii.gz`, `labels/<case>.nii.gz`, optional `labels/<case>_rater1.nii.gz` ..., optional `attributes.csv`.
+List: a CSV or JSON file with one row per case. `.nii` is as good as `.nii.gz` everywhere.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.readers.brats_files import ABSENT, EXTENSIONS, SUFFIXES_2023, require_channels, require_root
+from lesionbench.case import Case
+from lesionbench.errors import SuiteError
+
+_RATER = re.compile(r"rater(\d+)")
+
+
+def find_folder(
+    root: Path, channels: Sequence[str] | None = None, list_file: Path | None = None, allow_missing: bool = False
+) -> list[Case]:
+    """The cases of a folder, sorted by id, or of a list, in its order.
+
+    `attributes.csv` has the column `case`, optional `patient` and `site`; every other column is an attribute (numbers parsed, empty
+    and NA left out). A list has the same columns plus one per channel, `label` and `rater1`, `rater2` ... with paths relative to
+    the list; JSON is an array of objects with these keys.
+
+    Args:
+        root: the data folder; a relative `list_file` is looked for here and in the working folder.
+        channels: channel names, which may hold underscores (the longest that fits the file name wins); files of other channels
+            are left out. None takes the part after the last underscore (in a list: every column of NIfTI paths).
+        list_file: CSV or JSON list.
+        allow_missing: accept cases that lack channels, as long as one is there.
+
+    Raises:
+        SuiteError: missing folder or files, no cases, missing channels, labels that belong to no case; each names all at once.
+    """
+    if list_file is not None:
+        return _from_list(_located(Path(list_file), Path(root)), channels, allow_missing)
+    root = require_root(root, "folder")
+    images = root / "images"
+    if not images.is_dir():
+        raise SuiteError(f"{root}: no folder images/; {_expected(channels or ['flair'])}")
+    files = _niftis(images)
+    if channels is None:
+        channels = sorted({_stem(f).rpartition("_")[2] for f in files if "_" in _stem(f)})
+    cases = require_channels(_cases(files, channels, {f"_{c}": c for c in channels}), channels, allow_missing)
+    if not cases:
+        raise SuiteError(f"{images}: no image of channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
+    _add_labels(root / "labels", cases)
+    _add_attributes(root / "attributes.csv", cases)
+    return cases
+
+
+def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False) -> list[Case]:
+    """The cases to predict, sorted by id, without labels.
+
+    Accepted, under `root/images`, `root`, or up to two folders below it: `<case>_<channel>.nii.gz`, the suffixes of BraTS 2023
+    (`<case>-t1n.nii.gz` ...), and channels numbered in the order of `channels` (`<case>_0000.nii.gz` ...).
+
+    Raises:
+        SuiteError: missing folder, nothing that fits, missing channels, or more numbered channels than `channels`.
+    """
+    root = require_root(root, "of images to predict", "input")
+    start = root / "images" if (root / "images").is_dir() else root
+    suffixes = {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in SUFFIXES_2023.items() if c in channels}
+    numbered = {f"_{i:04d}": c for i, c in enumerate(channels)}
+    seen: list[Path] = []
+    for depth in ("", "*", "*/*"):
+        files = _niftis(start, depth)
+        seen += files
+        cases = _cases(files, channels, suffixes)
+        if not cases and (cases := _cases(files, channels, numbered)):
+            _refuse_more_numbers(files, channels)
+        if cases:
+            return require_channels(cases, channels, allow_missing)
+    raise SuiteError(f"{root}: nothing to predict for channels {list(channels)} among {_listed(seen)}; {_expected(channels)}")
+
+
+def _niftis(folder: Path, depth: str = "") -> list[Path]:
+    folders = [folder] if not depth else sorted(p for p in folder.glob(depth) if p.is_dir())
+    files = sorted(p for f in folders for p in f.iterdir() if p.name.endswith(EXTENSIONS) and p.is_file())
+    return [p for p in files if not p.name.startswith(".")]  # also the ._ files that macOS leaves
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _cases(files: Iterable[Path], channels: Sequence[str], suffixes: dict[str, str]) -> list[Case]:
+    """Groups files into cases by the longest suffix that ends their name; other files are left out."""
+    longest_first = sorted(suffixes, key=len, reverse=True)
+    found: dict[str, dict[str, Path]] = {}
+    for path in files:
+        suffix = next((s for s in longest_first if _stem(path).endswith(s) and _stem(path) != s), None)
+        if suffix is None:
+            continue
+        images, channel = found.setdefault(_stem(path).removesuffix(suffix), {}), suffixes[suffix]
+        if channel in images:
+            raise SuiteError(f"two files for one channel: {images[channel]} and {path}; keep one")
+        images[channel] = path
+    return [Case(id=name, images={c: images[c] for c in channels if c in images}) for name, images in sorted(found.items())]
+
+
+def _refuse_more_numbers(files: Iterable[Path], channels: Sequence[str]) -> None:
+    """A set with more numbered channels was numbered for another list of channels: 0000 would be the wrong image."""
+    beyond = [f for f in files if (m := re.search(r"_(\d{4})$", _stem(f))) and int(m[1]) >= len(channels)]
+    if beyond:
+        raise SuiteError(
+            f"{beyond[0]}: numbered channel, but only {len(channels)} are wanted ({', '.join(channels)}); "
+            f"rename the files, e.g. <case>_{channels[0]}.nii.gz"
+        )
+
+
+def _expected(channels: Sequence[str]) -> str:
+    def example(names: Iterable[str]) -> str:
+        return ", ".join(f"{name}.nii.gz" for name in names)
+
+    return (
+        "expected files such as\n"
+        f"  images/: {example(f'case01_{c}' for c in channels)} (labels/: case01.nii.gz)\n"
+        f"or, for prediction, also the same names directly in the folder or in case01/, or numbered in the order of the channels:\n"
+        f"  {example(f'case01_{i:04d}' for i in range(len(channels)))}"
+    )
+
+
+def _listed(files: Sequence[Path]) -> str:
+    names = ", ".join(f.name for f in files[:5])
+    return f"{len(files)} NIfTI files ({names}{', ...' if len(files) > 5 else ''})" if files else "no NIfTI files"
+
+
+def _add_labels(folder: Path, cases: list[Case]) -> None:
+    by_id = {case.id: case for case in cases}
+    raters: dict[str, dict[int, Path]] = {}
+    strangers = []
+    for path in _niftis(folder) if folder.is_dir() else []:
+        name, _, rater = _stem(path).rpartition("_")
+        if _stem(path) in by_id:
+            by_id[_stem(path)].label = path
+        elif name in by_id and (match := _RATER.fullmatch(rater)):
+            raters.setdefault(name, {})[int(match[1])] = path
+        else:
+            strangers.append(path)
+    if strangers:
+        raise SuiteError(f"{folder}: labels that belong to no case: {_listed(strangers)}; name them <case>.nii.gz or <case>_rater1.nii.gz")
+    for name, numbered in raters.items():
+        by_id[name].raters = [numbered[n] for n in sorted(numbered)]
+
+
+def _add_attributes(table: Path, cases: list[Case]) -> None:
+    by_id = {case.id: case for case in cases}
+    for row in _rows(table) if table.is_file() else []:
+        case = by_id.get(row.pop("case"))
+        if case:
+            case.patient = row.pop("patient", "") or case.id
+            case.site = row.pop("site", "")
+            case.attributes = _attributes(row)
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, or of a JSON array of objects; each has a non-empty `case`."""
+    if table.suffix == ".json":
+        try:
+            rows = json.loads(table.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SuiteError(f"{table}: not valid JSON ({error})") from None
+    else:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        if not isinstance(row, dict) or row.get("case") in ("", None):
+            raise SuiteError(
+                f"{table}, row {number}: no 'case'; every row needs one (a CSV column, or a key of each object of a JSON array)"
+            )
+        row["case"] = str(row["case"])
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _attributes(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: _parsed(v) for k, v in row.items() if v is not None and str(v).lower() not in ABSENT}
+
+
+def _parsed(value: Any) -> Any:
+    """A number where the text is one."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _located(list_file: Path, root: Path) -> Path:
+    for path in (root / list_file, list_file):
+        if path.is_file():
+            return path
+    raise SuiteError(f"no such list: {list_file} (looked in {root} and in the working folder); set data.list_file")
+
+
+def _from_list(table: Path, channels: Sequence[str] | None, allow_missing: bool) -> list[Case]:
+    rows = _rows(table)
+    paths = {k for row in rows for k, v in row.items() if isinstance(v, str) and v.endswith(EXTENSIONS)}
+    raters = sorted((k for k in paths if _RATER.fullmatch(k)), key=lambda k: int(_RATER.fullmatch(k)[1]))
+    if channels is None:
+        channels = [k for k in dict.fromkeys(k for row in rows for k in row) if k in paths and k != "label" and k not in raters]
+    if not rows or not channels:
+        raise SuiteError(f"{table}: no cases with NIfTI paths; expected columns case, {', '.join(channels or ['flair'])}, label")
+    plain = {*channels, *paths, "label", "case", "patient", "site"}
+
+    def files(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Path]:
+        return {c: table.parent / str(row[c]) for c in columns if row.get(c)}
+
+    cases = [
+        Case(
+            id=row["case"],
+            images=files(row, channels),
+            label=files(row, ["label"]).get("label"),
+            raters=list(files(row, raters).values()),
+            patient=str(row.get("patient") or ""),
+            site=str(row.get("site") or ""),
+            attributes=_attributes({k: v for k, v in row.items() if k not in plain}),
+        )
+        for row in rows
+    ]
+    lost = [f"{case.id}: {path}" for case in cases for path in case.files if not path.is_file()]
+    if lost:
+        raise SuiteError(f"{table}: {len(lost)} files do not exist (paths are relative to the list):\n  " + "\n  ".join(lost))
+    return require_channels(cases, channels, allow_missing)

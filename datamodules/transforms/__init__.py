@@ -1,0 +1,1 @@
+"""Augmentation: TorchIO transforms and what it lacks."""

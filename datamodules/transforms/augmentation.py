@@ -1,0 +1,55 @@
+"""Augmentation: chains of TorchIO transforms named in the configuration, and a gate that opens less often late in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datamodules.transforms.placement import RandomPlacement
+
+
+class Chain:
+    """TorchIO transforms in a row, and how the samples they get are placed in their volumes.
+
+    Intensity transforms that do not say what they apply to get the image only, not the maps that go with it. Samples are made for one use,
+    so no transform copies them first.
+    """
+
+    def __init__(self, transforms: list[Callable], placement: RandomPlacement | None = None) -> None:
+        import torchio
+
+        for transform in transforms:
+            if isinstance(transform, torchio.Transform):
+                transform.copy = False
+            if isinstance(transform, torchio.IntensityTransform) and transform.include is None:
+                transform.include = ["image"]
+        self.placement = placement
+        self.transforms = torchio.Compose(transforms, copy=False)
+
+    def __call__(self, subject: Any) -> Any:
+        return self.transforms(subject)
+
+
+def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any], Any] | None) -> Chain | None:
+    """One augmentation out of named transforms, so that each can be changed or removed (set to null) by its name; None when empty."""
+    kept = [t for t in transforms.values() if t is not None]
+    return Chain(kept, placement) if kept or placement is not None else None
+
+
+class Gate:
+    """Applies `transform` with probability `before` up to epoch `epoch`, with `after` from then on, so that late in training the samples
+    come nearer to the true distribution (Wong et al., BrainLes 2021).
+
+    Args:
+        transform: called with a TorchIO subject; None = none.
+        before, after: probabilities.
+        epoch: first epoch (from 0) of `after`.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any] | None, before: float = 1.0, after: float = 0.5, epoch: int = 0) -> None:
+        self.transform, self.before, self.after, self.epoch = transform, before, after, epoch
+
+    def __call__(self, subject: Any) -> Any:
+        """`subject["epoch"]` says which epoch the sample belongs to."""
+        import torch
+
+        chance = self.before if subject["epoch"] < self.epoch else self.after
+        return self.transform(subject) if self.transform is not None and torch.rand(()) < chance else subject

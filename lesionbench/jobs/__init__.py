@@ -1,0 +1,1 @@
+"""The top floor: what each job does with a composed configuration."""

@@ -1,0 +1,76 @@
+"""Jobs on a data set alone: check, prepare, simulate, show."""
+
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lesionbench.errors import SuiteError
+from lesionbench.jobs.console import _say
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks every case of the data set and prints all findings at once."""
+    from hydra.utils import get_method, instantiate
+
+    render = get_method("datamodules.integrity.render")
+    data = instantiate(cfg.data, _convert_="all")
+    data.materialize()
+    findings = data.findings()
+    _say(render(findings) if findings else f"{data.root}: {len(data.cases())} cases, nothing to report")
+    if any(f.level == "error" for f in findings):
+        raise SuiteError(f"{sum(f.level == 'error' for f in findings)} error(s) in {data.root}; see above")
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Fills the cache ahead of training, after an estimate of its size and a look at the free space."""
+    from hydra.utils import instantiate
+
+    data = instantiate(cfg.data, _convert_="all")
+    data.materialize()
+    cases = data.cases()
+    cache = data.store
+    data.cache_root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(data.cache_root).free
+    _say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
+    data.prepare_data()
+    _say(f"{len(cases)} cases ready")
+
+
+def simulate(cfg: DictConfig) -> None:
+    """Writes simulated cases to `out` in the true layout of a BraTS year (`simulate.layout`)."""
+    from hydra.utils import get_class, get_method
+
+    if not cfg.out:
+        raise SuiteError("job=simulate needs out=<new folder>")
+    options = OmegaConf.to_container(cfg.simulate, resolve=True)
+    count, layout = options.pop("count"), options.pop("layout")
+    settings = get_class("datamodules.simulated.simulation.Simulation")(**options)
+    path = get_method("datamodules.simulated.brats_layout.write_brats")(Path(cfg.out), settings, count, str(layout))
+    _say(
+        f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}"
+    )
+
+
+def show(cfg: DictConfig) -> None:
+    """Writes montages of cases and of augmented training samples to `out`."""
+    from hydra.utils import get_method, instantiate
+
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    out = Path(cfg.out or "show")
+    montage = get_method("callbacks.figures.montage")
+    whole = data.case_loader(data.parts["train"][: cfg.show.cases]).dataset
+    items = [whole[(i, False)] for i in range(len(whole))]
+    cases = [(i["case"], i["image"], i["label"][0] if "label" in i else None, data.task, i["geometry"].network_spacing) for i in items]
+    montage(cases, out / "cases.png")
+    if data.view == "patch":
+        loader = data.train_dataloader()
+        stream = (loader if not hasattr(loader, "flattened") else loader.flattened[0]).dataset
+        samples = [stream[(0, position)] for position in range(cfg.show.samples)]
+        spacing = items[0]["geometry"].network_spacing
+        montage(
+            [(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png"
+        )
+    _say(f"written to {out}")

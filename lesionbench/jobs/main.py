@@ -1,0 +1,27 @@
+"""The jobs of run.py: what each does with a composed configuration. Everything they build comes from the configuration's `_target_`s."""
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from lesionbench.errors import unknown
+from lesionbench.jobs.data import check, prepare, show, simulate
+from lesionbench.jobs.predict import predict
+from lesionbench.jobs.runs import compare, dashboard, tune
+from lesionbench.jobs.stages import fit, test
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """Runs `cfg.job`; returns the sweep objective where the job has one.
+
+    Raises:
+        SuiteError: an unknown job, or whatever the job finds wrong with its input.
+    """
+    if cfg.job not in JOBS:
+        raise unknown("job", cfg.job, JOBS)
+    return JOBS[cfg.job](cfg)
+
+
+JOBS: dict[str, Callable[[DictConfig], float | None]] = {
+    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
+}  # fmt: skip

@@ -1,0 +1,95 @@
+"""job=predict: a checkpoint, several as an ensemble, or a method without training, applied to images."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lesionbench.errors import SuiteError
+from lesionbench.jobs.assembled import Assembled, quiet
+from lesionbench.jobs.committee import is_ensemble
+from lesionbench.jobs.console import _say
+from lesionbench.jobs.ensemble import _ensemble
+
+
+def predict(cfg: DictConfig) -> None:
+    """Applies `ckpt` (or an experiment's method, if it has nothing to train) to the images under `input`, or to every case of the data
+    set, and writes NIfTI files to `out`. Several checkpoints are applied as one ensemble."""
+    quiet()
+    source = _from_ensemble if is_ensemble(cfg.ckpt) else _from_checkpoint if cfg.ckpt else _from_experiment
+    method, data = source(cfg)
+    with open_dict(cfg):
+        cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
+        cfg.logger = {}
+        cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
+    run = Assembled(cfg, method=method, data=data)
+    run.dress(cfg)
+    for callback in run.trainer.callbacks:
+        if hasattr(callback, "refuse_existing"):
+            callback.refuse_existing(run.method, run.data)
+    run.prepare()
+    run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    _say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
+
+
+def _from_checkpoint(cfg: DictConfig) -> tuple[Any, Any]:
+    """The method of a checkpoint, and data preprocessed just as its training did."""
+    from hydra.utils import get_class
+
+    from lesionbench.checkpoint import load_method
+
+    method, own = load_method(cfg.ckpt, cfg.trust)
+    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    return method, _prediction_data(cfg, own["task"], preprocessing, own["statistics"])
+
+
+def _from_ensemble(cfg: DictConfig) -> tuple[Any, Any]:
+    """The ensemble of several checkpoints, and data preprocessed as the training of the first did; the others prepare cases themselves."""
+    from hydra.utils import get_class, get_method
+
+    from lesionbench.checkpoint import build_method, read_checkpoint
+
+    if cfg.ensemble.out_of_fold and cfg.input:
+        raise SuiteError("ensemble.out_of_fold=true needs the patients of a data set; images from input=... are not told apart")
+    model = _ensemble(cfg)
+    first, *others = [path for c in model["checkpoints"] for path in ([c] if isinstance(c, str) else c)]
+    task = get_method("lightning_modules.evaluation.ensemble.common_task")([first, *others], cfg.trust)
+    method = build_method(model, task)
+    own = read_checkpoint(first)["lesionbench"]
+    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    return method, _prediction_data(cfg, task.to_dict(), preprocessing, own["statistics"])
+
+
+def _from_experiment(cfg: DictConfig) -> tuple[Any, Any]:
+    """An experiment's method that needs no training, and its data.
+
+    Raises:
+        SuiteError: the method has something to train.
+    """
+    from hydra.utils import instantiate
+
+    from lesionbench.checkpoint import build_method
+
+    data = instantiate(cfg.data, _convert_="all")
+    method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
+    if any(p.requires_grad for p in method.parameters()):
+        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of NIfTI files>)")
+    return method, _prediction_data(cfg, data.task.to_dict(), data.preprocessing, None)
+
+
+def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, statistics: Any) -> Any:
+    """The images under `input`, or the configured data set."""
+    from hydra.utils import get_class, instantiate
+
+    if cfg.input:
+        images = get_class("datamodules.images.Images")
+        return images(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics, labels=cfg.data.get("labels"))
+    data = instantiate(cfg.data, _convert_="all")
+    if data.task.to_dict() != task:
+        raise SuiteError(
+            f"{cfg.ckpt}: its task {task} is not that of the data set, {data.task.to_dict()}; use input=<folder of NIfTI files>"
+        )
+    data.preprocessing, data.statistics = preprocessing, statistics
+    data.materialize()
+    data.predict_cases = data.cases()  # labeled or not, in no part of a split
+    return data

@@ -1,0 +1,183 @@
+"""Run folders: where a run lives, what makes two runs the same, and which stages of it are done."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lesionbench.errors import SuiteError
+
+# what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
+_INCIDENTAL = (
+    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "dashboard", "show", "tune", "model.checkpoints",
+    "data.root", "data.cache", "data.num_workers", "data.check",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
+    # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
+    *(f"callbacks.{c}" for c in (
+        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "reliability", "writer", "learning_rate", "progress", "baseline", "pruner",
+    )),
+)  # fmt: skip
+_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Eight characters that tell what is computed: the resolved config less paths, loggers, devices, seed and resume."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.seed = 0  # data and model refer to it
+    data = OmegaConf.to_container(cfg, resolve=True)
+    for dotted in _INCIDENTAL:
+        *parents, last = dotted.split(".")
+        node = data
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(last, None)
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def variant_hash(cfg: DictConfig) -> str:
+    """The hash less the fold: what the replicates of one configuration, its seeds and folds, have in common."""
+    cfg = cfg.copy()
+    if "split" in cfg.data and "fold" in cfg.data.split:
+        with open_dict(cfg):
+            cfg.data.split.fold = 0
+    return config_hash(cfg)
+
+
+class RunFolder:
+    """`<runs>/<experiment>/<hash>/seed=N`; the same command again makes `seed=N-2`, `resume=true` continues the newest.
+
+    Under several processes the first one chooses and tells the others through the environment, or through a file named for the launch
+    where a scheduler started them all at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, cfg: DictConfig, resume: bool = False) -> "RunFolder":
+        """The folder for this run, made if it is new."""
+        told = os.environ.get(_FOLDER_VARIABLE)
+        if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            return cls(Path(told))
+        base = Path(cfg.runs).absolute() / cfg.experiment_name / config_hash(cfg)
+        started_together = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
+        launch = "-".join(os.environ[v] for v in _LAUNCH_VARIABLES if v in os.environ) if started_together else ""
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        if launch and rank > 0:
+            return cls(_announced(base / f".launch-{launch}"))
+        named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
+        existing = sorted(named, key=_number)
+        folder = cls(existing[-1]) if resume and existing else cls(_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
+        if launch:
+            _write(base / f".launch-{launch}", str(folder.path))
+        os.environ[_FOLDER_VARIABLE] = str(folder.path)
+        return folder
+
+    def write_config(self, cfg: DictConfig) -> None:
+        """Writes the resolved config and the environment (versions, machine, git revision, command)."""
+        _write(self.path / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        if not (self.path / "environment.json").exists():  # a resumed run keeps what it was started with
+            _write(self.path / "environment.json", json.dumps(environment(), indent=1))
+
+    def stage_done(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage left (its artefact and result), or None."""
+        path = self.path / "stages" / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def mark_done(self, name: str, result: Mapping[str, Any]) -> None:
+        """Marks a stage as finished, atomically."""
+        _write(self.path / "stages" / f"{name}.json", json.dumps(dict(result), indent=1))
+
+    def await_stage(self, name: str, patience: float = 3600.0) -> None:
+        """Waits until the first process has marked a stage as finished."""
+        deadline = time.monotonic() + patience
+        while self.stage_done(name) is None:
+            if time.monotonic() > deadline:
+                raise SuiteError(f"{self.path}: the first process has not finished stage '{name}' within {patience:.0f} s")
+            time.sleep(0.2)
+
+    def last_fitted(self) -> str | None:
+        """The checkpoint of the stage that was trained last, or None."""
+        marks = sorted((self.path / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        fitted = [done for done in map(json.loads, (m.read_text() for m in marks)) if done["run"] == "fit"]
+        return fitted[-1]["artefact"] if fitted else None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`, or {} while there is none."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def update_summary(self, **values: Any) -> None:
+        """Merges `values` into `summary.json`, atomically."""
+        _write(self.path / "summary.json", json.dumps({**self.summary, **values}, indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git revision and command line of this process."""
+    packages = {}
+    for name in ("lesionbench", "torch", "pytorch-lightning", "monai", "torchio", "hydra-core", "numpy", "nibabel"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    root = Path(__file__).parents[2]
+
+    def git(*args: str) -> str | None:
+        try:
+            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": {"platform": platform.platform(), "processor": platform.processor(), "cores": os.cpu_count()},
+        "git": {"revision": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
+    }
+
+
+def _number(path: Path) -> int:
+    _, _, number = path.name.partition("=")[2].partition("-")
+    return int(number or 1)
+
+
+def _made(base: Path, seed: int, number: int) -> Path:
+    while True:
+        folder = base / (f"seed={seed}" if number == 1 else f"seed={seed}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another process was faster
+            number += 1
+
+
+def _announced(path: Path, patience: float = 120.0) -> Path:
+    deadline, oldest = time.monotonic() + patience, time.time() - patience
+    while not (path.exists() and path.stat().st_mtime > oldest):  # an older one is from an earlier launch of the same name
+        if time.monotonic() > deadline:
+            raise SuiteError(
+                f"{path}: the first process has not announced the run folder within {patience:.0f} s; is the file system shared?"
+            )
+        time.sleep(0.2)
+    return Path(path.read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)

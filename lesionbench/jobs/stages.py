@@ -1,0 +1,267 @@
+"""Fit and test: an experiment's stages in its run folder."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.jobs.assembled import Assembled
+from lesionbench.jobs.committee import is_ensemble
+from lesionbench.jobs.console import _first_process, _say
+from lesionbench.jobs.ensemble import _ensemble
+from lesionbench.jobs.run_folder import RunFolder, variant_hash
+from lesionbench.study import Pruned
+
+
+def fit(cfg: DictConfig) -> float | None:
+    """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
+    _check_options(cfg)
+    folder = RunFolder.of(cfg, resume=cfg.resume)
+    known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
+    with open_dict(cfg):
+        cfg.run_folder = str(folder.path)
+    done = folder.summary
+    if done.get("status") == "finished":
+        _say(f"{folder.path} is finished; nothing to do (resume=true)")
+        return done.get("objective")
+    if _first_process():
+        folder.write_config(cfg)
+        folder.update_summary(**{"started": time.time(), **done, **known, "status": "running"})
+    try:
+        for stage in cfg.stages:
+            _run_stage(cfg, stage, folder)
+    except BaseException as error:
+        if _first_process():
+            folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    if _first_process():
+        _finish(cfg, folder)
+    return folder.summary.get("objective")
+
+
+def _check_options(cfg: DictConfig) -> None:
+    """What can be said before anything is built."""
+    for option in ("seed", "epochs", "accumulate", "data.batch_size", "data.samples_per_epoch"):
+        value, least = OmegaConf.select(cfg, option), 0 if option == "seed" else 1
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise SuiteError(f"{option}={value}: expected a whole number, at least {least}")
+    if cfg.select not in ("best", "last"):
+        raise unknown("select", cfg.select, ["best", "last"])
+    for stage in cfg.stages:
+        if stage.run not in STAGES:
+            raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+    split = cfg.data.get("split") or {}
+    if any(s.run == "test" for s in cfg.stages) and split.get("test") == 0 and split.get("folds") is None and split.get("file") is None:
+        raise SuiteError(
+            "data.split.test=0 leaves nothing to test on; give it a number, or leave testing out: stages=[{name: fit, run: fit}]"
+        )
+    strategy = cfg.trainer.get("strategy")
+    forks = strategy is None or (not isinstance(strategy, str) and strategy.get("start_method"))
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if not forks and hydra is not None and hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".SlurmLauncher"):
+        raise SuiteError(
+            "trainer=ddp and trainer=multinode start further processes by repeating the command, which cannot be told apart in a sweep; "
+            "let SLURM start them (launcher=submitit_slurm), start one command per job, or try trainer=ddp_sim, which forks"
+        )
+
+
+def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
+    if folder.stage_done(stage.name) is not None:
+        return
+    cfg, stage = _stage_config(cfg, stage, folder)
+    if stage.run == "call" and not _first_process():
+        folder.await_stage(stage.name)
+        return
+    artefact = STAGES[stage.run](cfg, stage, folder)
+    if _first_process():
+        folder.mark_done(stage.name, {"run": stage.run, "artefact": artefact})
+    else:
+        folder.await_stage(stage.name)  # the next stage reads what this one left
+
+
+def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tuple[DictConfig, DictConfig]:
+    """The configuration of one stage and the stage itself: `override` put in, `artefact:<stage>` replaced by what that stage left."""
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    _override(cfg, OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False))
+
+    def filled(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: filled(v) for k, v in node.items()}
+        if isinstance(node, list):
+            return [filled(v) for v in node]
+        if isinstance(node, str) and node.startswith("artefact:"):
+            done = folder.stage_done(node.removeprefix("artefact:"))
+            if done is None:
+                raise SuiteError(f"stages.{stage.name} asks for {node}, but no earlier stage has that name")
+            return done["artefact"]
+        return node
+
+    cfg.run_folder = str(folder.path if stage.name in ("fit", "test") else folder.path / stage.name)
+    cfg.maps = cfg.maps or str(folder.path / "maps")
+    if stage.name != "fit" and "pruner" in (cfg.callbacks or {}):
+        cfg.callbacks.pop("pruner")  # it judges the curve of the objective, which is that of the stage called fit
+    cfg.pop("stages")
+    return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
+
+
+def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> None:
+    """Merges `changes` into `cfg`; a mapping that names a `_target_` replaces what was there, since another class has other arguments."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and "_target_" not in value and OmegaConf.select(cfg, f"{prefix}{key}") is not None:
+            _override(cfg, value, f"{prefix}{key}.")
+        else:
+            OmegaConf.update(cfg, f"{prefix}{key}", value, merge=False)
+
+
+def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
+    run = Assembled(cfg)
+    run.method.check(run.data)
+    if cfg.init_from:
+        read_checkpoint(cfg.init_from)  # one that cannot be read is refused before hours of caching
+    run.prepare()
+    last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
+    resumed = str(last) if cfg.resume and last.exists() else None
+    iteration = -1
+    if resumed:
+        iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
+        _say(f"continuing {cfg.run_folder} after iteration {iteration}")
+    elif cfg.init_from:
+        from lesionbench.checkpoint import initialize_from
+
+        _say(initialize_from(run.method, cfg.init_from))
+    for logger in run.trainer.loggers:
+        if hasattr(logger, "truncate_after"):
+            logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
+    trains = any(p.requires_grad for p in run.method.parameters())
+    if not trains:
+        raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    try:
+        with _stopped_between_batches():
+            run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
+    except Exception as error:
+        if any(getattr(callback, "pruned", False) for callback in run.trainer.callbacks):
+            raise Pruned("given up by the search") from error  # forked processes turn every error into one of theirs
+        raise
+    if run.trainer.interrupted:
+        raise KeyboardInterrupt
+    best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
+    return str(best if cfg.select == "best" and best.exists() else last)
+
+
+@contextmanager
+def _stopped_between_batches() -> Iterator[None]:
+    """Lets the launcher submitit, which queues a job again on SIGUSR2 and ends it at once, wait for the end of the batch and a checkpoint.
+
+    Its handler is put off: the signal is passed on as a SIGTERM, on which Lightning stops between two batches.
+    """
+    number = getattr(signal, "SIGUSR2", None)  # not on Windows
+    queue_again, caught = number and signal.getsignal(number), []
+    if not callable(queue_again):
+        yield
+        return
+
+    def stop(*arguments: Any) -> None:
+        caught.append(arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(number, stop)
+    try:
+        yield
+    except BaseException:
+        if caught:
+            queue_again(*caught[0])  # ends this process, if it is the job's first
+        raise
+    finally:
+        signal.signal(number, queue_again)
+
+
+def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from lesionbench.checkpoint import read_checkpoint
+
+    run = Assembled(cfg)
+    trains = any(p.requires_grad for p in run.method.parameters())
+    checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
+    if checkpoint:
+        read_checkpoint(checkpoint)  # before hours of caching
+    run.prepare()
+    run.dress(cfg)
+    if checkpoint:
+        run.load(checkpoint)
+    elif trains:
+        raise SuiteError(
+            f"{type(run.method).__name__} is not trained: give ckpt=<run folder>/checkpoints/best.ckpt, or a stage that fits it first"
+        )
+    run.trainer.test(run.method, datamodule=run.data, verbose=False)
+    return str(Path(cfg.run_folder) / "test" / "cases.csv")
+
+
+def _call_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    """A stage that is a function: called with (cfg, folder of the stage), returns the path of its artefact."""
+    from hydra.utils import get_method
+
+    Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+    return str(get_method(stage.function)(cfg, Path(cfg.run_folder)))
+
+
+STAGES: dict[str, Callable[[DictConfig, DictConfig, RunFolder], str]] = {"fit": _fit_stage, "test": _test_stage, "call": _call_stage}
+
+
+def _finish(cfg: DictConfig, folder: RunFolder) -> None:
+    """Writes the summary and prints what was done, how good it is, where it is and what to do next."""
+    from lesionbench.reports.report import print_run
+
+    def found(name: str) -> dict[str, Any]:
+        path = folder.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    dataset = found("test/dataset.json")
+    folder.update_summary(
+        status="finished",
+        finished=time.time(),
+        objective=_objective(cfg, folder.path),
+        test=found("test/summary.json"),
+        cost=found("cost.json"),
+        **({"dataset": dataset} if dataset else {}),
+    )
+    print_run(folder.path)
+
+
+def _objective(cfg: DictConfig, path: Path) -> float | None:
+    """The best value of the validation curve that the experiment optimizes; a test score never is a sweep's objective."""
+    from lesionbench.reports.report import curve
+
+    values = [v for _, v in curve(path, cfg.objective.name) if math.isfinite(v)]
+    return None if not values else max(values) if cfg.objective.mode == "max" else min(values)
+
+
+def test(cfg: DictConfig) -> float | None:
+    """Tests `ckpt` (or, without one, the method as configured) on the test part of the data; results go to a run folder of its own.
+
+    Several checkpoints are tested as one ensemble, whose run is named for its fusion.
+    """
+    if is_ensemble(cfg.ckpt):
+        model = _ensemble(cfg)
+        with open_dict(cfg):
+            cfg.model, cfg.ckpt = model, None
+            cfg.experiment_name = f"{cfg.experiment_name}-{cfg.ensemble.fusion}"
+    with open_dict(cfg):
+        cfg.stages = [{"name": "test", "run": "test", "checkpoint": cfg.ckpt}]
+        cfg.objective.name = None
+    return fit(cfg)

@@ -1,0 +1,1 @@
+"""Lesions as what a model of healthy brains, or a threshold, does not explain."""

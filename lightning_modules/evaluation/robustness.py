@@ -1,0 +1,125 @@
+"""How a trained method answers to changed images: adversarial perturbations, transferred ones, and noise of the same size."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lesionbench.checkpoint import load_method
+from lesionbench.errors import SuiteError
+from lesionbench.prediction import Prediction
+from lesionbench.target import RegionSigmoid
+from lesionbench.task import IGNORE, Task
+from lesionbench.views import from_slices, to_slices
+from lightning_modules.base import Method
+from lightning_modules.evaluation.attacks import perturb
+from lightning_modules.inferers import padded
+from lightning_modules.losses.vat import divergence
+from lightning_modules.segmentation import SegmentationMethod
+
+
+class Robustness(Method):
+    """Tests a checkpoint on clean and on changed images: the clean prediction is the main one, each attack a member of it.
+
+    An attack raises the mean voxel-wise (binary) cross-entropy of the whole case against its true labels; it is made on the whole volume
+    or on all slices at once, and the changed case is then predicted as any other. So members have all metrics, and tables and paired
+    tests of `job=compare` cover them. A member is called `<norm>-<steps>-<eps>`, with `-transfer` behind it where the change was made
+    on another network, against which a network cannot hide its gradients; 0 steps are random noise.
+
+    Args:
+        checkpoint: of the method that is tested, a `SegmentationMethod` with one network.
+        transfer_from: checkpoint of the network on which transferred attacks are made; needed if there are any.
+        attacks: `{norm: l2 | linf, eps, steps, restarts, transfer}` each, see `attacks.perturb`. `eps` counts in standard deviations of
+            the case's own brain voxels (pooled over channels).
+        trust: further packages whose classes a checkpoint may build.
+
+    Raises:
+        SuiteError: a transferred attack without `transfer_from`, a checkpoint of another kind of method.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        checkpoint: str,
+        attacks: Sequence[Mapping[str, Any]],
+        transfer_from: str | None = None,
+        trust: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(task, **options)
+        self.attacks = [dict(a) for a in attacks]
+        if transfer_from is None and any(a.get("transfer") for a in self.attacks):
+            raise SuiteError("model.transfer_from is null, but there are attacks with transfer=true; name the checkpoint they are made on")
+        self.method = _loaded(checkpoint, trust)
+        self.source = self.method if transfer_from is None else _loaded(transfer_from, trust)
+
+    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+        prediction = self.method.predict_case(batch)
+        if "label" not in batch:
+            return prediction
+        with torch.inference_mode(False):  # attacks need gradients, and tensors that may have some
+            image, label = batch["image"].clone(), batch["label"].clone()
+            mask = batch["brain_mask"].clone() & batch["channel_mask"].clone()[:, :, None, None, None]
+            for attack in self.attacks:
+                changed = image + self._change(attack, batch["case"][0], image, label, mask)
+                with torch.no_grad():
+                    prediction.members[_name(attack)] = self.method.predict_case({**batch, "image": changed})
+        return prediction
+
+    def _change(self, attack: Mapping[str, Any], case: str, image: torch.Tensor, label: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """r (1, M, X, Y, Z) of one attack on one case."""
+        method = self.source if attack.get("transfer") else self.method
+        name, options = _name(attack), {k: v for k, v in attack.items() if k not in ("eps", "transfer")}
+        target = method.target.encode(label)
+
+        def loss(images: torch.Tensor) -> torch.Tensor:
+            return _cross_entropy(method, images, target)
+
+        generator = self.generator(f"{name} {case}")
+        return perturb(loss, image, mask=mask, eps=attack["eps"] * _deviation(image, mask), generator=generator, **options)
+
+    def measure(self, *args: Any, **options: Any) -> list[dict]:
+        return self.method.measure(*args, **options)
+
+    def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
+        return self.method.to_native(prediction, geometry)
+
+
+def _loaded(checkpoint: str, trust: Sequence[str]) -> SegmentationMethod:
+    method, _ = load_method(checkpoint, trust)
+    if not isinstance(method, SegmentationMethod):
+        raise SuiteError(f"{checkpoint}: holds a {type(method).__name__}; attacks need a method with one segmentation network")
+    return method.requires_grad_(False)
+
+
+def _name(attack: Mapping[str, Any]) -> str:
+    return f"{attack['norm']}-{attack['steps']}-{attack['eps']:g}" + ("-transfer" if attack.get("transfer") else "")
+
+
+def _deviation(image: torch.Tensor, mask: torch.Tensor) -> float:
+    """Root mean variance of the masked voxels of a channel."""
+    inside = mask.to(image).expand_as(image).flatten(2)
+    values, count = image.flatten(2), inside.sum(dim=2, keepdim=True).clamp_min(1)
+    centered = (values - (values * inside).sum(dim=2, keepdim=True) / count) * inside
+    return float((centered.square().sum() / inside.sum().clamp_min(1)).sqrt())
+
+
+def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean voxel-wise (binary) cross-entropy (N,) of whole images (N, M, X, Y, Z) against one target, each in one pass or as its slices."""
+    axis, flat = method.task.slice_axis, getattr(method.network, "dimensions", 3) == 2
+
+    def predictor(view: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = method.network(view)
+        return {"logits": output["logits"] if isinstance(output, dict) else output}
+
+    views = to_slices(images, axis) if flat else images
+    logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None)["logits"]
+    logits = from_slices(logits, axis, len(images)) if flat else logits
+    valid = (target != IGNORE).float()
+    if isinstance(method.target, RegionSigmoid):
+        values = divergence(logits, target.clamp_min(0).float().expand_as(logits), "sigmoid")
+    else:
+        hot = torch.nn.functional.one_hot(target[:, 0].clamp_min(0), logits.shape[1]).movedim(-1, 1)
+        values = divergence(logits, hot.float().expand_as(logits), "softmax")
+    return (values * valid).flatten(1).sum(dim=1) / valid.expand_as(values[:1]).sum().clamp_min(1)

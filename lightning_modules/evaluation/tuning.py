@@ -1,0 +1,234 @@
+"""Choosing the smallest volume of a region on predictions of cases that were held out (Isensee et al., BrainLes 2020; Ren et al., BrainLes 2021).
+
+Below a threshold the region is removed from a case. Its score there is then known without any image: 1 (or distance 0) where the truth
+has none of it either, else 0 (or the distance of an empty mask). So every threshold is judged from one number per case.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from lesionbench.checkpoint import read_checkpoint
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import read_volume
+from lesionbench.reports.runs import find_runs, read_run
+from lesionbench.results import write_json
+from lesionbench.task import IGNORE
+from lightning_modules.metrics.box import bounding_box
+from lightning_modules.metrics.overlap import overlap_metrics
+from lightning_modules.metrics.surface import grid_diagonal, surface_metrics
+from lightning_modules.postprocessing import PostProcessing
+
+METRICS = ("dice", "hd95")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out case of one run.
+
+    Attributes:
+        run, case, patient: identifiers.
+        volume: voxels predicted as the region.
+        kept, dropped: score with the region as it was predicted, and with none of it.
+    """
+
+    run: str
+    case: str
+    patient: str
+    volume: int
+    kept: float
+    dropped: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A chosen threshold and what it does.
+
+    Attributes:
+        region, metric: what was tuned.
+        threshold: the region stays where it has at least so many voxels.
+        before, after: mean score on the cases that it was chosen on, without and with it.
+        held_out: mean score where the cases of each run are judged by the threshold chosen on those of the other runs; None for one run.
+        patients: whom it was chosen on.
+        runs: run folders.
+        tried: threshold -> mean score.
+    """
+
+    region: str
+    metric: str
+    threshold: int
+    before: float
+    after: float
+    held_out: float | None
+    patients: list[str]
+    runs: list[str]
+    tried: dict[int, float]
+
+    def report(self) -> str:
+        """What was found, in words."""
+        other = "" if self.held_out is None else f"; with thresholds chosen on the other runs {self.held_out:.4f}"
+        return (
+            f"{self.region}: smallest volume {self.threshold} voxels, chosen on {len(self.patients)} held-out patient(s) of {len(self.runs)} "
+            f"run(s); mean {self.metric} {self.before:.4f} -> {self.after:.4f} on these{other}"
+        )
+
+    def write(self, path: Path | str) -> Path:
+        """Writes what `postprocessing.thresholds` reads."""
+        tried = {str(t): score for t, score in self.tried.items()}
+        return write_json(path, {"min_volume": {self.region: self.threshold}, **{**vars(self), "tried": tried}})
+
+
+def best_threshold(
+    cases: Sequence[HeldOut], grid: Sequence[int] | None = None, lower_is_better: bool = False
+) -> tuple[int, dict[int, float]]:
+    """The threshold with the best mean score, the smallest of equal ones, and the mean score of each that was tried.
+
+    Args:
+        cases: at least one.
+        grid: thresholds to try, 0 (nothing is dropped) always among them; None = one for every way to divide the cases.
+        lower_is_better: of the score.
+    """
+    volumes = np.array([c.volume for c in cases])
+    kept, dropped = np.array([c.kept for c in cases]), np.array([c.dropped for c in cases])
+    tried = sorted({0, *((volumes + 1).tolist() if grid is None else (int(t) for t in grid))})
+    scores = {t: float(np.where(volumes < t, dropped, kept).mean()) for t in tried}
+    sign = -1 if lower_is_better else 1
+    return max(tried, key=lambda t: (sign * scores[t], -t)), scores
+
+
+def tune(
+    runs: Path | str | Sequence[Path | str],
+    *,
+    region: str = "ET",
+    metric: str = "dice",
+    grid: Sequence[int] | None = None,
+    rules: PostProcessing | None = None,
+    data_root: str | None = None,
+) -> Tuned:
+    """Chooses the smallest volume of `region` on the predictions that tested runs (the folds of a cross-validation) left in their folders.
+
+    Args:
+        runs: run folders, folders that hold some, or patterns.
+        region: name of the region.
+        metric: `dice` or `hd95`, averaged over cases; two empty masks are Dice 1 and distance 0, one is Dice 0 and the image diagonal.
+        grid: see `best_threshold`.
+        rules: their components are removed before volumes are measured; they must have no smallest volume.
+        data_root: where the data of the runs are, if not where they were.
+
+    Raises:
+        SuiteError: predictions of a case whose patient the run was trained or selected on, or that cannot be shown to be held out;
+            predictions that had a smallest volume already; no predictions; a region that the task lacks.
+    """
+    if metric not in METRICS:
+        raise unknown("tune.metric", metric, METRICS)
+    rules = rules or PostProcessing()
+    if rules.min_volume:
+        raise SuiteError(
+            f"postprocessing.min_volume={rules.min_volume}: a threshold is tuned without one; use postprocessing.min_volume=null"
+        )
+    cases, problems, folders = [], [], []
+    for folder in find_runs(runs):
+        run = read_run(folder)
+        if run.status != "finished":
+            problems.append(f"{folder}: {run.status}")
+            continue
+        try:
+            cases += held_out(folder, region, metric, rules, data_root)
+            folders.append(str(folder))
+        except SuiteError as error:
+            problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
+    if problems:
+        raise SuiteError(
+            "a threshold can only be tuned on held-out predictions of finished runs:\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    lower = metric == "hd95"
+    threshold, tried = best_threshold(cases, grid, lower)
+    others = []
+    for folder in folders if len(folders) > 1 else ():
+        found, _ = best_threshold([c for c in cases if c.run != folder], grid, lower)
+        others += [c.dropped if c.volume < found else c.kept for c in cases if c.run == folder]
+    honest = float(np.mean(others)) if others else None
+    patients = sorted({c.patient for c in cases})
+    return Tuned(region, metric, threshold, tried[0], tried[threshold], honest, patients, folders, tried)
+
+
+def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None) -> list[HeldOut]:
+    """What the predictions of one run say about every threshold; arguments as in `tune`.
+
+    Raises:
+        SuiteError: see `tune`.
+    """
+    from hydra.utils import instantiate
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    before = config.get("postprocessing") or {}
+    if before.get("min_volume") or before.get("thresholds"):
+        raise SuiteError("its predictions went through a smallest volume already; test it with postprocessing.min_volume=null")
+    data = instantiate({**config["data"], **({"root": data_root} if data_root else {})}, _convert_="all")
+    task = data.task
+    if region not in task.regions:
+        raise unknown("region (tune.region)", region, task.regions)
+    wanted = read_run(folder).cases
+    known = {c.id: c for c in data.cases() if c.id in wanted}
+    lacking = sorted(wanted - set(known))
+    if lacking:
+        raise SuiteError(f"{len(lacking)} of its test cases are not in {data.root} ({', '.join(lacking[:5])}); give tune.data_root")
+    _refuse_seen(folder, config, {c.patient for c in known.values()})
+    place = task.region_names.index(region)
+    rows = []
+    for case in known.values():
+        path = folder / "predictions" / f"{case.id}.nii.gz"
+        if case.label is None:
+            raise SuiteError(f"case {case.id} has no label map to compare with")
+        if not path.exists():
+            raise SuiteError(f"no predictions/{path.name}; test it with writer.on_test=true")
+        predicted = torch.from_numpy(task.from_disk(read_volume(path)[0]))
+        ours = task.region_masks(rules.labels(predicted, task))[place].numpy()
+        values, affine, _ = read_volume(case.label)
+        truth = torch.from_numpy(task.from_disk(values))
+        theirs = task.region_masks(truth)[place].numpy()
+        spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist() if task.unit == "mm" else [1.0] * 3
+        counted = ours & (truth != IGNORE).numpy()
+        kept, dropped = (_score(mask, theirs, metric, spacing) for mask in (counted, np.zeros_like(ours)))
+        rows.append(HeldOut(str(folder), case.id, case.patient, int(np.count_nonzero(ours)), kept, dropped))
+    return rows
+
+
+def _score(ours: np.ndarray, theirs: np.ndarray, metric: str, spacing: Sequence[float]) -> float:
+    if metric == "dice":
+        return overlap_metrics(ours, theirs)["dice"]
+    box = bounding_box(ours | theirs)
+    return surface_metrics(ours[box], theirs[box], spacing, ["hd95"], 1.0, grid_diagonal(ours.shape, spacing))["hd95"]
+
+
+def _refuse_seen(folder: Path, config: Mapping[str, Any], patients: set[str]) -> None:
+    """Refuses a run that was tested on patients that one of its checkpoints knows, unless others answered for them."""
+    model = config.get("model") or {}
+    groups = model.get("checkpoints")
+    if groups is not None:  # an ensemble
+        groups = [[g] if isinstance(g, str) else g for g in groups]
+        seen = [[_patients(path) for path in group] for group in groups]
+        if model.get("out_of_fold"):
+            leaked = {p for p in patients if all(p in known for group in seen for known in group)}
+        else:
+            leaked = patients & set().union(*(known for group in seen for known in group))
+    else:
+        trained = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        paths = [config["ckpt"]] if config.get("ckpt") else [p for p in trained if p.exists()]
+        if not paths and any(stage["run"] == "fit" for stage in config.get("stages") or ()):
+            raise SuiteError("has no checkpoint any more that says whom it was trained on")
+        leaked = patients & set().union(*(_patients(p) for p in paths))
+    if leaked:
+        raise SuiteError(f"was trained or selected on {len(leaked)} of the patients that it predicted ({', '.join(sorted(leaked)[:5])})")
+
+
+def _patients(path: str | Path) -> set[str]:
+    own = read_checkpoint(path).get("lesionbench") or {}
+    if own.get("patients") is None:
+        raise SuiteError(f"{path}: does not say whom it was trained on")
+    return set(own["patients"])

@@ -1,0 +1,103 @@
+"""MONAI's SegResNet, without and with its variational branch."""
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets import (
+    SegResNet,
+    SegResNetVAE,
+)
+
+from lesionbench.errors import SuiteError
+from lightning_modules.networks.contract import describe, per_axis
+
+
+def segresnet(
+    in_channels: int,
+    out_channels: int,
+    *,
+    dimensions: int = 3,
+    features: int = 32,
+    blocks_down: Sequence[int] = (1, 2, 2, 4),
+    blocks_up: Sequence[int] = (1, 1, 1),
+    dropout: float = 0.2,
+) -> SegResNet:
+    """Asymmetric residual encoder-decoder of the BraTS 2018 winner, without its auto-encoder (Myronenko, BrainLes 2018); group norm.
+
+    Args:
+        features: width of the finest level, doubled at each further one; a multiple of 8 (the number of groups).
+        blocks_down, blocks_up: residual blocks per encoder level, and per decoder level (one level fewer).
+        dropout: channel dropout rate after the first convolution, in [0, 1].
+
+    Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 2 ** (levels - 1).
+    """
+    network = SegResNet(
+        dimensions,
+        features,
+        in_channels,
+        out_channels,
+        dropout_prob=dropout,
+        blocks_down=tuple(blocks_down),
+        blocks_up=tuple(blocks_up),
+    )
+    return describe(network, dimensions, per_axis(2 ** (len(blocks_down) - 1), dimensions))
+
+
+class WeightedSegResNetVAE(SegResNetVAE):
+    """SegResNetVAE that returns `{"logits", "loss"}` in training mode and logits otherwise."""
+
+    vae_weight: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        if self.training and tuple(x.shape[2:]) != tuple(self.input_image_size):
+            raise SuiteError(
+                f"segresnet_vae: trained on patches of {list(x.shape[2:])}, but network.image_size={list(self.input_image_size)}; "
+                "its auto-encoder has a fixed size, set both to the same"
+            )
+        logits, vae_loss = super().forward(x)
+        return logits if vae_loss is None else {"logits": logits, "loss": self.vae_weight * vae_loss}
+
+
+def segresnet_vae(
+    in_channels: int,
+    out_channels: int,
+    *,
+    image_size: int | Sequence[int],
+    dimensions: int = 3,
+    features: int = 32,
+    blocks_down: Sequence[int] = (1, 2, 2, 4),
+    blocks_up: Sequence[int] = (1, 1, 1),
+    dropout: float = 0.2,
+    vae_weight: float = 0.1,
+) -> WeightedSegResNetVAE:
+    """SegResNet with a variational auto-encoder branch as regularizer (Myronenko, BrainLes 2018, Eq. 1-3).
+
+    In training mode it returns `{"logits", "loss"}`, loss = vae_weight * (mean squared reconstruction error of the input + KL term,
+    averaged over the 256 latent variables); in evaluation logits, and the branch is not computed. Unlike in the paper, the branch shares
+    the blocks of the segmentation decoder (without its skips).
+
+    Args:
+        image_size: size of the training patches, divisible by 2 ** levels. Evaluation takes any size that fits `divisor`.
+        features, blocks_down, blocks_up, dropout: as `segresnet`.
+        vae_weight: weight of the branch's loss (0.1 in the paper).
+
+    Raises:
+        SuiteError: an `image_size` that is not divisible, or (in training) an input of another size.
+    """
+    size = per_axis(image_size, dimensions)
+    half = 2 ** (len(blocks_down) - 1)
+    if any(s % (2 * half) for s in size):
+        raise SuiteError(f"segresnet_vae: network.image_size={list(size)} must be divisible by {2 * half}")
+    network = WeightedSegResNetVAE(
+        size,
+        vae_estimate_std=True,  # else MONAI leaves a layer without gradient, and has no KL term
+        spatial_dims=dimensions,
+        init_filters=features,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        dropout_prob=dropout,
+        blocks_down=tuple(blocks_down),
+        blocks_up=tuple(blocks_up),
+    )
+    network.vae_weight = vae_weight
+    return describe(network, dimensions, half)
