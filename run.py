@@ -10,9 +10,9 @@ UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 
 def main() -> None:
     """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
-    from lesionbench.jobs.command_line import explain, help_text, quoted
+    from lesionbench.jobs.command_line import explain, help_text, quoted, renamed
 
-    arguments = sys.argv[1:] = quoted(sys.argv[1:])
+    arguments = sys.argv[1:] = quoted(renamed(sys.argv[1:]))
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return

@@ -123,8 +123,8 @@ def same_size(run: Path) -> dict[str, float]:
     for batch in data.case_loader(data.parts["unlabeled"]):
         maps = method.inferer(batch["image"], lambda view: method.mask.maps(method, view), method.task.slice_axis)
         uncertain.append(method.mask.uncertain(maps, method.target.kind).flatten())
-        confident.append(confidence(maps["maps"], method.target.kind).flatten())
-        wrong.append((method.decode(maps["maps"]).labels != batch["label"][0, 0]).flatten())
+        confident.append(confidence(maps["probabilities"], method.target.kind).flatten())
+        wrong.append((method.decode(maps["probabilities"]).labels != batch["label"][0, 0]).flatten())
     uncertain, confident, wrong = (torch.cat(parts) for parts in (uncertain, confident, wrong))
     least = confident.argsort()[: int(uncertain.sum())]
     return {

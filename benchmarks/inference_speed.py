@@ -33,7 +33,7 @@ def volume() -> torch.Tensor:
 def suite(image: torch.Tensor, net: torch.nn.Module) -> torch.Tensor:
     from lightning_modules.inferers import Window
 
-    return Window(PATCH, overlap=OVERLAP)(image, lambda view: {"maps": net(view)})["maps"]
+    return Window(PATCH, overlap=OVERLAP)(image, lambda view: {"probabilities": net(view)})["probabilities"]
 
 
 def monai(image: torch.Tensor, net: torch.nn.Module) -> torch.Tensor:

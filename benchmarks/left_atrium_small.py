@@ -22,7 +22,7 @@ METHODS = {
     "supervised/left_atrium, nearest": "the same, nearest-neighbor upsampling",
     "mean_teacher/left_atrium": "mean teacher",
     "coranet/left_atrium": "CoraNet",
-    "colearning/left_atrium": "co-learning, mean of the students",
+    "co_learning/left_atrium": "co-learning, mean of the students",
     "supervised/left_atrium_full": "all 9 scans labeled (bound)",
 }
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd_vox": "ASD"}

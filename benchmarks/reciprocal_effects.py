@@ -127,7 +127,9 @@ def draw_reliability(path: Path, root: Path) -> None:
     import matplotlib.pyplot as plt
 
     counts: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
-    tables = (table for table in sorted(root.rglob("test/reliability.csv")) if (table.parent.parent / "config.yaml").exists())  # no stages
+    tables = (
+        table for table in sorted(root.rglob("test/uncertainty_calibration.csv")) if (table.parent.parent / "config.yaml").exists()
+    )  # no stages
     for table in tables:
         model = yaml.safe_load((table.parent.parent / "config.yaml").read_text())["model"]
         if not model["weights"]["critic"] or model["gradients"] != "real":

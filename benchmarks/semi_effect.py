@@ -24,23 +24,23 @@ from lesionbench.resolvers import register
 from lesionbench.results import read_rows
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-CPS = ["experiment=colearning/blobs", "model.weights.teacher=0", "model.weights.mix=0"]
-CPS_TEACHER = ["experiment=colearning/blobs", "model.weights.mix=0"]
-MIX = ["experiment=colearning/blobs", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
+CPS = ["experiment=co_learning/blobs", "model.weights.teacher=0", "model.weights.mix=0"]
+CPS_TEACHER = ["experiment=co_learning/blobs", "model.weights.mix=0"]
+MIX = ["experiment=co_learning/blobs", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
 ROWS = {
     "supervised": ["experiment=supervised_only/blobs"],
     "full": ["experiment=full_supervision/blobs"],
     "mean_teacher": ["experiment=mean_teacher/blobs", "model.predict_members=true"],
-    "cps": ["experiment=cps/blobs", "model.predict_members=true"],
+    "cps": ["experiment=cross_pseudo_supervision/blobs", "model.predict_members=true"],
     "co_students": [*CPS, "model.weights.cps=0"],
     "co_cps": CPS,
     "co_cps_teacher": CPS_TEACHER,
     "co_mix": MIX,
-    "co_all": ["experiment=colearning/blobs"],
-    "co_all_different": ["experiment=colearning/blobs", "model.init=different"],
+    "co_all": ["experiment=co_learning/blobs"],
+    "co_all_different": ["experiment=co_learning/blobs", "model.init=different"],
     "gap_supervised": ["experiment=supervised_only/blobs", "data.gap=true"],
     "gap_co_cps_teacher": [*CPS_TEACHER, "data.gap=true"],
-    "gap_co_all": ["experiment=colearning/blobs", "data.gap=true"],
+    "gap_co_all": ["experiment=co_learning/blobs", "data.gap=true"],
 }
 
 

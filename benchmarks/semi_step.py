@@ -24,7 +24,7 @@ from lesionbench.task import Task
 from lightning_modules import CoLearning, MeanTeacher, SemiSupervised
 from lightning_modules.inferers import Whole
 from lightning_modules.losses import SoftDice
-from lightning_modules.networks import BranchedVNet
+from lightning_modules.networks import MultiHeadVNet
 
 TASK = Task(("image",), {"background": 0, "atrium": 1}, {"LA": ("atrium",)})
 PASSES = {"plain": 6, "mean teacher": 16, "co-learning": 32}
@@ -43,7 +43,7 @@ def step_of(name: str, side: int) -> Callable[[], None]:
     torch.manual_seed(0)
     kind = {"plain": Plain, "mean teacher": MeanTeacher, "co-learning": CoLearning}[name]
     more = {"variants": [{"upsampling": "linear"}, {"upsampling": "nearest"}]} if kind is CoLearning else {}
-    network = partial(BranchedVNet, upsampling="linear", norm="instance")
+    network = partial(MultiHeadVNet, upsampling="linear", norm="instance")
     method = kind(TASK, network=network, loss=SoftDice(squared=True), inferer=Whole(), **more).to(DEVICE)
     method._trainer = SimpleNamespace(num_training_batches=100, max_epochs=10, global_rank=0)
     method.log_terms = lambda **terms: None

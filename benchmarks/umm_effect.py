@@ -68,7 +68,7 @@ def draw(runs: dict[str, dict[int, Path]], rows: list[dict], path: Path) -> None
     left, middle, right = figure.subplots(1, 3)
     for ax, name, title in (
         (left, "uncertainty", "mean uncertainty (nats), training"),
-        (middle, "kept", "share of voxels kept by the gate"),
+        (middle, "certain", "share of voxels that the gate lets through"),
     ):
         for branch in "spv":
             curves = [curve(run, f"train/{name}_{branch}") for run in runs["gated"].values()]

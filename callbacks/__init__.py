@@ -12,9 +12,9 @@ from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.pseudo_label_quality import PseudoLabelQuality
-from callbacks.reliability import Reliability
 from callbacks.trial_pruner import TrialPruner
 from callbacks.uncertain_region import UncertainRegion
+from callbacks.uncertainty_calibration import UncertaintyCalibration
 from callbacks.wandb_run import WandbRun
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "NonFiniteLoss",
     "OverlayFigures",
     "PseudoLabelQuality",
-    "Reliability",
     "TrialPruner",
     "UncertainRegion",
+    "UncertaintyCalibration",
     "WandbRun",
     "montage",
     "progress_bar",

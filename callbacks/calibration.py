@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 
 from callbacks.gather import gather
 from callbacks.overlays import masks_of
+from lesionbench.calibration import calibration_counts
 from lesionbench.prediction import CaseResult
-from lesionbench.reliability import reliability
 from lesionbench.task import IGNORE
 
 COLUMNS = ("member", "region", "bin", "voxels", "probability", "true")
@@ -52,7 +52,7 @@ class Calibration(pl.Callback):
             if part.regions is None:
                 continue
             for region, probability, mask in zip(pl_module.task.region_names, part.regions.float().cpu().numpy(), masks, strict=True):
-                counts = reliability(probability[known], mask[known], self.bins)
+                counts = calibration_counts(probability[known], mask[known], self.bins)
                 self._counts[name, region] = self._counts.get((name, region), 0) + counts
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,8 +13,8 @@ from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
 from datamodules.simulated.blobs import Blobs
 from datamodules.simulated.ellipses import Ellipses
+from datamodules.simulated.lesion_insertion import LesionInsertion
 from datamodules.simulated.modality_toy import ModalityToy
-from datamodules.simulated.planting import Planting
 from datamodules.simulated.semi_real import SemiReal
 from datamodules.simulated.simulated import Simulated
 from datamodules.simulated.thick_slices import ThickSlices
@@ -34,8 +34,8 @@ __all__ = [
     "Folder",
     "Images",
     "LeftAtrium",
+    "LesionInsertion",
     "ModalityToy",
-    "Planting",
     "Preprocessing",
     "Sampling",
     "SemiReal",

@@ -40,7 +40,7 @@ class CaseDataModule(pl.LightningDataModule):
         preprocessing: what is done once per case (see `Preprocessing`).
         split: who is trained, validated and tested on (see `Split`).
         sampling: where training samples are cut (see `Sampling`).
-        view, patch, window, voxels: form of a training sample (see `TrainingSamples`). Evaluation always gets whole cases.
+        view, patch, slab, voxels: form of a training sample (see `TrainingSamples`). Evaluation always gets whole cases.
         batch_size: samples per process and batch of a stream that does not say its own.
         samples_per_epoch: an epoch, in samples of the first stream over all processes.
         augmentation: TorchIO transform applied to training samples, or a list of them.
@@ -72,7 +72,7 @@ class CaseDataModule(pl.LightningDataModule):
         sampling: Sampling | None = None,
         view: str = "patch",
         patch: Sequence[int] | None = None,
-        window: int = 3,
+        slab: int = 3,
         voxels: int = 4096,
         batch_size: int = 2,
         samples_per_epoch: int = 100,
@@ -91,8 +91,8 @@ class CaseDataModule(pl.LightningDataModule):
         super().__init__()
         if view not in VIEWS:
             raise unknown("view (data.view)", view, VIEWS)
-        if view == "window" and window % 2 == 0:
-            raise SuiteError(f"data.window={window}: a window has a middle slice, so it must be odd")
+        if view == "slab" and slab % 2 == 0:
+            raise SuiteError(f"data.slab={slab}: a slab has a middle slice, so it must be odd")
         if not 0 <= channel_dropout < 1:
             raise SuiteError(f"data.channel_dropout={channel_dropout} is a probability: expected 0 <= p < 1")
         self.root = Path(root).expanduser()
@@ -100,7 +100,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.task: Task = self.default_task().narrowed(**narrowing)
         self.preprocessing = preprocessing or Preprocessing()
         self.split, self.sampling = split or Split(), sampling or Sampling()
-        self.view, self.patch, self.window, self.voxels = view, None if patch is None else tuple(patch), window, voxels
+        self.view, self.patch, self.slab, self.voxels = view, None if patch is None else tuple(patch), slab, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
         self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
         self.streams = {name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None}
@@ -263,7 +263,7 @@ class CaseDataModule(pl.LightningDataModule):
             labeled=which != "unlabeled",
             view=self.view,
             patch=self.patch,
-            window=self.window,
+            slab=self.slab,
             voxels=self.voxels,
             augmentation=self.augmentation,
             maps=self.extra_maps,

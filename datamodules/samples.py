@@ -1,4 +1,4 @@
-"""Keyed training samples: patches, slices and windows cut from cached cases."""
+"""Keyed training samples: patches, slices and slabs cut from cached cases."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from lesionbench.keyed import numpy_generator, torch_seeded
 from lesionbench.maps import MapStore
 from lesionbench.task import Task
 
-VIEWS = ("patch", "slice", "window", "voxels")
+VIEWS = ("patch", "slice", "slab", "voxels")
 
 
 class KeyedSampler(Sampler):
@@ -43,7 +43,7 @@ class TrainingSamples(Dataset):
 
     Args:
         patch: size of the sample along X, Y, Z; None = the whole volume. The slice axis is ignored by 2D and 2.5D views.
-        view: `patch` (M, x, y, z), `slice` (M, H, W), `window` (M, H, W, k) with the middle slice's label, `voxels` (N, M).
+        view: `patch` (M, x, y, z), `slice` (M, H, W), `slab` (M, H, W, k) with the middle slice's label, `voxels` (N, M).
         maps: per-case map name -> interpolation under augmentation (`nearest` or `linear`), read from `store`.
         channel_dropout: probability with which each channel that the case has is missing from a sample: 0, and False in `channel_mask`, as
             of a case without its file. One channel at least is kept.
@@ -63,7 +63,7 @@ class TrainingSamples(Dataset):
         labeled: bool = True,
         view: str = "patch",
         patch: Sequence[int] | None = None,
-        window: int = 3,
+        slab: int = 3,
         voxels: int = 4096,
         augmentation: Callable | None = None,
         maps: Mapping[str, str] | None = None,
@@ -81,7 +81,7 @@ class TrainingSamples(Dataset):
             preprocessing,
             sampling,
         )
-        self.seed, self.labeled, self.view, self.patch, self.window, self.voxels = seed, labeled, view, patch, window, voxels
+        self.seed, self.labeled, self.view, self.patch, self.slab, self.voxels = seed, labeled, view, patch, slab, voxels
         self.augmentation, self.maps, self.store, self.statistics, self.repeat = augmentation, dict(maps or {}), store, statistics, repeat
 
     def __len__(self) -> int:
@@ -109,14 +109,14 @@ class TrainingSamples(Dataset):
         if placing is None or self.repeat is not None:
             return Placement()
         with torch_seeded(self.seed, "placement", self.stream, epoch, position):
-            return placing.draw(self.task.slice_axis if self.view in ("slice", "window") else None)
+            return placing.draw(self.task.slice_axis if self.view in ("slice", "slab") else None)
 
     def _cut(self, case: Case, rng: np.random.Generator, placement: Placement) -> dict[str, torch.Tensor]:
         """One box out of a case: image, label, raters, brain mask, declared maps; all (C, x, y, z)."""
         cached = self.cache.open(case)
         voxels = cached.foreground if self.labeled else {}
         box = self.sampling.box(rng, cached.shape, self._size(cached.shape), voxels, self.task.class_names, self.task.slice_axis)
-        box, repeats = self._window_box(box, cached.shape)
+        box, repeats = self._slab_box(box, cached.shape)
         size = [b - a + (sum(repeats) if axis == self.task.slice_axis else 0) for axis, (a, b) in enumerate(box)]
         box = placement.grown(box)
 
@@ -149,15 +149,15 @@ class TrainingSamples(Dataset):
         size = list(shape if self.patch is None else self.patch)
         if len(size) == 2:
             size.insert(self.task.slice_axis, 1)
-        if self.view in ("slice", "window"):
+        if self.view in ("slice", "slab"):
             size[self.task.slice_axis] = 1
         return size
 
-    def _window_box(self, box: Box, shape: Sequence[int]) -> tuple[Box, tuple[int, int]]:
-        """Widens a slice to a window; returns how often the end slices must be repeated."""
-        if self.view != "window":
+    def _slab_box(self, box: Box, shape: Sequence[int]) -> tuple[Box, tuple[int, int]]:
+        """Widens a slice to a slab; returns how often the end slices must be repeated."""
+        if self.view != "slab":
             return box, (0, 0)
-        axis, half = self.task.slice_axis, self.window // 2
+        axis, half = self.task.slice_axis, self.slab // 2
         middle = box[axis][0]
         start, stop = max(middle - half, 0), min(middle + half + 1, shape[axis])
         widened = [*box[:axis], (start, stop), *box[axis + 1 :]]
@@ -211,7 +211,7 @@ class TrainingSamples(Dataset):
                 result[name] = value.select(axis, 0)
             else:
                 moved = value.movedim(axis, -1)
-                result[name] = moved if name == "image" else moved[..., self.window // 2]
+                result[name] = moved if name == "image" else moved[..., self.slab // 2]
         return {k: v.contiguous() for k, v in result.items()}
 
 

@@ -1,4 +1,4 @@
-"""Sampling policies: where in a case a training patch, slice or window is cut. Chosen by name; every draw comes from the generator given."""
+"""Sampling policies: where in a case a training patch, slice or slab is cut. Chosen by name; every draw comes from the generator given."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Sampling:
     """Args:
     name: `uniform`; `foreground` (with probability `share` the patch is centred on a random voxel of a random foreground class that the
         case has, as nnU-Net does with 0.33); `per_class` (a class is drawn by `weights`, then one of its voxels); `positive_slice` (for
-        slices and windows: with probability `share` a slice that holds foreground, else one that holds none).
+        slices and slabs: with probability `share` a slice that holds foreground, else one that holds none).
     share: probability of a foreground draw.
     weights: class name -> relative weight, for `per_class`; classes that a case lacks drop out; `background` is a uniform draw. Without
         weights all foreground classes weigh the same.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.moved import current
 from lesionbench.task import Task
 
 _TRUSTED = ("lesionbench.target.", "lightning_modules.", "torch.optim.", "torch.nn.", "monai.networks.", "monai.losses.")
@@ -49,6 +50,7 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
         raise SuiteError(
             f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it"
         )
+    own["model"] = current(own["model"])
     _refuse_strangers(own["model"], path, trust)
     task = Task.from_dict(own["task"])
     method = build_method(own["model"], task)

@@ -1,4 +1,4 @@
-"""Views of a volume: 3D patches, 2D slices, 2.5D windows and voxel vectors, and back again.
+"""Views of a volume: 3D patches, 2D slices, 2.5D slabs and voxel vectors, and back again.
 
 Everything works on (B, C, X, Y, Z); `axis` is the spatial axis (0, 1, 2) that is cut.
 """
@@ -17,8 +17,8 @@ def from_slices(slices: torch.Tensor, axis: int, batch: int) -> torch.Tensor:
     return slices.unflatten(0, (batch, -1)).movedim(1, 2 + axis)
 
 
-def to_windows(volume: torch.Tensor, axis: int, k: int) -> torch.Tensor:
-    """(B, C, X, Y, Z) -> windows (B * N, C, H, W, k) of k neighbouring slices around every slice; end slices are repeated. `k` is odd.
+def to_slabs(volume: torch.Tensor, axis: int, k: int) -> torch.Tensor:
+    """(B, C, X, Y, Z) -> slabs (B * N, C, H, W, k) of k neighbouring slices around every slice; end slices are repeated. `k` is odd.
 
     Back to a volume goes through `from_slices`: a network answers with the middle slice.
     """

@@ -8,21 +8,21 @@ from lightning_modules.evaluation.ensemble import Ensemble
 from lightning_modules.evaluation.missing_modalities import MissingModalities
 from lightning_modules.evaluation.robustness import Robustness
 from lightning_modules.habitats.fae import FAE
-from lightning_modules.habitats.habitat_maps import Habitats
+from lightning_modules.habitats.habitats import Habitats
 from lightning_modules.raters.multi_rater import MultiRater
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.co_learning import CoLearning
 from lightning_modules.semi_supervised.copy_paste import CopyPaste
 from lightning_modules.semi_supervised.coranet import CoraNet
-from lightning_modules.semi_supervised.cross_pseudo_supervision import CrossPseudo
+from lightning_modules.semi_supervised.cross_pseudo_supervision import CrossPseudoSupervision
 from lightning_modules.semi_supervised.entropy_minimization import EntropyMinimization
 from lightning_modules.semi_supervised.mean_teacher import MeanTeacher
 from lightning_modules.semi_supervised.pi_model import PiModel
 from lightning_modules.semi_supervised.pseudo_label import PseudoLabel
 from lightning_modules.semi_supervised.temporal_ensembling import TemporalEnsembling
 from lightning_modules.semi_supervised.ua_mt import UAMT
-from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarial
+from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarialTraining
 from lightning_modules.supervised.modality_pairing import ModalityPairing
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.spin import SPiN
@@ -38,7 +38,7 @@ __all__ = [
     "CoLearning",
     "CopyPaste",
     "CoraNet",
-    "CrossPseudo",
+    "CrossPseudoSupervision",
     "Ensemble",
     "EntropyMinimization",
     "FlairThreshold",
@@ -57,5 +57,5 @@ __all__ = [
     "SemiSupervised",
     "Supervised",
     "TemporalEnsembling",
-    "VirtualAdversarial",
+    "VirtualAdversarialTraining",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from lesionbench.errors import SuiteError
-from lesionbench.views import from_slices, to_slices, to_windows
+from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -98,15 +98,15 @@ class SliceWise:
         return {name: from_slices(torch.cat([p[name] for p in parts]), axis, image.shape[0]) for name in parts[0]}
 
 
-class PackWise(SliceWise):
-    """Every slice with its neighbors as a window (B, C, H, W, k), end slices repeated; the network answers for the middle slice."""
+class SlabWise(SliceWise):
+    """Every slice with its neighbors as a slab (B, C, H, W, k), end slices repeated; the network answers for the middle slice."""
 
     def __init__(self, k: int = 3, divisor: int | Sequence[int] | None = None, batch: int = 16) -> None:
         super().__init__(divisor, batch)
         self.k = k
 
     def views(self, image: torch.Tensor, axis: int) -> torch.Tensor:
-        return to_windows(image, axis, self.k)
+        return to_slabs(image, axis, self.k)
 
 
 class Mirrored:

@@ -86,13 +86,13 @@ class SegmentationMethod(Method):
         return loss
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps of one view that may be averaged: `maps` (B, K, *spatial) for the target, and any further ones by name."""
+        """Maps of one view that may be averaged: `probabilities` (B, K, *spatial) for the target, and any further ones by name."""
         output = self(view)
-        return {"maps": self.target.activate(output["logits"] if isinstance(output, dict) else output)}
+        return {"probabilities": self.target.activate(output["logits"] if isinstance(output, dict) else output)}
 
     def predict_case(self, batch: Batch) -> Prediction:
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
-        return self.decode(maps["maps"])
+        return self.decode(maps["probabilities"])
 
     def decode(self, maps: torch.Tensor) -> Prediction:
         """Blended maps (1, K, X, Y, Z) -> prediction of the one case."""

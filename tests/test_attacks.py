@@ -73,7 +73,7 @@ def test_wrong_options_are_named():
 
 
 TWIN = [
-    "experiment=reciprocal/toy2d_robustness", "threads=1", "epochs=2", "data.samples_per_epoch=8", "data.count=4", "data.split.test=1", "data.split.val=1", "model.network.width=4",
+    "experiment=reciprocal_adversarial/toy2d_robustness", "threads=1", "epochs=2", "data.samples_per_epoch=8", "data.count=4", "data.split.test=1", "data.split.val=1", "model.network.width=4",
     "attacked.attacks=[{norm:l2,eps:0.315,steps:0},{norm:l2,eps:0.315,steps:3,restarts:2},{norm:linf,eps:0.315,steps:3,transfer:true}]",
 ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def violations(folder) -> list[float]:
 
 
 def test_toy_preset_is_frozen():
-    cfg = composed("experiment=reciprocal/toy2d")
+    cfg = composed("experiment=reciprocal_adversarial/toy2d")
     assert (cfg.data.count, cfg.data.slices, cfg.data.simulation_seed, cfg.epochs, cfg.data.samples_per_epoch) == (12, 4, 0, 20, 40)
     assert (cfg.model.vat.eps, cfg.model.vat.xi, cfg.model.vat.iterations, cfg.model.instance_noise) == (0.315, 1e-3, 1, 0.15)
     assert (cfg.model.weights.vat, cfg.model.weights.critic) == (0.2, 0.3)
@@ -119,7 +119,7 @@ def test_effect_on_the_toy(tmp_path):
     dice, broken = {}, {}
     for name, options in variants.items():
         for seed in range(5):
-            common = ["experiment=reciprocal/toy2d", "threads=1", f"seed={seed}", f"data.root={tmp_path / 'data'}"]
+            common = ["experiment=reciprocal_adversarial/toy2d", "threads=1", f"seed={seed}", f"data.root={tmp_path / 'data'}"]
             run(*common, f"runs={tmp_path / name}", *options)
         found = run_folders(tmp_path / name)
         assert len(found) == 5

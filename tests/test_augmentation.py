@@ -177,7 +177,7 @@ def test_outside_the_volume_is_background(root, store):
     assert not sample["brain_mask"][0][border].any()
 
 
-@pytest.mark.parametrize("view", ["patch", "slice", "window"])
+@pytest.mark.parametrize("view", ["patch", "slice", "slab"])
 def test_placements_depend_on_seed_and_position_alone(root, view):
     both = [module(root, view=view, augmentation=chain(placement=RandomPlacement(p_rotation=1)), num_workers=n) for n in (0, 2)]
     for one, other in zip(*(list(d.train_dataloader()) for d in both), strict=True):
@@ -323,7 +323,7 @@ def test_the_whole_chain_runs_on_every_view(root, name):
     augmentation = preset(name)
     for transform in augmentation.transforms:
         transform.probability = 1.0
-    for view, patch in [("patch", (6, 5, 4)), ("slice", (6, 5)), ("window", (6, 5)), ("voxels", None)]:
+    for view, patch in [("patch", (6, 5, 4)), ("slice", (6, 5)), ("slab", (6, 5)), ("voxels", None)]:
         data = module(root, view=view, patch=patch, augmentation=augmentation, preprocessing=Preprocessing(crop="none"))
         for batch in data.train_dataloader():
             assert torch.isfinite(batch["image"]).all()

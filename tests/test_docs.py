@@ -79,8 +79,8 @@ def test_command_composes_and_builds(call, tmp_path):
         method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
     if not isinstance(method, SegmentationMethod):  # no network on patches or slices
         return
-    window, view = getattr(method.network, "window", None), cfg.data.view
-    assert window == (cfg.data.window if view == "window" else None)
+    slab, view = getattr(method.network, "slab", None), cfg.data.view
+    assert slab == (cfg.data.slab if view == "slab" else None)
     assert method.network.dimensions == (3 if view == "patch" else 2)
     assert all(size % by == 0 for size, by in zip(cfg.data.patch, method.network.divisor, strict=True))
     for part in [*cfg.callbacks.values(), *cfg.logger.values()]:
@@ -103,17 +103,17 @@ def keys(node, prefix: str = "") -> set[str]:
 def test_keys_and_choices_in_the_text_exist():
     variants = [
         [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
-        ["experiment=agreement/qubiq_kidney", "model/target=level_k"], ["experiment=agreement/simulated", "model/target=simple"],
-        ["experiment=supervised/brats2020", "model/network=window"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
-        ["experiment=reciprocal/toy2d"],
+        ["experiment=multi_rater/qubiq_kidney", "model/target=level_k"], ["experiment=multi_rater/simulated", "model/target=simple"],
+        ["experiment=supervised/brats2020", "model/network=slab"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
+        ["experiment=reciprocal_adversarial/toy2d"],
         ["experiment=modality_pairing/toy_missing"],
         ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
         ["experiment=flair_threshold/simulated"],
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
         ["experiment=blur_residual/simulated"],
-        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=colearning/blobs"],
-        ["experiment=recipe/brats2021", "model/loss=region_topk_dice"],
+        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=co_learning/blobs"],
+        ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))

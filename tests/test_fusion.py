@@ -192,7 +192,7 @@ def test_codes_say_what_masks_say(raters):
 
 
 def test_mean_and_vote_hold_two_sums_whatever_the_number_and_staple_a_bit_of_each():
-    def held(fusion):
+    def stateless(fusion):
         tensors = [v for v in vars(fusion).values() if isinstance(v, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors) + sum(b.nbytes for b in getattr(fusion, "_bits", []))
 
@@ -203,6 +203,6 @@ def test_mean_and_vote_hold_two_sums_whatever_the_number_and_staple_a_bit_of_eac
         for number in range(6):
             labels = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(number)).to(torch.int8)
             one.add(BRATS.region_masks(labels).float(), labels, name=str(number))
-            sizes[name].append(held(one))
+            sizes[name].append(stateless(one))
     assert set(sizes["mean"]) == set(sizes["vote"]) == {16**3 * 4 * 4}  # three regions and their squares, four bytes each
     assert sizes["staple"] == [n * 3 * 16**3 // 8 for n in range(1, 7)]

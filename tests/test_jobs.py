@@ -137,7 +137,7 @@ def test_kill_with_averaged_weights(folder, tmp_path):
 
 NETWORKS = {
     "2d": ["data.view=slice", "model/inferer=slice", "model/network=basic_unet", "model.network.dimensions=2", "model.network.features=[4,4,4,4,4,4]", "patch=[32,32]"],
-    "2.5d": ["data.view=window", "model/inferer=pack", "model/network=window", "model.network.window=3", "model.network.network.features=[4,4,4,4,4,4]", "patch=[32,32]"],
+    "2.5d": ["data.view=slab", "model/inferer=slab", "model/network=slab", "model.network.slab=3", "model.network.network.features=[4,4,4,4,4,4]", "patch=[32,32]"],
     "regions": ["model/network=basic_unet", "model.network.features=[4,4,4,4,4,4]", "patch=[32,32,32]", "model/target=regions", "model/loss=region_bce_dice"],
     "deep": ["model/network=unet_plus_plus", "model.network.features=[4,4,4,4,4,4]", "model.network.deep_supervision=true", "patch=[32,32,32]", "model/loss=topk"],
     "vae": ["model/network=segresnet_vae", "model.network.features=8", "patch=[32,32,32]", "model/loss=focal"],

@@ -13,7 +13,7 @@ from torch import nn
 
 from lesionbench.errors import SuiteError
 from lightning_modules import networks
-from lightning_modules.networks import WindowChannels
+from lightning_modules.networks import SlabChannels
 
 CONF = Path(__file__).parent.parent / "conf"
 FEATURES = (4, 4, 4, 8, 8, 4)
@@ -32,8 +32,8 @@ TINY = {
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
     "DilatedUNet": ({"width": 4}, 16),
-    "BranchedUNet": ({"features": (4, 6, 8)}, 16),
-    "BranchedVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
+    "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
+    "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
 
 ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
@@ -69,7 +69,7 @@ def test_shapes_gradients_and_forms(name, dimensions):
     network = tiny(name, dimensions)
     size = sides(name, dimensions)
     assert network.dimensions == dimensions
-    assert network.window is None
+    assert network.slab is None
     assert all(s % d == 0 for s, d in zip(size, network.divisor, strict=True))
     assert any(s >= m for s, m in zip(size, network.min_size, strict=True))
     image = torch.randn(2, 2, *size)
@@ -340,9 +340,9 @@ class Sum(nn.Module):
         return image
 
 
-def test_window_folds_slices_into_channels_image_channel_first():
+def test_slab_folds_slices_into_channels_image_channel_first():
     image = torch.randn(2, 4, 5, 6, 3)
-    out = WindowChannels(4, 1, network=Sum, window=3)(image)
+    out = SlabChannels(4, 1, network=Sum, slab=3)(image)
     assert out.shape == (2, 12, 5, 6)
     for m in range(4):
         for s in range(3):
@@ -350,23 +350,23 @@ def test_window_folds_slices_into_channels_image_channel_first():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_window_of_every_network(name):
-    network = WindowChannels(2, 3, network=partial(getattr(networks, name), dimensions=2, **TINY[name][0]), window=3)
+def test_slab_of_every_network(name):
+    network = SlabChannels(2, 3, network=partial(getattr(networks, name), dimensions=2, **TINY[name][0]), slab=3)
     size = sides(name, 2)
     out = network(torch.randn(1, 2, *size, 3))
     assert (out["logits"] if isinstance(out, dict) else out).shape == (1, 3, *size)
     inner = network.network
-    assert (network.dimensions, network.window, network.divisor, network.min_size) == (2, 3, inner.divisor, inner.min_size)
+    assert (network.dimensions, network.slab, network.divisor, network.min_size) == (2, 3, inner.divisor, inner.min_size)
     assert network.fixed_size == inner.fixed_size
 
 
-def test_window_errors():
-    with pytest.raises(SuiteError, match="window=4"):
-        WindowChannels(1, 1, network=Sum, window=4)
+def test_slab_errors():
+    with pytest.raises(SuiteError, match="slab=4"):
+        SlabChannels(1, 1, network=Sum, slab=4)
     with pytest.raises(SuiteError, match="set it to 2"):
-        WindowChannels(1, 3, network=partial(networks.basic_unet, dimensions=3, features=FEATURES), window=3)
+        SlabChannels(1, 3, network=partial(networks.basic_unet, dimensions=3, features=FEATURES), slab=3)
     with pytest.raises(SuiteError, match=r"\(B, M, H, W, 3\), got \(1, 1, 4, 4\)"):
-        WindowChannels(1, 1, network=Sum, window=3)(torch.zeros(1, 1, 4, 4))
+        SlabChannels(1, 1, network=Sum, slab=3)(torch.zeros(1, 1, 4, 4))
 
 
 # names and configuration
@@ -399,14 +399,14 @@ def test_configured_networks_build(name):
         factory = partial(factory, channels=["t1", "t1ce", "t2", "flair"])
     with torch.device("meta"):
         network = factory(4, 3)
-    assert network.window == config.get("window")
+    assert network.slab == config.get("slab")
     inner = config.get("network", config)
-    assert network.dimensions == (2 if network.window or name == "swin_unet" else inner.get("dimensions", 3))
+    assert network.dimensions == (2 if network.slab or name == "swin_unet" else inner.get("dimensions", 3))
     assert (math.prod(network.divisor) == 1) == (name in ANY_SIZE)
 
 
-def test_the_network_in_a_window_is_a_choice():
-    network = instantiate(configured("network", "window", "model/network@model.network.network=unet", "model.network.window=3"))(2, 3)
+def test_the_network_in_a_slab_is_a_choice():
+    network = instantiate(configured("network", "slab", "model/network@model.network.network=unet", "model.network.slab=3"))(2, 3)
     assert type(network.network).__name__ == "UNet"
     assert network(torch.randn(1, 2, 32, 32, 3)).shape == (1, 3, 32, 32)
 
@@ -415,12 +415,12 @@ def test_every_network_is_configured():
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
     assert {n for n in TINY if n.islower()} | {
         "dilated_unet",
-        "branched_unet",
-        "branched_vnet",
-        "branched_resnet",
-        "window",
+        "multi_head_unet",
+        "multi_head_vnet",
+        "multi_head_resnet",
+        "slab",
         "small_unet",
         "subpixel",
         "small_subpixel",
     } <= configured
-    assert set(TINY) | {"PixelCritic", "SubpixelNet", "WindowChannels", "describe", "held"} <= set(networks.__all__)
+    assert set(TINY) | {"PixelCritic", "SubpixelNet", "SlabChannels", "describe", "stateless"} <= set(networks.__all__)

@@ -182,7 +182,7 @@ def slanted(view):
     maps = view[:, :1].clone()
     for axis in range(2, view.ndim):
         maps = maps + 0.5 ** (axis - 1) * view[:, :1].roll(1, axis)
-    return {"maps": maps, "more": view.mean(1, keepdim=True)}
+    return {"probabilities": maps, "more": view.mean(1, keepdim=True)}
 
 
 INFERERS = {"whole": Whole(4), "window": Window((6, 6, 6)), "slice": SliceWise(4, batch=3)}
@@ -194,8 +194,8 @@ def test_a_mirrored_case_gives_the_mirrored_result(name):
     mirrored = Mirrored(INFERERS[name])
     result = mirrored(image, slanted, 2)
     for dims in ([2], [3], [4], [2, 3, 4]):
-        assert torch.allclose(mirrored(image.flip(dims), slanted, 2)["maps"], result["maps"].flip(dims), atol=1e-5)
-    assert not torch.allclose(INFERERS[name](image, slanted, 2)["maps"], result["maps"], atol=1e-3)
+        assert torch.allclose(mirrored(image.flip(dims), slanted, 2)["probabilities"], result["probabilities"].flip(dims), atol=1e-5)
+    assert not torch.allclose(INFERERS[name](image, slanted, 2)["probabilities"], result["probabilities"], atol=1e-3)
     assert torch.allclose(result["more"], image.mean(1, keepdim=True), atol=1e-5)  # a symmetric answer is what it was
 
 
@@ -205,12 +205,12 @@ def test_mirroring_by_hand():
     def first(view):  # the value of the first voxel, at its place
         maps = torch.zeros_like(view)
         maps[:, :, 0] = view[:, :, 0]
-        return {"maps": maps}
+        return {"probabilities": maps}
 
-    assert Mirrored(Whole(1), [0])(image, first)["maps"].flatten().tolist() == [0.5, 0, 2]
+    assert Mirrored(Whole(1), [0])(image, first)["probabilities"].flatten().tolist() == [0.5, 0, 2]
     assert image.flatten().tolist() == [1, 2, 4]
     calls = []
-    Mirrored(Whole(1), [0, 2])(image, lambda view: calls.append(1) or {"maps": view})
+    Mirrored(Whole(1), [0, 2])(image, lambda view: calls.append(1) or {"probabilities": view})
     assert len(calls) == 4
 
 

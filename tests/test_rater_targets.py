@@ -188,7 +188,7 @@ def test_decoding_gives_nested_masks_and_returns_what_was_encoded():
     target = AgreementClasses(task(3), keep_largest="off")
     levels = encoded(target, THREE)
     logits = 20.0 * nn.functional.one_hot(levels[:, 0], 4).movedim(-1, 1)
-    for reading in target.readings:
+    for reading in target.decodings:
         u = target.read(target.activate(logits), reading)
         assert u.flatten().tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-5)
     u = target.decode(target.activate(torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(1))))
@@ -396,7 +396,7 @@ def batch(raters: torch.Tensor, seed: int = 0) -> dict:
 
 def test_loss_and_readings_of_the_method():
     raters = torch.randint(0, 2, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    built = method(SoftLabel, RegionBCE(), readings=["binary"])
+    built = method(SoftLabel, RegionBCE(), decodings=["binary"])
     data = batch(raters)
     expected = nn.functional.binary_cross_entropy_with_logits(built(data["image"]), raters.float().mean(dim=1, keepdim=True))
     assert built.compute_loss(data).item() == pytest.approx(expected.item(), abs=1e-6)
@@ -405,7 +405,7 @@ def test_loss_and_readings_of_the_method():
     assert prediction.members["binary"].regions.unique().tolist() == [1]
     assert prediction.labels.unique().tolist() == [1]
     with pytest.raises(SuiteError, match="median"):
-        method(SoftLabel, RegionBCE(), readings=["median"])
+        method(SoftLabel, RegionBCE(), decodings=["median"])
     with pytest.raises(SuiteError, match="softmax"):
         method(SoftLabel, SoftDice())
 

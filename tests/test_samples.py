@@ -251,9 +251,9 @@ def test_slices_are_two_dimensional(root, patch, axis):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("window", [3, 5])
-def test_windows_repeat_the_end_slices(root, store, window, axis):
-    half = window // 2
+@pytest.mark.parametrize("slab", [3, 5])
+def test_slabs_repeat_the_end_slices(root, store, slab, axis):
+    half = slab // 2
     data = module(root, slice_axis=axis)
     size = min(data.store.open(c).shape[axis] for c in data.parts["train"])
     for middle in (0, 1, size - 1):
@@ -261,8 +261,8 @@ def test_windows_repeat_the_end_slices(root, store, window, axis):
         start[axis] = middle
         data = module(
             root,
-            view="window",
-            window=window,
+            view="slab",
+            slab=slab,
             slice_axis=axis,
             patch=(4, 5),
             sampling=At(*start),
@@ -272,8 +272,8 @@ def test_windows_repeat_the_end_slices(root, store, window, axis):
         sample = dataset(data)[(0, 0)]
         case = whole(data, sample["case"])
         length = case["image"].shape[1 + axis]
-        assert sample["image"].shape == (2, 4, 5, window)
-        for j in range(window):
+        assert sample["image"].shape == (2, 4, 5, slab)
+        for j in range(slab):
             neighbor = min(max(middle - half + j, 0), length - 1)
             assert torch.equal(sample["image"][..., j], case["image"].select(1 + axis, neighbor)[:, 1:5, 1:6])
         for name in ("label", "brain_mask", "place"):
@@ -362,7 +362,7 @@ def test_cases_without_label_of_patients_who_are_held_out_are_not_trained_on(tmp
     ("options", "message"),
     [
         ({"view": "pach"}, "did you mean 'patch'"),
-        ({"view": "window", "window": 4}, "must be odd"),
+        ({"view": "slab", "slab": 4}, "must be odd"),
         ({"streams": {"a": {"cases": "labelled"}}}, "did you mean 'labeled'"),
         ({"streams": {"a": {"cases": "unlabeled"}}}, "stream 'a' has no cases"),
         ({"split": Split(test=4, val=3)}, "too few cases"),
@@ -473,7 +473,7 @@ def test_an_augmentation_of_nothing_is_none():
     assert callable(transform)
 
 
-@pytest.mark.parametrize("view", ["patch", "slice", "window"])
+@pytest.mark.parametrize("view", ["patch", "slice", "slab"])
 def test_raters_are_filled_up_and_told_apart(rated, view):
     data = module(rated, raters=3, view=view, batch_size=4, augmentation=flips())
     counts = {c.id: len(c.raters) for c in data.cases()}

@@ -16,13 +16,13 @@ from lesionbench.task import IGNORE, Task
 from lightning_modules import (
     UAMT,
     CopyPaste,
-    CrossPseudo,
+    CrossPseudoSupervision,
     EntropyMinimization,
     MeanTeacher,
     PiModel,
     PseudoLabel,
     TemporalEnsembling,
-    VirtualAdversarial,
+    VirtualAdversarialTraining,
 )
 from lightning_modules.components import largest_component
 from lightning_modules.inferers import SliceWise
@@ -69,8 +69,8 @@ CASES = {
     "pi_model": (PiModel, {}, "consistency"),
     "mean_teacher": (MeanTeacher, {}, "consistency"),
     "ua_mt": (UAMT, {"gate": FixedShare(1.0)}, "consistency"),
-    "vat": (VirtualAdversarial, {"vat": VAT}, "vat"),
-    "cps": (CrossPseudo, {}, "cps"),
+    "vat": (VirtualAdversarialTraining, {"vat": VAT}, "vat"),
+    "cps": (CrossPseudoSupervision, {}, "cps"),
     "entropy": (EntropyMinimization, {}, "entropy"),
     "copy_paste": (CopyPaste, {}, "pseudo"),
 }
@@ -187,9 +187,9 @@ def test_ua_mt_threshold_rises_with_training():
     with torch.no_grad():
         module.teacher.network.bias[0] = 0.5  # entropy 0.663 of at most 0.693
     image = torch.zeros(1, 1, 2, 2)
-    assert not module.kept(image).any()  # H = 3/4 (and a little) of 0.693
+    assert not module.certainty_mask(image).any()  # H = 3/4 (and a little) of 0.693
     module.iteration = 40
-    assert module.kept(image).all()
+    assert module.certainty_mask(image).all()
 
 
 def test_temporal_ensemble_is_the_corrected_average(tmp_path, unlabeled, labeled):
@@ -233,7 +233,7 @@ def test_vat_needs_no_label_and_covers_both_batches(labeled, unlabeled):
             asked.append((image, reference))
             return super().forward(network, image, reference, **more)
 
-    module = method(VirtualAdversarial, vat=Recorded)
+    module = method(VirtualAdversarialTraining, vat=Recorded)
     assert module.losses(labeled, unlabeled)["vat"] > 0
     ((image, reference),) = asked
     assert torch.equal(image, torch.cat([labeled["image"], unlabeled["image"]]))
@@ -241,7 +241,7 @@ def test_vat_needs_no_label_and_covers_both_batches(labeled, unlabeled):
 
 
 def test_cps_by_hand(labeled, unlabeled):
-    module = method(CrossPseudo)
+    module = method(CrossPseudoSupervision)
     terms = {}
     for name, batch in (("l", labeled), ("u", unlabeled)):
         a, b = module.network(batch["image"]), module.second(batch["image"])

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from datamodules import Planting, SemiReal, Split
-from datamodules.simulated.planting import brain, plant
+from datamodules import LesionInsertion, SemiReal, Split
+from datamodules.simulated.lesion_insertion import brain, insert_lesion
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
 from tests.fake_data import write_fake_masks
 
-COARSE = Planting(spacing=4.0)
-STILL = Planting(spacing=4.0, deformation=0, contrast=0, noise=0, bias=0, strength=(1, 1), patchiness=0)
+COARSE = LesionInsertion(spacing=4.0)
+STILL = LesionInsertion(spacing=4.0, deformation=0, contrast=0, noise=0, bias=0, strength=(1, 1), patchiness=0)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def other_brain(folder):
 
 def test_a_lesion_is_where_its_mask_is_and_dark(masks):
     path = masks / "masks" / "lesion_1.nii.gz"
-    t1, label, affine = plant(replace(STILL, spacing=2.0), brain(None, 2.0), path, "icbm152")
+    t1, label, affine = insert_lesion(replace(STILL, spacing=2.0), brain(None, 2.0), path, "icbm152")
     source = nib.load(path)
     theirs = np.argwhere(np.asarray(source.dataobj) > 0)
     ours = np.argwhere(label > 0)
@@ -50,18 +50,18 @@ def test_a_lesion_is_where_its_mask_is_and_dark(masks):
 def test_a_case_depends_on_settings_mask_and_brain_only(masks):
     paths = [masks / "masks" / f"lesion_{n}.nii.gz" for n in (0, 1)]
     into = brain(None, 4.0)
-    first = plant(COARSE, into, paths[0], "a")
-    plant(COARSE, into, paths[1], "a")
-    again = plant(COARSE, into, paths[0], "a")
+    first = insert_lesion(COARSE, into, paths[0], "a")
+    insert_lesion(COARSE, into, paths[1], "a")
+    again = insert_lesion(COARSE, into, paths[0], "a")
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
-    for other in (plant(COARSE, into, paths[0], "b"), plant(Planting(seed=1, spacing=4.0), into, paths[0], "a")):
+    for other in (insert_lesion(COARSE, into, paths[0], "b"), insert_lesion(LesionInsertion(seed=1, spacing=4.0), into, paths[0], "a")):
         assert not np.array_equal(first[0] > 0, other[0] > 0)  # its own deformation
 
 
 def test_brains_are_put_on_one_scale(masks):
     path = other_brain(masks)
-    shapes = [plant(STILL, brain(p, 4.0), masks / "masks" / "lesion_0.nii.gz", "x") for p in (None, path)]
+    shapes = [insert_lesion(STILL, brain(p, 4.0), masks / "masks" / "lesion_0.nii.gz", "x") for p in (None, path)]
     same = np.corrcoef(*(t1[t1 > 0] / t1.max() for t1, _, _ in shapes))[0, 1]
     assert same > 0.95
     assert np.array_equal(shapes[0][1], shapes[1][1])
@@ -72,7 +72,7 @@ def test_brains_are_put_on_one_scale(masks):
 
 def test_cases_are_made_once_and_split_by_mask(masks, tmp_path):
     other = other_brain(masks)
-    options = {"masks": masks / "masks", "brains": {"icbm152": None, "other": other}, "planting": COARSE, "check": False}
+    options = {"masks": masks / "masks", "brains": {"icbm152": None, "other": other}, "insertion": COARSE, "check": False}
     data = SemiReal(tmp_path, split=Split(test=1, val=1), **options)
     assert len(data.cases()) == 8  # 4 masks in 2 brains; the brain's own file is no mask
     data.prepare_data()
@@ -101,15 +101,15 @@ def test_what_is_wrong_is_said(masks, tmp_path):
         SemiReal(tmp_path, masks=tmp_path, brains={"icbm152": None}).cases()
     empty = write_volume(tmp_path / "empty.nii.gz", np.zeros((4, 4, 4)), np.eye(4))
     with pytest.raises(SuiteError, match="empty lesion mask"):
-        plant(COARSE, brain(None, 4.0), empty, "x")
+        insert_lesion(COARSE, brain(None, 4.0), empty, "x")
     for wrong in ({"spacing": 9}, {"strength": (0.8, 0.2)}, {"noise": -1}):
         with pytest.raises(SuiteError, match=next(iter(wrong))):
-            Planting(**wrong)
+            LesionInsertion(**wrong)
 
 
 def test_real_masks_in_two_brains(real_data, tmp_path):
     folder = real_data / "stroke_masks"
-    data = SemiReal(tmp_path, masks=folder, brains={"icbm152": None, "colin27": folder / "ch2.nii.gz"}, planting=COARSE, limit_cases=4)
+    data = SemiReal(tmp_path, masks=folder, brains={"icbm152": None, "colin27": folder / "ch2.nii.gz"}, insertion=COARSE, limit_cases=4)
     assert len(data.find_cases()) == 120
     data.materialize()
     for case in data.cases():

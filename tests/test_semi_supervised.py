@@ -87,12 +87,12 @@ def test_parts_of_nested_outputs():
 def test_a_pass_aside_leaves_nothing_behind():
     module = method(network=lambda **k: nn.Sequential(net(norm=True), nn.Dropout(0.5))).train()
     before, state, image = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state(), batch()["image"]
-    logits = module.aside(module.network, image, "one")
+    logits = module.no_grad_logits(module.network, image, "one")
     assert not logits.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
     assert_same(module.state_dict(), before)
-    assert torch.equal(logits, module.aside(module.network, image, "one"))
-    assert not torch.equal(logits, module.aside(module.network, image, "another"))
+    assert torch.equal(logits, module.no_grad_logits(module.network, image, "one"))
+    assert not torch.equal(logits, module.no_grad_logits(module.network, image, "another"))
 
 
 # terms and weights
@@ -209,9 +209,9 @@ def test_predicts_with_whom_it_is_told():
     student, teacher = (module.probabilities(n(view)) for n in (module.network, module.teacher))
     for name, expected in [(None, teacher), ("teacher", teacher), ("student", student), ("mean", student)]:
         module.predict_with = name
-        assert torch.equal(module.predict_maps(view)["maps"], expected)
+        assert torch.equal(module.predict_maps(view)["probabilities"], expected)
     module.predict_members = True
-    assert set(module.predict_maps(view)) == {"maps", "teacher", "student"}
+    assert set(module.predict_maps(view)) == {"probabilities", "teacher", "student"}
 
 
 def test_evaluating_restores_every_mode():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks import WindowChannels, swin_unet, transbts
+from lightning_modules.networks import SlabChannels, swin_unet, transbts
 from lightning_modules.networks.swin import PatchExpanding, PatchMerging, SwinBlock, from_windows, to_windows
 
 small_swin = partial(swin_unet, features=12, heads=(1, 2, 3, 4), attention_window=3)
@@ -85,7 +85,7 @@ def test_other_sizes_are_padded_with_zeros_at_the_far_end(factory, size, by):
 
 def test_input_contract():
     for network, dimensions in ((small_swin(1, 2), 2), (small_transbts(1, 2), 3)):
-        assert (network.dimensions, network.divisor, network.window, network.fixed_size) == (dimensions, (1,) * dimensions, None, None)
+        assert (network.dimensions, network.divisor, network.slab, network.fixed_size) == (dimensions, (1,) * dimensions, None, None)
 
 
 def test_wrong_settings_are_named():
@@ -118,7 +118,7 @@ def test_dropout_is_made_of_modules_and_acts_in_training_only(factory, size):
 
 
 def test_swin_unet_in_a_window_of_slices():
-    network = WindowChannels(2, 3, network=small_swin, window=3)
+    network = SlabChannels(2, 3, network=small_swin, window=3)
     assert network(torch.randn(1, 2, 20, 24, 3)).shape == (1, 3, 20, 24)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lesionbench.errors import SuiteError
-from lesionbench.views import from_slices, from_voxels, to_slices, to_voxels, to_windows
-from lightning_modules.inferers import PackWise, SliceWise, Whole, Window
+from lesionbench.views import from_slices, from_voxels, to_slabs, to_slices, to_voxels
+from lightning_modules.inferers import SlabWise, SliceWise, Whole, Window
 
 AXES = (0, 1, 2)
 SHAPES = [(5, 7, 3), (8, 8, 8), (9, 4, 6), (1, 5, 2), (17, 11, 13)]
@@ -37,7 +37,7 @@ def test_slices_are_the_slices_in_order_and_lead_back(axis):
 def test_windows_hold_the_neighbors_and_repeat_the_ends(axis, k):
     image = volume()
     n, half = image.shape[2 + axis], k // 2
-    windows = to_windows(image, axis, k)
+    windows = to_slabs(image, axis, k)
     assert windows.shape[-1] == k
     for b in range(2):
         for s in range(n):
@@ -49,8 +49,8 @@ def test_windows_hold_the_neighbors_and_repeat_the_ends(axis, k):
 
 def test_windows_keep_the_type_of_labels():
     label = torch.arange(24, dtype=torch.int8).reshape(1, 1, 2, 3, 4)
-    assert to_windows(label, 2, 3).dtype == torch.int8
-    assert torch.equal(to_windows(label, 2, 1)[..., 0], to_slices(label, 2))
+    assert to_slabs(label, 2, 3).dtype == torch.int8
+    assert torch.equal(to_slabs(label, 2, 1)[..., 0], to_slices(label, 2))
 
 
 def test_voxels_lead_back_with_the_case_they_came_from():
@@ -135,14 +135,14 @@ def test_several_windows_at_once_change_nothing(batch):
 
     def predict(view: torch.Tensor) -> dict[str, torch.Tensor]:
         seen.append(len(view))
-        return {"maps": network(view).softmax(1), "features": network(view)[:, :1]}
+        return {"probabilities": network(view).softmax(1), "features": network(view)[:, :1]}
 
     with torch.no_grad():
         one, many = windows()(image, predict), windows(batch=batch)(image, predict)
     assert max(seen) == min(batch, sum(seen) // 4) * 2  # two cases in every window; half of all views were seen one by one
-    for name in ("maps", "features"):
+    for name in ("probabilities", "features"):
         assert torch.allclose(one[name], many[name], atol=1e-6)
-    assert torch.allclose(one["maps"].sum(dim=1), torch.tensor(1.0), atol=1e-5)  # averages of probabilities are probabilities
+    assert torch.allclose(one["probabilities"].sum(dim=1), torch.tensor(1.0), atol=1e-5)  # averages of probabilities are probabilities
 
 
 def test_half_precision_maps_are_blended_in_float32():
@@ -205,7 +205,7 @@ def test_slices_are_whole_padded_and_put_back(divisor, multiple, batch, axis):
 @pytest.mark.parametrize("axis", AXES)
 def test_packs_answer_for_the_middle_slice(axis):
     image, sizes = volume((5, 7, 3)), set()
-    out = PackWise(3, divisor=4, batch=4)(image, recorded(lambda v: {"x": v[..., 1]}, sizes), axis)
+    out = SlabWise(3, divisor=4, batch=4)(image, recorded(lambda v: {"x": v[..., 1]}, sizes), axis)
     plane = [n for a, n in enumerate((5, 7, 3)) if a != axis]
     assert sizes == {(*(-(-n // 4) * 4 for n in plane), 3)}  # the window itself is never padded
     assert torch.equal(out["x"], image)
@@ -216,7 +216,7 @@ def test_packs_answer_for_the_middle_slice(axis):
 def test_a_slice_of_a_pack_depends_on_its_neighbors_only(axis, k):
     image = volume((8, 7, 9)).requires_grad_()
     weights = torch.arange(1.0, k + 1)
-    out = PackWise(k, batch=3)(image, lambda v: {"x": (v * weights).sum(-1)}, axis)["x"]
+    out = SlabWise(k, batch=3)(image, lambda v: {"x": (v * weights).sum(-1)}, axis)["x"]
     n, half = image.shape[2 + axis], k // 2
     for s in range(n):
         (gradient,) = torch.autograd.grad(out.select(2 + axis, s).sum(), image, retain_graph=True)

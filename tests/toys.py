@@ -45,13 +45,13 @@ class Branches(SegmentationMethod):
 
     def predict_maps(self, view):
         maps = {name: self.target.activate(branch(view)) for name, branch in self.network.items()}
-        return {**maps, "maps": sum(maps.values()) / len(maps)}
+        return {**maps, "probabilities": sum(maps.values()) / len(maps)}
 
     def predict_case(self, batch):
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
         members = {name: self.decode(maps[name]) for name in self.network}
         spread = torch.stack([m.regions[0] for m in members.values()]).std(dim=0)
-        return replace(self.decode(maps["maps"]), members=members, uncertainty={"spread": spread})
+        return replace(self.decode(maps["probabilities"]), members=members, uncertainty={"spread": spread})
 
 
 class Adversarial(SegmentationMethod):
@@ -105,8 +105,8 @@ class Teacher(SegmentationMethod):
         data = self.trainer.datamodule
         for batch in data.case_loader(data.parts["unlabeled"]):
             with torch.no_grad():
-                maps = self.inferer(batch["image"], lambda view: {"maps": self.target.activate(self.teacher(view))}, 2)
-            data.maps.write("pseudo", batch["case"][0], self.decode(maps["maps"]).labels[None].numpy())
+                maps = self.inferer(batch["image"], lambda view: {"probabilities": self.target.activate(self.teacher(view))}, 2)
+            data.maps.write("pseudo", batch["case"][0], self.decode(maps["probabilities"]).labels[None].numpy())
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
             data.maps.commit("pseudo")

@@ -1,4 +1,4 @@
-"""Semi-real strokes: real lesion masks in real brains (see `datamodules.simulated.planting`). A stand-in, never a benchmark."""
+"""Semi-real strokes: real lesion masks in real brains (see `datamodules.simulated.lesion_insertion`). A stand-in, never a benchmark."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from datamodules.base import CaseDataModule
 from datamodules.readers.brats_files import require_root
-from datamodules.simulated.planting import GENERATOR, Planting, brain, plant
+from datamodules.simulated.lesion_insertion import GENERATOR, LesionInsertion, brain, insert_lesion
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
@@ -25,7 +25,7 @@ class SemiReal(CaseDataModule):
         masks: folder of lesion masks in MNI space, one NIfTI file each (files named in `brains` are left out).
         brains: name -> T1 in MNI space; None = the ICBM 152 2009a template that comes with nilearn.
         train_brains, test_brains: names of the brains to train (and validate) in, and to test in; None = all.
-        planting: how lesions look, see `Planting`.
+        insertion: how lesions look, see `LesionInsertion`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SemiReal(CaseDataModule):
         brains: Mapping[str, str | Path | None],
         train_brains: Sequence[str] | None = None,
         test_brains: Sequence[str] | None = None,
-        planting: Planting | None = None,
+        insertion: LesionInsertion | None = None,
         **options: Any,
     ) -> None:
         self.masks = Path(masks).expanduser()
@@ -46,8 +46,9 @@ class SemiReal(CaseDataModule):
             for name in names:
                 if name not in self.brains:
                     raise unknown(f"brain (data.{option})", name, self.brains)
-        self.planting = planting or Planting()
-        super().__init__(Path(root) / f"{key(GENERATOR, self.planting, str(self.masks), self.brains) % 16**8:08x}", **options)
+        self.insertion = insertion or LesionInsertion()
+        settings = str(self.insertion).replace("LesionInsertion(", "Planting(", 1)  # as folders were first named
+        super().__init__(Path(root) / f"{key(GENERATOR, settings, str(self.masks), self.brains) % 16**8:08x}", **options)
 
     def default_task(self) -> Task:
         return Task(("t1",), {"background": 0, "lesion": 1}, {"LESION": ("lesion",)})
@@ -78,8 +79,8 @@ class SemiReal(CaseDataModule):
             list(pool.map(self._make, wanted))
 
     def _make(self, case: Case) -> None:
-        into = brain(self.brains[case.site], self.planting.spacing)
-        t1, label, affine = plant(self.planting, into, Path(case.attributes["mask"]), case.site)
+        into = brain(self.brains[case.site], self.insertion.spacing)
+        t1, label, affine = insert_lesion(self.insertion, into, Path(case.attributes["mask"]), case.site)
         write_volume(case.label, label, affine)
         write_volume(case.images["t1"], t1, affine)  # last: where it is, the case is whole
 

@@ -80,7 +80,7 @@ class Assembled:
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
 
-    def dress(self, cfg: DictConfig) -> None:
+    def configure_inference(self, cfg: DictConfig) -> None:
         """Gives the method what only tested and predicted cases get: test-time mirroring and rules on the labels."""
         if cfg.mirror:
             self.method.mirror(list(cfg.mirror))

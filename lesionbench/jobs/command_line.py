@@ -1,11 +1,13 @@
 """The command line: help without waiting, and configuration mistakes answered with what exists and the nearest match."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from lesionbench.errors import SuiteError, nearest
+from lesionbench.moved import words
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -59,6 +61,15 @@ def help_text() -> str:
     ]
     lines += ["", "Flags: -m multirun (sweep over comma-separated values), --cfg job prints the configuration, --info all, --hydra-help"]
     return "\n".join(lines)
+
+
+def renamed(arguments: Sequence[str]) -> list[str]:
+    """The arguments in today's names; what had another one in an earlier release is said on stderr."""
+    today = [words(argument) for argument in arguments]
+    for old, new in zip(arguments, today, strict=True):
+        if old != new:
+            print(f"{old} is now called {new}", file=sys.stderr)
+    return today
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:

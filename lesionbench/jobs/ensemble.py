@@ -5,8 +5,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.jobs.committee import best_per_fold, fingerprint, groups_of
 from lesionbench.jobs.console import _say
+from lesionbench.jobs.ensemble_members import best_per_fold, fingerprint, groups_of
 
 
 def _ensemble(cfg: DictConfig) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.assembled import Assembled, quiet
-from lesionbench.jobs.committee import is_ensemble
 from lesionbench.jobs.console import _say
 from lesionbench.jobs.ensemble import _ensemble
+from lesionbench.jobs.ensemble_members import is_ensemble
 
 
 def predict(cfg: DictConfig) -> None:
@@ -23,7 +23,7 @@ def predict(cfg: DictConfig) -> None:
         cfg.logger = {}
         cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
     run = Assembled(cfg, method=method, data=data)
-    run.dress(cfg)
+    run.configure_inference(cfg)
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)

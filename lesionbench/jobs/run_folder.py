@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError
+from lesionbench.moved import recorded, recorded_experiment
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
@@ -24,7 +25,7 @@ _INCIDENTAL = (
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
     *(f"callbacks.{c}" for c in (
-        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "reliability", "writer", "learning_rate", "progress", "baseline", "pruner",
+        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
     )),
 )  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -43,7 +44,7 @@ def config_hash(cfg: DictConfig) -> str:
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(last, None)
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(recorded(data), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def variant_hash(cfg: DictConfig) -> str:
@@ -71,7 +72,10 @@ class RunFolder:
         told = os.environ.get(_FOLDER_VARIABLE)
         if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return cls(Path(told))
-        base = Path(cfg.runs).absolute() / cfg.experiment_name / config_hash(cfg)
+        runs, own = Path(cfg.runs).absolute(), config_hash(cfg)
+        base, before = (runs / name / own for name in (cfg.experiment_name, recorded_experiment(cfg.experiment_name)))
+        if resume and before.is_dir() and not base.is_dir():  # begun when the experiment had another name
+            base = before
         started_together = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
         launch = "-".join(os.environ[v] for v in _LAUNCH_VARIABLES if v in os.environ) if started_together else ""
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.jobs.assembled import Assembled
-from lesionbench.jobs.committee import is_ensemble
 from lesionbench.jobs.console import _first_process, _say
 from lesionbench.jobs.ensemble import _ensemble
+from lesionbench.jobs.ensemble_members import is_ensemble
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.study import Pruned
 
@@ -201,7 +201,7 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     if checkpoint:
         read_checkpoint(checkpoint)  # before hours of caching
     run.prepare()
-    run.dress(cfg)
+    run.configure_inference(cfg)
     if checkpoint:
         run.load(checkpoint)
     elif trains:

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.moved import current
 from lesionbench.results import read_rows
 
 DEFAULT_METRICS = ("dice", "hd95*")
@@ -142,12 +143,12 @@ def _config(text: str) -> Any:
         blocks = [_block(block) for block in re.split(r"^(?=[^\s#-])", text, flags=re.MULTILINE) if block.strip()]
         return {key: value for block in blocks for key, value in (block or {}).items()}
     except (yaml.YAMLError, AttributeError):  # blocks that refer to each other, or another style of writing
-        return yaml.load(text, _Loader)
+        return current(yaml.load(text, _Loader))
 
 
 @lru_cache(maxsize=4096)
 def _block(text: str) -> Any:
-    return yaml.load(text, _Loader)
+    return current(yaml.load(text, _Loader))
 
 
 def _parsed(path: Path, parse: Any) -> Record:

@@ -16,6 +16,7 @@ import yaml
 from lesionbench.checkpoint import read_checkpoint
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import read_volume
+from lesionbench.moved import current
 from lesionbench.reports.runs import find_runs, read_run
 from lesionbench.results import write_json
 from lesionbench.task import IGNORE
@@ -165,7 +166,7 @@ def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data
     """
     from hydra.utils import instantiate
 
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = current(yaml.safe_load((folder / "config.yaml").read_text()))
     before = config.get("postprocessing") or {}
     if before.get("min_volume") or before.get("thresholds"):
         raise SuiteError("its predictions went through a smallest volume already; test it with postprocessing.min_volume=null")

@@ -21,7 +21,7 @@ from lesionbench.voxels import VoxelStore
 from lightning_modules.habitats.bayesopt import EvaluationLog, Search, Theta, run_search
 from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.figures import clusters_figure, kaplan_meier_figure, save, search_figure
-from lightning_modules.habitats.habitat_maps import Habitats, case_table, native_labels
+from lightning_modules.habitats.habitats import Habitats, case_table, native_labels
 from lightning_modules.habitats.pipeline import EncoderFits, HabitatModel, HabitatObjective, HabitatSettings, Tumor, calinski_harabasz
 from lightning_modules.habitats.survival import MIN_GROUP, Survival, log_rank, survival_time, testable
 

@@ -9,20 +9,20 @@ from lesionbench.errors import SuiteError, unknown
 from lightning_modules.ramps import gaussian_ramp
 
 
-def gated_consistency(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared difference, summed over classes and averaged over the kept voxels of each case, then over cases (Zhao et al., JBHI 2023, Eq. 4).
+def gated_consistency(student: torch.Tensor, teacher: torch.Tensor, certain: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared difference, summed over classes and averaged over the certain voxels of each case, then over cases (Zhao et al., JBHI 2023, Eq. 4).
 
     Args:
         student, teacher: probabilities (B, C, *spatial).
-        kept: bool (B, 1, *spatial), where the teacher counts; None = everywhere. A case without a kept voxel counts 0.
+        certain: bool (B, 1, *spatial), where the teacher counts; None = everywhere. A case without a certain voxel counts 0.
 
     Returns:
         Scalar >= 0. Whether gradients reach the teacher is up to the caller (`teacher.detach()`).
     """
     squared = (student - teacher).square().sum(dim=1).flatten(1)
-    if kept is None:
+    if certain is None:
         return squared.mean()
-    mask = kept[:, 0].flatten(1)
+    mask = certain[:, 0].flatten(1)
     return ((squared * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)).mean()
 
 
@@ -57,7 +57,7 @@ class RelativeMax:
         self.ratio, self.scope = _share("ratio", ratio), scope
 
     def __call__(self, uncertainty: torch.Tensor, classes: int, progress: float) -> torch.Tensor:
-        """Entropy (B, 1, *spatial) -> kept, bool of that shape. `classes` and `progress` do not matter to this gate."""
+        """Entropy (B, 1, *spatial) -> certain, bool of that shape. `classes` and `progress` do not matter to this gate."""
         largest = uncertainty.flatten(1).amax(dim=1) if self.scope == "sample" else uncertainty.max().expand(len(uncertainty))
         return uncertainty < self.ratio * largest.view(-1, *[1] * (uncertainty.ndim - 1))
 
@@ -73,7 +73,7 @@ class FixedShare:
         self.share = _share("share", share)
 
     def __call__(self, uncertainty: torch.Tensor, classes: int, progress: float) -> torch.Tensor:
-        """Entropy (B, 1, *spatial) of `classes` classes -> kept, bool of that shape."""
+        """Entropy (B, 1, *spatial) of `classes` classes -> certain, bool of that shape."""
         return uncertainty < self.share * math.log(classes)
 
 
@@ -90,7 +90,7 @@ class RisingShare:
         self.start = _share("start", start)
 
     def __call__(self, uncertainty: torch.Tensor, classes: int, progress: float) -> torch.Tensor:
-        """Entropy (B, 1, *spatial) of `classes` classes, share of training done in [0, 1] -> kept, bool of that shape."""
+        """Entropy (B, 1, *spatial) of `classes` classes, share of training done in [0, 1] -> certain, bool of that shape."""
         return uncertainty < (self.start + (1 - self.start) * gaussian_ramp(progress)) * math.log(classes)
 
 

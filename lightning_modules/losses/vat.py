@@ -6,7 +6,7 @@ from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
 from lightning_modules.losses.cross_entropy import weighted_mean
-from lightning_modules.networks.held import held
+from lightning_modules.networks.stateless import stateless
 
 KINDS = ("sigmoid", "softmax")
 
@@ -46,7 +46,7 @@ class VAT(nn.Module):
 
     r is found by power iteration from a random direction d: d <- gradient of KL(reference || network(image + xi d)) with respect to d,
     scaled to unit size. The gradient of the loss flows through network(image + r) alone, never through r or the reference. All passes
-    leave the network as it was (`networks.held`): batch normalization uses the statistics of each pass and records none, dropout has
+    leave the network as it was (`networks.stateless`): batch normalization uses the statistics of each pass and records none, dropout has
     one mask for all passes, no parameter receives a `.grad` before the caller's backward. The search runs in float32 whatever the
     surrounding autocast, because a probe of size xi is lost in half precision; so does the divergence.
 
@@ -128,5 +128,5 @@ class VAT(nn.Module):
 
 
 def _logits(network: nn.Module, image: torch.Tensor, seed: int) -> torch.Tensor:
-    output = held(network, image, seed=seed)
+    output = stateless(network, image, seed=seed)
     return (output["logits"] if isinstance(output, dict) else output).float()

@@ -11,51 +11,51 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
-from lightning_modules.networks.branched_resnet import BranchedResNet
-from lightning_modules.networks.branched_unet import BranchedUNet
-from lightning_modules.networks.branched_vnet import BranchedVNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
-from lightning_modules.networks.held import held
+from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
+from lightning_modules.networks.multi_head_unet import MultiHeadUNet
+from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
+from lightning_modules.networks.slab import SlabChannels
+from lightning_modules.networks.stateless import stateless
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.swin import swin_unet
-from lightning_modules.networks.window import WindowChannels
 
-_MONAI = (
-    "attention_unet",
-    "basic_unet",
-    "dynunet",
-    "nnunet",
-    "segresnet",
-    "segresnet_vae",
-    "swin_unetr",
-    "unet",
-    "unet_plus_plus",
-    "unetr",
-    "vnet",
-)
+_MONAI = {  # name -> the module that makes it
+    "attention_unet": "monai_unets",
+    "basic_unet": "monai_unets",
+    "dynunet": "monai_dynunet",
+    "nnunet": "monai_dynunet",
+    "segresnet": "monai_segresnet",
+    "segresnet_vae": "monai_segresnet",
+    "swin_unetr": "monai_transformers",
+    "unet": "monai_unets",
+    "unet_plus_plus": "monai_unets",
+    "unetr": "monai_transformers",
+    "vnet": "monai_unets",
+}
 
 __all__ = [
-    "BranchedResNet",
-    "BranchedUNet",
-    "BranchedVNet",
     "DilatedUNet",
     "MiddleSlice",
+    "MultiHeadResNet",
+    "MultiHeadUNet",
+    "MultiHeadVNet",
     "NoisyInput",
     "PackUNet",
     "PairedUNet",
     "PixelCritic",
+    "SlabChannels",
     "SpatialAutoencoder",
     "SubpixelNet",
-    "WindowChannels",
     "describe",
-    "held",
     "pack_attention_unet",
+    "stateless",
     "swin_unet",
     "transbts",
     *_MONAI,
@@ -64,6 +64,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MONAI:
-        return getattr(importlib.import_module("lightning_modules.networks.monai_unets"), name)
+        return getattr(importlib.import_module(f"lightning_modules.networks.{_MONAI[name]}"), name)
     hint = "" if name.startswith("_") else nearest(name, __all__)
     raise AttributeError(f"module {__name__!r} has no network {name!r}{hint}")

@@ -16,7 +16,7 @@ def describe(
     divisor: int | Sequence[int],
     min_size: int | Sequence[int] | None = None,
     fixed_size: Sequence[int] | None = None,
-    window: int | None = None,
+    slab: int | None = None,
 ) -> N:
     """Writes the input contract on `network` as plain attributes and returns it.
 
@@ -26,13 +26,13 @@ def describe(
         min_size: per axis, sides of at least this always work. (Instance and batch normalization need more than one voxel at the
             bottleneck; it is enough that one axis reaches its `min_size` and the others their `divisor`.)
         fixed_size: the only size accepted, or None where any size that fits `divisor` and `min_size` is.
-        window: slices k per sample of a 2.5D network (B, M, H, W, k), else None.
+        slab: slices k per sample of a 2.5D network (B, M, H, W, k), else None.
     """
     network.dimensions = dimensions
     network.divisor = per_axis(divisor, dimensions)
     network.min_size = network.divisor if min_size is None else per_axis(min_size, dimensions)
     network.fixed_size = None if fixed_size is None else per_axis(fixed_size, dimensions)
-    network.window = window
+    network.slab = slab
     return network
 
 
@@ -43,7 +43,7 @@ def per_axis(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
         SuiteError: `dimensions` is not 2 or 3, or the number of values is neither 1 nor `dimensions`.
     """
     if dimensions not in (2, 3):
-        raise SuiteError(f"network.dimensions={dimensions}: must be 2 or 3 (2.5D: WindowChannels around a network of 2)")
+        raise SuiteError(f"network.dimensions={dimensions}: must be 2 or 3 (2.5D: SlabChannels around a network of 2)")
     values = (int(value),) * dimensions if isinstance(value, int) else tuple(int(v) for v in value)
     if len(values) != dimensions:
         raise SuiteError(f"network: {list(values)} has {len(values)} numbers, but dimensions={dimensions}")

@@ -23,7 +23,7 @@ class NoisyInput(nn.Module):
         super().__init__()
         self.network, self.sigma = network(in_channels, out_channels), sigma
         inner = self.network
-        describe(self, inner.dimensions, inner.divisor, inner.min_size, inner.fixed_size, inner.window)
+        describe(self, inner.dimensions, inner.divisor, inner.min_size, inner.fixed_size, inner.slab)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict:
         return self.network(image + self.sigma * torch.randn_like(image))

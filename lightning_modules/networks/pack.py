@@ -21,14 +21,14 @@ class PackUNet(nn.Module):
         in_channels: image channels M.
         out_channels: logit channels K.
         features: widths of the encoder levels, finest first, then of the last decoder level.
-        window: slices k of a pack, odd.
+        slab: slices k of a pack, odd.
         flat_levels: levels without exchange between slices, at least 1 and fewer than there are levels.
         dropout: rate of dropout (of single values) in every convolution block, in [0, 1).
 
     Shapes: (B, M, H, W, k) -> logits (B, K, H, W), H and W divisible by 2 ** (levels - 1).
 
     Raises:
-        SuiteError: an even window, no flat level, or no level on which slices meet; an input with another number of slices.
+        SuiteError: an even slab, no flat level, or no level on which slices meet; an input with another number of slices.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class PackUNet(nn.Module):
         out_channels: int,
         *,
         features: Sequence[int] = (16, 16, 32, 64, 128, 16),
-        window: int = 3,
+        slab: int = 3,
         flat_levels: int = 2,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         *widths, last = features
-        middle_of(window)
+        middle_of(slab)
         if not 0 < flat_levels < len(widths):
             raise SuiteError(f"network.flat_levels={flat_levels}: expected at least 1 and fewer than the {len(widths)} levels of features")
         self.flat_levels = flat_levels
@@ -57,10 +57,10 @@ class PackUNet(nn.Module):
         self.narrow = nn.ModuleList(nn.Conv3d(leaving[i + 1], narrowed[i], 1) for i in range(len(narrowed)))
         self.decoder = nn.ModuleList(_double(widths[i] + narrowed[i], leaving[i], depths[i], dropout) for i in range(len(narrowed)))
         self.head = nn.Conv3d(last, out_channels, 1)
-        describe(self, 2, 2 ** (len(widths) - 1), window=window)
+        describe(self, 2, 2 ** (len(widths) - 1), slab=slab)
 
     def forward(self, pack: torch.Tensor) -> torch.Tensor:
-        require_pack(pack, self.window)
+        require_pack(pack, self.slab)
         x, skips = pack, []
         for level, block in enumerate(self.encoder):
             x = block(nn.functional.max_pool3d(x, (2, 2, 1)) if level else x)
@@ -80,27 +80,27 @@ class MiddleSlice(nn.Module):
     Args:
         network: (B, M, H, W, k) -> logits (B, K, H, W, k).
         divisor: what H and W must be multiples of.
-        window: slices k, odd.
+        slab: slices k, odd.
     """
 
-    def __init__(self, network: nn.Module, divisor: int, window: int) -> None:
+    def __init__(self, network: nn.Module, divisor: int, slab: int) -> None:
         super().__init__()
-        self.network, self.middle = network, middle_of(window)
-        describe(self, 2, divisor, window=window)
+        self.network, self.middle = network, middle_of(slab)
+        describe(self, 2, divisor, slab=slab)
 
     def forward(self, pack: torch.Tensor) -> torch.Tensor:
-        require_pack(pack, self.window)
+        require_pack(pack, self.slab)
         return self.network(pack)[..., self.middle]
 
 
 def pack_attention_unet(
-    in_channels: int, out_channels: int, *, channels: Sequence[int] = (16, 32, 64, 128, 256), window: int = 3, dropout: float = 0.0
+    in_channels: int, out_channels: int, *, channels: Sequence[int] = (16, 32, 64, 128, 256), slab: int = 3, dropout: float = 0.0
 ) -> MiddleSlice:
     """U-Net with additive attention gates (Oktay et al., MIDL 2018) on packs of slices, strided in the plane only.
 
     Args:
         channels: width of each level, finest first; every level halves the plane.
-        window: slices k of a pack, odd.
+        slab: slices k of a pack, odd.
         dropout: rate of dropout (of single values) in the convolution blocks, in [0, 1].
 
     Shapes: (B, M, H, W, k) -> logits (B, K, H, W), H and W divisible by 2 ** (levels - 1).
@@ -109,26 +109,24 @@ def pack_attention_unet(
 
     steps = len(channels) - 1
     network = AttentionUnet(3, in_channels, out_channels, tuple(channels), ((2, 2, 1),) * steps, dropout=dropout)
-    return MiddleSlice(network, 2**steps, window)
+    return MiddleSlice(network, 2**steps, slab)
 
 
-def middle_of(window: int) -> int:
+def middle_of(slab: int) -> int:
     """Index of the middle slice.
 
     Raises:
-        SuiteError: an even window, which has none.
+        SuiteError: an even slab, which has none.
     """
-    if window < 1 or window % 2 == 0:
-        raise SuiteError(f"network.window={window}: a window needs a middle slice, use an odd number")
-    return window // 2
+    if slab < 1 or slab % 2 == 0:
+        raise SuiteError(f"network.slab={slab}: a slab needs a middle slice, use an odd number")
+    return slab // 2
 
 
-def require_pack(image: torch.Tensor, window: int) -> None:
-    """Refuses what is no pack (B, M, H, W, window)."""
-    if image.dim() != 5 or image.shape[-1] != window:
-        raise SuiteError(
-            f"a network on packs takes (B, M, H, W, {window}), got {tuple(image.shape)}: set data.view=window data.window={window}"
-        )
+def require_pack(image: torch.Tensor, slab: int) -> None:
+    """Refuses what is no pack (B, M, H, W, slab)."""
+    if image.dim() != 5 or image.shape[-1] != slab:
+        raise SuiteError(f"a network on packs takes (B, M, H, W, {slab}), got {tuple(image.shape)}: set data.view=slab data.slab={slab}")
 
 
 def _double(inside: int, outside: int, depth: int, dropout: float) -> nn.Sequential:

@@ -22,7 +22,7 @@ PAIRS = (("flair", "t2"), ("t1ce", "t1"))  # for edema, and for core and rim
 
 
 class PairedUNet(nn.Module):
-    """Branches of equal shape, one for each group of modalities, that read each other's features and share their heads.
+    """Heads of equal shape, one for each group of modalities, that read each other's features and share their heads.
 
     On every level below the first, the first convolution of an encoder block takes the features of all branches, its own first (Eq. 2);
     a decoder block takes its own upsampled features and the skips of all branches, its own first (Eq. 3). The decoders' features are not

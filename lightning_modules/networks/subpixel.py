@@ -180,7 +180,7 @@ class SubpixelNet(nn.Module):
     Args:
         in_channels: image channels M.
         out_channels: logit channels K.
-        window: slices per sample k, odd; the answer is for the middle one.
+        slab: slices per sample k, odd; the answer is for the middle one.
         widths: encoder channels at 1/2, 1/4 ... (see `Encoder`).
         decoder_widths: channels of the decoder from the deepest level up to 2x; one more than `widths`.
         embedding_width, guidance_width, downsampler_width: channels of the embedding's features, of the embedding and its skip
@@ -197,7 +197,7 @@ class SubpixelNet(nn.Module):
     level needs more than one pixel: a side of more than 2 ** len(widths).
 
     Raises:
-        SuiteError: an unknown choice, widths that do not fit, an even window, or an input with another number of slices.
+        SuiteError: an unknown choice, widths that do not fit, an even slab, or an input with another number of slices.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class SubpixelNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        window: int = 5,
+        slab: int = 5,
         widths: Sequence[int] = (32, 64, 128, 196, 196),
         decoder_widths: Sequence[int] = (196, 128, 64, 32, 16, 16),
         embedding_width: int = 16,
@@ -228,13 +228,13 @@ class SubpixelNet(nn.Module):
         ]:
             if value not in known:
                 raise unknown(f"network.{name}", value, known)
-        if window < 1 or window % 2 == 0:
-            raise SuiteError(f"network.window={window}: a window needs a middle slice, use an odd number")
+        if slab < 1 or slab % 2 == 0:
+            raise SuiteError(f"network.slab={slab}: a slab needs a middle slice, use an odd number")
         if len(widths) < 2 or len(decoder_widths) != len(widths) + 1:
             raise SuiteError(f"network.decoder_widths: one number more than network.widths {list(widths)}; got {list(decoder_widths)}")
         if not guidance_resolutions or not set(guidance_resolutions) <= {1, 2}:
             raise SuiteError(f"network.guidance_resolutions: 1, 2 or both; got {list(guidance_resolutions)}")
-        channels = in_channels * window
+        channels = in_channels * slab
         self.combine = combine
         self.encoder = Encoder(channels, widths, extra_blocks=2 if spg == "extra_resblocks" else 0)
         self.guidance: nn.Module | None = None
@@ -254,11 +254,11 @@ class SubpixelNet(nn.Module):
             seen = out_channels if ld_input == "latent_and_logits" else 0
             self.downsampler = LearnedDownsampler(decoder_widths[-1], seen, downsampler_width)
         self.keeps_subpixels = downsampler == "none"
-        describe(self, 2, 1, 2 ** len(widths) + 1, window=window)
+        describe(self, 2, 1, 2 ** len(widths) + 1, slab=slab)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        if image.dim() != 5 or image.shape[-1] != self.window:
-            raise SuiteError(f"SubpixelNet takes (B, M, H, W, {self.window}), got {tuple(image.shape)}: set the data view to this window")
+        if image.dim() != 5 or image.shape[-1] != self.slab:
+            raise SuiteError(f"SubpixelNet takes (B, M, H, W, {self.slab}), got {tuple(image.shape)}: set the data view to this slab")
         slices = image.permute(0, 1, 4, 2, 3).flatten(1, 2)
         latent = self.latent(slices)
         logits = self.head(latent)

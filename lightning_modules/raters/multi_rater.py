@@ -22,22 +22,22 @@ class MultiRater(SegmentationMethod):
 
     Args:
         target: called with the task, returns a `RaterTarget`.
-        readings: further readings of the same maps (see the target), measured as members of the prediction.
+        decodings: further decodings of the same maps (see the target), measured as members of the prediction.
 
     Raises:
-        SuiteError: a target that is none for raters or lacks a reading, decoders that the network does not have; before training also
+        SuiteError: a target that is none for raters or lacks a decoding, decoders that the network does not have; before training also
             cases without raters or with more than the task has.
     """
 
-    def __init__(self, task: Task, *, target: Callable = AgreementClasses, readings: Sequence[str] = (), **options: Any) -> None:
+    def __init__(self, task: Task, *, target: Callable = AgreementClasses, decodings: Sequence[str] = (), **options: Any) -> None:
         super().__init__(task, target=target, **options)
         if not isinstance(self.target, RaterTarget):
             raise SuiteError(f"MultiRater needs a target for raters (model/target=agreement), got {type(self.target).__name__}")
-        for reading in readings:
-            self.target.check(reading)
+        for decoding in decodings:
+            self.target.check(decoding)
         if isinstance(self.target, DecoderPerRater) and not getattr(self.network, "own_decoders", False):
             raise SuiteError("model/target=decoder_per_rater needs a decoder per output: model.network.own_decoders=true (dynunet, nnunet)")
-        self.readings = tuple(readings)
+        self.decodings = tuple(decodings)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -54,7 +54,7 @@ class MultiRater(SegmentationMethod):
         return self.target.loss_terms * super().compute_loss(batch)
 
     def decode(self, maps: torch.Tensor) -> Prediction:
-        members = {name: self._prediction(self.target.read(maps, name)) for name in self.readings}
+        members = {name: self._prediction(self.target.read(maps, name)) for name in self.decodings}
         return replace(self._prediction(self.target.decode(maps)), members=members)
 
     def _prediction(self, regions: torch.Tensor) -> Prediction:

@@ -54,13 +54,13 @@ class RaterTarget(Target):
 
     Args:
         task: with one region and `raters` N >= 1.
-        decode: how maps are read as U, one of `readings`; the first by default.
+        decode: how maps are read as U, one of `decodings`; the first by default.
 
     Raises:
-        SuiteError: several regions, no raters, an unknown reading.
+        SuiteError: several regions, no raters, an unknown decoding.
     """
 
-    readings: tuple[str, ...] = ("probability", "binary")
+    decodings: tuple[str, ...] = ("probability", "binary")
     loss_terms = 1  # the loss is multiplied by it, where a paper sums what the losses of the suite average
 
     def __init__(self, task: Task, decode: str | None = None) -> None:
@@ -69,14 +69,14 @@ class RaterTarget(Target):
             raise SuiteError(f"rater targets are for one region, the task has {list(task.regions)}; narrow it with task.regions=[...]")
         if task.raters < 1:
             raise SuiteError("rater targets need a data set with raters (data.raters of `folder`); this task has none")
-        self.reading = self.readings[0] if decode is None else decode
-        self.check(self.reading)
+        self.decoding = self.decodings[0] if decode is None else decode
+        self.check(self.decoding)
         self._foreground = nesting(task)[0][2]
 
-    def check(self, reading: str) -> None:
-        """Refuses a reading that the target does not have."""
-        if reading not in self.readings:
-            raise unknown(f"reading (model.target.decode, model.readings) of {type(self).__name__}", reading, self.readings)
+    def check(self, decoding: str) -> None:
+        """Refuses a decoding that the target does not have."""
+        if decoding not in self.decodings:
+            raise unknown(f"decoding (model.target.decode, model.decodings) of {type(self).__name__}", decoding, self.decodings)
 
     @property
     def out_channels(self) -> int:
@@ -117,11 +117,11 @@ class RaterTarget(Target):
         return logits.float().sigmoid()
 
     def decode(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.read(maps, self.reading)
+        return self.read(maps, self.decoding)
 
-    def read(self, maps: torch.Tensor, reading: str) -> torch.Tensor:
-        """Maps (B, K, *spatial) of whole cases -> U (B, 1, *spatial) in [0, 1] by one of `readings`."""
-        return (maps > 0.5 if reading == "binary" else maps).float().mean(dim=1, keepdim=True)
+    def read(self, maps: torch.Tensor, decoding: str) -> torch.Tensor:
+        """Maps (B, K, *spatial) of whole cases -> U (B, 1, *spatial) in [0, 1] by one of `decodings`."""
+        return (maps > 0.5 if decoding == "binary" else maps).float().mean(dim=1, keepdim=True)
 
     def labels(self, regions: torch.Tensor) -> torch.Tensor:
         return ((regions[:, 0] > 0.5) * self._foreground).to(torch.int8)
@@ -144,7 +144,7 @@ class AgreementClasses(RaterTarget):
     """
 
     kind = "softmax"
-    readings = ("argmax", "expectation", "median")
+    decodings = ("argmax", "expectation", "median")
 
     def __init__(self, task: Task, decode: str = "argmax", keep_largest: str = "auto") -> None:
         super().__init__(task, decode)
@@ -182,12 +182,12 @@ class AgreementClasses(RaterTarget):
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().softmax(dim=1)
 
-    def read(self, maps: torch.Tensor, reading: str) -> torch.Tensor:
-        if reading == "expectation":
+    def read(self, maps: torch.Tensor, decoding: str) -> torch.Tensor:
+        if decoding == "expectation":
             values = torch.arange(self.out_channels, device=maps.device, dtype=maps.dtype)
             return torch.einsum("c,bc...->b...", values, maps)[:, None].div(self.task.raters).clamp(0, 1)
         median = (maps.cumsum(dim=1)[:, :-1] < 0.5).sum(dim=1, keepdim=True)
-        level = maps.argmax(dim=1, keepdim=True) if reading == "argmax" else median
+        level = maps.argmax(dim=1, keepdim=True) if decoding == "argmax" else median
         for c in self.single():
             for one in level[:, 0]:
                 one[_minor_components(one == c)] = 0

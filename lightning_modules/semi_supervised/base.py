@@ -13,7 +13,7 @@ from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
-from lightning_modules.networks.held import held
+from lightning_modules.networks.stateless import stateless
 from lightning_modules.ramps import Ramp
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.teachers import Teacher
@@ -25,7 +25,7 @@ Output = torch.Tensor | dict[str, Any]
 class SemiSupervised(SegmentationMethod):
     """A supervised loss on the labeled stream plus weighted, ramped terms that also use the unlabeled one.
 
-    A method names its terms (`terms`), makes them in `losses`, and says which networks learn (`students`) and which answer (`answers`).
+    A method names its terms (`terms`), makes them in `losses`, and says which networks learn (`students`) and which answer (`predictors`).
     An attribute that is a `Teacher` is updated after every optimizer step and saved, without further ado. A method with `writes_maps`
     labels all unlabeled cases at ends of epochs (`case_maps`), and finds the maps, cut and augmented with the image, in the unlabeled
     batches of the following epochs. The data module gives unlabeled batches and cases without any label; analysis is for callbacks.
@@ -35,8 +35,8 @@ class SemiSupervised(SegmentationMethod):
         ramp: weight over time, called with (batches done, batches of all) since the warm start, or term -> such a call; None = constant.
         warm_start: batches on labeled samples alone before the other terms begin; below 1 a share of all. A method that writes maps goes
             on to the end of the epoch.
-        predict_with: name out of `answers`, or `mean` of the students' probabilities; None = the first of `answers`.
-        predict_members: also predict with every one of `answers` alone (members of the prediction).
+        predict_with: name out of `predictors`, or `mean` of the students' probabilities; None = the first of `predictors`.
+        predict_members: also predict with every one of `predictors` alone (members of the prediction).
         relabel_every: epochs between two labelings of the unlabeled cases, for methods that write maps.
 
     Attributes:
@@ -77,7 +77,7 @@ class SemiSupervised(SegmentationMethod):
         self.predict_with, self.predict_members = predict_with, predict_members
         self._stepped = False
 
-    # what a method answers
+    # what a method predictors
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
         """`supervised` and the method's own terms, unweighted; a term that is missing counts 0."""
@@ -87,7 +87,7 @@ class SemiSupervised(SegmentationMethod):
         """The networks that learn, by name."""
         return {"student": self.network}
 
-    def answers(self) -> dict[str, nn.Module]:
+    def predictors(self) -> dict[str, nn.Module]:
         """The networks that can predict, by name, the default first: students, then teachers (attribute name)."""
         return {**self.students(), **{name: child for name, child in self.named_children() if isinstance(child, Teacher)}}
 
@@ -123,7 +123,7 @@ class SemiSupervised(SegmentationMethod):
 
     def check(self, data: Any) -> None:
         super().check(data)
-        known = [*self.answers(), "mean"]
+        known = [*self.predictors(), "mean"]
         if self.predict_with not in (None, *known):
             raise unknown("model.predict_with", self.predict_with, known)
         missing = [name for name in self.writes_maps if name not in getattr(data, "extra_maps", {})]
@@ -166,11 +166,11 @@ class SemiSupervised(SegmentationMethod):
         """Outputs for several batches of images from one pass over all of them, as batch normalization needs it (and faster besides)."""
         return list(parted(network(torch.cat(images)), [len(image) for image in images]))
 
-    def aside(self, network: nn.Module, image: torch.Tensor, name: str) -> torch.Tensor:
+    def no_grad_logits(self, network: nn.Module, image: torch.Tensor, name: str) -> torch.Tensor:
         """Logits of a pass without gradient and without trace; its dropout belongs to (seed, name, iteration, rank)."""
         with torch.no_grad():
             network = network.network if isinstance(network, Teacher) else network
-            return logits_of(held(network, image, seed=key(self.seed, name, self.iteration, self.global_rank)))
+            return logits_of(stateless(network, image, seed=key(self.seed, name, self.iteration, self.global_rank)))
 
     def noisy(self, image: torch.Tensor, name: str, sigma: float = 0.1, bound: float = 0.2) -> torch.Tensor:
         """The image plus Gaussian noise of standard deviation `sigma`, clipped to +-`bound` (the noise of UA-MT, Yu et al., MICCAI 2019)."""
@@ -249,16 +249,16 @@ class SemiSupervised(SegmentationMethod):
     # prediction
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`maps` of what `predict_with` names and, with `predict_members`, those of every network by name."""
-        answers = self.answers()
-        main = self.predict_with or next(iter(answers))
+        """`probabilities` of what `predict_with` names and, with `predict_members`, those of every network by name."""
+        predictors = self.predictors()
+        main = self.predict_with or next(iter(predictors))
         used = list(self.students()) if main == "mean" else [main]
-        maps = {name: self.probabilities(answers[name](view)) for name in (answers if self.predict_members else used)}
-        return {"maps": sum(maps[name] for name in used) / len(used), **(maps if self.predict_members else {})}
+        maps = {name: self.probabilities(predictors[name](view)) for name in (predictors if self.predict_members else used)}
+        return {"probabilities": sum(maps[name] for name in used) / len(used), **(maps if self.predict_members else {})}
 
     def predict_case(self, batch: Batch) -> Prediction:
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
-        return replace(self.decode(maps.pop("maps")), members={name: self.decode(m) for name, m in maps.items()})
+        return replace(self.decode(maps.pop("probabilities")), members={name: self.decode(m) for name, m in maps.items()})
 
 
 def logits_of(output: Output) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Where labels given to an unlabeled image cannot be trusted: disagreement of heads trained under different costs, and its rivals.
 
 A mask says how many heads it needs beside the main one, how they learn (`head_loss`), which maps of a view are to be averaged over
-windows (`maps`; `maps` is the main head's probabilities) and what is uncertain, given them (`uncertain`).
+windows (`maps`; `probabilities` is the main head's probabilities) and what is uncertain, given them (`uncertain`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import nn
 from lesionbench.errors import SuiteError
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy
 from lightning_modules.losses.cross_entropy import voxel_binary_cross_entropy, voxel_cross_entropy, weighted_mean
-from lightning_modules.networks.branches import every_head
+from lightning_modules.networks.multi_head import every_head
 from lightning_modules.uncertainty import mc_dropout
 
 
@@ -63,7 +63,7 @@ class ConservativeRadical:
         with every_head(method.network):
             output = method.network(view)
         heads = dict(zip(self.heads, output["heads"], strict=True))
-        return {name: method.target.activate(z) for name, z in {"maps": output["logits"], **heads}.items()}
+        return {name: method.target.activate(z) for name, z in {"probabilities": output["logits"], **heads}.items()}
 
     def uncertain(self, maps: Mapping[str, torch.Tensor], kind: str) -> torch.Tensor:
         """Bool (B, 1, *spatial) of classes, (B, K, *spatial) of regions."""
@@ -91,10 +91,10 @@ class SoftmaxThreshold:
         return 0.0
 
     def maps(self, method: Any, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"maps": method.probabilities(method.network(view))}
+        return {"probabilities": method.probabilities(method.network(view))}
 
     def uncertain(self, maps: Mapping[str, torch.Tensor], kind: str) -> torch.Tensor:
-        return confidence(maps.get("mean", maps["maps"]), kind) < self.threshold
+        return confidence(maps.get("mean", maps["probabilities"]), kind) < self.threshold
 
 
 class DropoutMask(SoftmaxThreshold):
@@ -147,7 +147,7 @@ class AugmentationMask(SoftmaxThreshold):
 
     def maps(self, method: Any, view: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = super().maps(method, view)
-        total, count = maps["maps"].clone(), torch.ones_like(maps["maps"][:, :1])
+        total, count = maps["probabilities"].clone(), torch.ones_like(maps["probabilities"][:, :1])
         for _ in range(self.passes):
             box = self._box(view, method.network.divisor)
             total[box] += self._copied(method, view[box])
@@ -207,7 +207,7 @@ class Aleatoric:
             output = method.network(view)
         logits, sigma = output["logits"], F.softplus(output["heads"][0])
         drawn = [method.target.activate(logits + sigma * self._normal(logits)) for _ in range(self.samples)]
-        return {"maps": method.target.activate(logits), "deviation": torch.stack(drawn).std(dim=0, correction=0)}
+        return {"probabilities": method.target.activate(logits), "deviation": torch.stack(drawn).std(dim=0, correction=0)}
 
     def uncertain(self, maps: Mapping[str, torch.Tensor], kind: str) -> torch.Tensor:
         deviation = maps["deviation"].amax(dim=1, keepdim=True) if kind == "softmax" else maps["deviation"]
@@ -247,7 +247,7 @@ def with_heads(network: Any, heads: int) -> Any:
                 raise
             made = None
         if not hasattr(made, "branches"):
-            raise SuiteError("this method needs a network with heads: model/network=branched_unet, branched_vnet or branched_resnet")
+            raise SuiteError("this method needs a network with heads: model/network=multi_head_unet, multi_head_vnet or multi_head_resnet")
         return made
 
     return factory

@@ -104,7 +104,7 @@ class CoLearning(SemiSupervised):
         if self.weights["cps"]:
             terms["cps"] = self.loss(others[0], self.hard(others[1])) + self.loss(others[1], self.hard(others[0]))
         asked = mixing and self.mix == "both" and self.mix_target == "teacher" and self.teacher_input == "full"
-        teacher = self.aside(self.teacher, unlabeled["image"], "teacher") if self.weights["teacher"] or asked else None
+        teacher = self.no_grad_logits(self.teacher, unlabeled["image"], "teacher") if self.weights["teacher"] or asked else None
         if self.weights["teacher"]:
             terms["teacher"] = sum(self.loss(output, self.hard(teacher)) for output in others)
         if mixing:
@@ -139,7 +139,7 @@ class CoLearning(SemiSupervised):
         half = len(mask)
         nothing = torch.zeros_like(image[:half])
         used = [mix(nothing, image[:half], mask), mix(image[-half:], nothing, mask)]  # the boxes of mix 1, the surroundings of mix 2
-        logits = self.aside(self.teacher, torch.cat(used), "teacher, crops")
+        logits = self.no_grad_logits(self.teacher, torch.cat(used), "teacher, crops")
         whole = self._answer(logits)
         first, second = (torch.zeros((len(image), *whole.shape[1:]), device=image.device) for _ in range(2))
         first[:half], second[-half:] = whole[:half], whole[half:]

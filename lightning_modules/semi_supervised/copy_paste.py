@@ -73,7 +73,7 @@ class CopyPaste(SemiSupervised):
 
     def pseudo_labels(self, image: torch.Tensor) -> torch.Tensor:
         """The teacher's hard answer in the form that the loss takes, of every class the largest component if so asked."""
-        hard = self.hard(self.aside(self.teacher, image, "teacher"))
+        hard = self.hard(self.no_grad_logits(self.teacher, image, "teacher"))
         return largest_components(hard, isinstance(self.target, RegionSigmoid)) if self.largest else hard
 
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:

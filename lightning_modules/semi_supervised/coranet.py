@@ -179,17 +179,17 @@ class CoraNet(SemiSupervised):
         """`pseudo_label`: the main head's class indices; `uncertain`: bool, one map, or one for each region of a region target."""
         maps = self.inferer(batch["image"], lambda view: self.mask.maps(self, view), self.task.slice_axis)
         return {
-            "pseudo_label": self.decode(maps["maps"]).labels[None].to(torch.int8),
+            "pseudo_label": self.decode(maps["probabilities"]).labels[None].to(torch.int8),
             "uncertain": self.mask.uncertain(maps, self.target.kind)[0],
         }
 
     # prediction
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`maps` of the main head; with `predict_members` also those of the student, the teacher, and the conservative and radical head."""
+        """`probabilities` of the main head; with `predict_members` also those of the student, the teacher, and the conservative and radical head."""
         maps = super().predict_maps(view)
         if self.predict_members and isinstance(self.mask, ConservativeRadical):
-            maps |= {name: m for name, m in self.mask.maps(self, view).items() if name != "maps"}
+            maps |= {name: m for name, m in self.mask.maps(self, view).items() if name != "probabilities"}
         return maps
 
     def predict_case(self, batch: Batch) -> Prediction:

@@ -10,7 +10,7 @@ from lesionbench.task import Task
 from lightning_modules.semi_supervised.base import Batch, SemiSupervised
 
 
-class CrossPseudo(SemiSupervised):
+class CrossPseudoSupervision(SemiSupervised):
     """L_s + lambda L_cps: two networks of one layout and different initial weights teach each other (Chen et al., Eq. 1-4).
 
     L_s is the supervised loss of both; L_cps the loss of each against the hard answer of the other, over unlabeled and labeled images

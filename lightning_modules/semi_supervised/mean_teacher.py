@@ -30,7 +30,7 @@ class MeanTeacher(SemiSupervised):
         self.teacher = Teacher(self.network, 1 - decay, ema_warmup)
         self.noise = noise
 
-    def answers(self) -> dict[str, torch.nn.Module]:
+    def predictors(self) -> dict[str, torch.nn.Module]:
         return {"teacher": self.teacher, "student": self.network}
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
@@ -40,11 +40,13 @@ class MeanTeacher(SemiSupervised):
         mine, others = self.together(self.network, *noisy.split(sizes))
         terms = {"supervised": self.supervised(mine, labeled)}
         if self.weights["consistency"]:
-            teacher = self.target.activate(self.aside(self.teacher, self.noisy(image, "teacher", self.noise, 2 * self.noise), "teacher"))
+            teacher = self.target.activate(
+                self.no_grad_logits(self.teacher, self.noisy(image, "teacher", self.noise, 2 * self.noise), "teacher")
+            )
             student = torch.cat([self.probabilities(mine), self.probabilities(others)])
-            terms["consistency"] = gated_consistency(student, teacher, self.kept(image))
+            terms["consistency"] = gated_consistency(student, teacher, self.certainty_mask(image))
         return terms
 
-    def kept(self, image: torch.Tensor) -> torch.Tensor | None:
+    def certainty_mask(self, image: torch.Tensor) -> torch.Tensor | None:
         """Where the teacher counts, bool (B, 1, *spatial); None = everywhere."""
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks.held import held
+from lightning_modules.networks.stateless import stateless
 
 
 class Teacher(nn.Module):
@@ -55,7 +55,7 @@ class Teacher(nn.Module):
     def forward(self, image: torch.Tensor, seed: int | None = None) -> torch.Tensor | dict[str, Any]:
         """What the network answers, without gradient; `seed` is of its dropout."""
         with torch.no_grad():
-            return held(self.network, image, seed=seed) if self.training else self.network(image)
+            return stateless(self.network, image, seed=seed) if self.training else self.network(image)
 
     def reset(self) -> None:
         """Makes the teacher the (weighted) mean of the students as they are now, and counts updates from 0 again."""

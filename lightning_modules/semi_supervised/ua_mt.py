@@ -35,11 +35,11 @@ class UAMT(MeanTeacher):
             raise SuiteError(f"model.passes={passes}: at least 1")
         self.passes, self.gate = passes, gate or RisingShare()
 
-    def kept(self, image: torch.Tensor) -> torch.Tensor:
+    def certainty_mask(self, image: torch.Tensor) -> torch.Tensor:
         moments = RunningMoments()
         for number in range(self.passes):
             noisy = self.noisy(image, f"teacher, pass {number}", self.noise, 2 * self.noise)
-            moments.update(self.target.activate(self.aside(self.teacher, noisy, f"teacher, pass {number}")))
+            moments.update(self.target.activate(self.no_grad_logits(self.teacher, noisy, f"teacher, pass {number}")))
         progress = self.iteration / self.total_iterations
         if not isinstance(self.target, RegionSigmoid):
             return self.gate(moments.entropy, moments.mean.shape[1], progress)

@@ -10,7 +10,7 @@ from lightning_modules.losses.vat import VAT
 from lightning_modules.semi_supervised.base import Batch, SemiSupervised
 
 
-class VirtualAdversarial(SemiSupervised):
+class VirtualAdversarialTraining(SemiSupervised):
     """Supervised loss + alpha R_vadv, the mean divergence under the image change that raises it most (Miyato et al., Eq. 5-8).
 
     R_vadv runs over labeled and unlabeled images alike and compares with the network's own answer on the clean image, so it needs no

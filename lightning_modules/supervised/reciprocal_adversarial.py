@@ -13,7 +13,7 @@ from lesionbench.target import RegionSigmoid, nesting
 from lesionbench.task import IGNORE, Task
 from lightning_modules.losses.adversarial import KINDS, critic_loss, fooling_loss, gradient_penalty
 from lightning_modules.losses.vat import VAT
-from lightning_modules.networks.held import held
+from lightning_modules.networks.stateless import stateless
 from lightning_modules.segmentation import SegmentationMethod
 
 WEIGHTS = ("vat", "critic")
@@ -186,7 +186,7 @@ class ReciprocalAdversarial(SegmentationMethod):
             mask = batch["channel_mask"].reshape(*batch["channel_mask"].shape, *[1] * (batch["image"].dim() - 2))
         if self.vat_brain and "brain_mask" in batch:
             brain = batch["brain_mask"]
-            brain = brain if brain.dim() == batch["image"].dim() else brain.unsqueeze(-1)  # the middle slice of a 2.5D window
+            brain = brain if brain.dim() == batch["image"].dim() else brain.unsqueeze(-1)  # the middle slice of a 2.5D slab
             mask = brain if mask is None else mask & brain
         return {"mask": mask, "unit": self.image_sd, "generator": self.generator("vat")}
 
@@ -195,8 +195,8 @@ class ReciprocalAdversarial(SegmentationMethod):
         generator = self.generator("noise on masks, network")
         if self.gradients == "published":
             (logits, image, valid), *_ = judged
-            return critic_loss(held(self.critic, truth * valid, image), held(self.critic, logits * valid, image))
-        answers = [held(self.critic, self._noisy(self.target.activate(z) * valid, generator), image) for z, image, valid in judged]
+            return critic_loss(stateless(self.critic, truth * valid, image), stateless(self.critic, logits * valid, image))
+        answers = [stateless(self.critic, self._noisy(self.target.activate(z) * valid, generator), image) for z, image, valid in judged]
         return fooling_loss(torch.cat(answers), self.adversary)
 
     def _critic_loss(self, fake: list[tuple[torch.Tensor, ...]], truth: torch.Tensor, number: int) -> torch.Tensor:
@@ -217,20 +217,20 @@ class ReciprocalAdversarial(SegmentationMethod):
     # prediction
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`maps`, and where there is a trained critic `confidence` (B, 1, *spatial): its mean answer over the mask channels."""
+        """`probabilities`, and where there is a trained critic `confidence` (B, 1, *spatial): its mean answer over the mask channels."""
         maps = super().predict_maps(view)
         if self.weights["critic"]:
-            maps["confidence"] = self.critic(maps["maps"], view).float().sigmoid().mean(dim=1, keepdim=True)
+            maps["confidence"] = self.critic(maps["probabilities"], view).float().sigmoid().mean(dim=1, keepdim=True)
         return maps
 
     def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
         """Regions and labels; `uncertainty`: `entropy` of the probabilities (bits, mean over mask channels) and `critic` (1 - confidence);
         `table`: `nesting_violations`, voxels per 1000 that are in a region but not in the one that holds it, on the network grid."""
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
-        uncertainty = {"entropy": self._entropy(maps["maps"])[0]}
+        uncertainty = {"entropy": self._entropy(maps["probabilities"])[0]}
         if "confidence" in maps:
             uncertainty["critic"] = 1 - maps["confidence"][0, 0]
-        return replace(self.decode(maps["maps"]), uncertainty=uncertainty, table=dict(self._violations(maps["maps"])))
+        return replace(self.decode(maps["probabilities"]), uncertainty=uncertainty, table=dict(self._violations(maps["probabilities"])))
 
     def _entropy(self, maps: torch.Tensor) -> torch.Tensor:
         if self.kind == "softmax":

@@ -21,5 +21,5 @@ class SPiN(SegmentationMethod):
         return self.loss(logits, resized(self.target.encode(batch["label"]), logits.shape[2:]))
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps = super().predict_maps(view)["maps"]
-        return {"maps": maps if maps.shape[2:] == view.shape[2:4] else avg_pool2d(maps, 2)}
+        maps = super().predict_maps(view)["probabilities"]
+        return {"probabilities": maps if maps.shape[2:] == view.shape[2:4] else avg_pool2d(maps, 2)}

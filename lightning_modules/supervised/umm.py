@@ -17,7 +17,7 @@ from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax
 from lesionbench.task import Task
-from lesionbench.views import from_slices, to_slices, to_windows
+from lesionbench.views import from_slices, to_slabs, to_slices
 from lightning_modules.base import Batch
 from lightning_modules.inferers import padded
 from lightning_modules.losses.gated_consistency import RelativeMax, gated_consistency
@@ -40,7 +40,7 @@ class UMM(SegmentationMethod):
 
     Args:
         branches: name -> network factory, called with (channels, classes). Its dimension follows from the network: 2D, 2.5D (a network
-            with a `window`) or 3D. Without dropout layers the uncertainty is the plain entropy. None leaves a branch out.
+            with a `slab`) or 3D. Without dropout layers the uncertainty is the plain entropy. None leaves a branch out.
         mutual: `gated`; `plain`, every voxel of every teacher counts (Eq. 2, in the class-summed form of Eq. 4); `none`, branches that
             are trained separately.
         gate: called with (uncertainty, classes, share of the ramp done), returns where a teacher counts; for `gated`.
@@ -88,7 +88,7 @@ class UMM(SegmentationMethod):
         for name in extra_fusions:
             if name not in FUSIONS:
                 raise unknown("model.extra_fusions", name, FUSIONS)
-        if taken := {"maps", *FUSIONS} & set(factories):
+        if taken := {"probabilities", *FUSIONS} & set(factories):
             raise SuiteError(f"model.branches: {', '.join(sorted(taken))} cannot be the name of a branch")
         if mc_samples < 1 or passes_at_once < 1:
             raise SuiteError(f"model.mc_samples={mc_samples} model.passes_at_once={passes_at_once}: both are at least 1")
@@ -129,12 +129,12 @@ class UMM(SegmentationMethod):
         if self.mutual != "none":
             progress = self.progress()
             uncertainty = {name: self._uncertainty(m, probabilities[name]) for name, m in moments.items()}
-            kept = {name: self.gate(u, self.target.out_channels, progress) for name, u in uncertainty.items()}
-            consistency = {name: self._consistency(name, probabilities, kept) for name in probabilities}
+            certain = {name: self.gate(u, self.target.out_channels, progress) for name, u in uncertainty.items()}
+            consistency = {name: self._consistency(name, probabilities, certain) for name in probabilities}
             weight = self.max_weight * gaussian_ramp(progress)
             total = total + weight * sum(consistency.values())
             terms |= {f"consistency_{name}": loss for name, loss in consistency.items()} | {"weight": torch.tensor(weight)}
-            terms |= {f"kept_{name}": mask.float().mean() for name, mask in kept.items()}
+            terms |= {f"certain_{name}": mask.float().mean() for name, mask in certain.items()}
             terms |= {f"uncertainty_{name}": u.mean() for name, u in uncertainty.items()}
         self.log_terms(loss=total, **terms)
         return total
@@ -164,18 +164,18 @@ class UMM(SegmentationMethod):
         moments.update(first)
         return moments.entropy
 
-    def _consistency(self, learner: str, probabilities: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _consistency(self, learner: str, probabilities: Mapping[str, torch.Tensor], certain: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """L_c of one learner: the sum over all other branches as teachers (Eqs. 2 and 5)."""
         own, terms = probabilities[learner], []
         for name, teacher in probabilities.items():
             if name != learner:
-                terms.append(gated_consistency(own, teacher.detach() if self.detach_teacher else teacher, kept.get(name)))
+                terms.append(gated_consistency(own, teacher.detach() if self.detach_teacher else teacher, certain.get(name)))
         return sum(terms, own.new_zeros(()))
 
     # inference
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Probabilities of every branch under its name and fused as `maps`; `<name>/entropy` (B, 1, x, y, z) is the uncertainty of each.
+        """Probabilities of every branch under its name and fused as `probabilities`; `<name>/entropy` (B, 1, x, y, z) is the uncertainty of each.
 
         That of the fusion is the entropy of the branches' mean passes, mixed by the same weights.
         """
@@ -186,7 +186,7 @@ class UMM(SegmentationMethod):
             own[name] = self.target.activate(branch(view)) if draws and not self.predict_mc_mean else moments[name].mean
         uncertainty = {name: m.entropy for name, m in moments.items()}
         maps = {**own, **{f"{name}/entropy": u for name, u in uncertainty.items()}}
-        for name, fusion in [("maps", self.fusion), *((f, f) for f in self.extra_fusions)]:
+        for name, fusion in [("probabilities", self.fusion), *((f, f) for f in self.extra_fusions)]:
             weights = fusion_weights(uncertainty, fusion)
             maps[name] = sum(weights[branch] * o for branch, o in own.items())
             maps[f"{name}/entropy"] = entropy(sum(weights[branch] * m.mean for branch, m in moments.items()))
@@ -201,7 +201,7 @@ class UMM(SegmentationMethod):
             table = {"mean_entropy": float(uncertainty.mean())}
             return replace(self.decode(maps[name]), uncertainty={"entropy": uncertainty}, table=table)
 
-        return replace(part("maps"), members={name: part(name) for name in (*self.network, *self.extra_fusions)})
+        return replace(part("probabilities"), members={name: part(name) for name in (*self.network, *self.extra_fusions)})
 
 
 def fusion_weights(uncertainty: Mapping[str, torch.Tensor], fusion: str = "softmin") -> dict[str, torch.Tensor]:
@@ -249,7 +249,7 @@ class VolumeWise(nn.Module):
     """A network as a map from volumes to logits of volumes: slice by slice (2D), pack by pack (2.5D) or as it is (3D).
 
     Views are padded with 0 at the far end to the multiple that the network needs, and its logits are cut again. The dimension comes from
-    the network's attributes `dimensions` and `window` (see `lightning_modules.networks.describe`).
+    the network's attributes `dimensions` and `slab` (see `lightning_modules.networks.describe`).
 
     Args:
         network: returns logits, or a dict with nothing but `logits`.
@@ -265,7 +265,7 @@ class VolumeWise(nn.Module):
         net, axis = self.network, self.axis
         if net.dimensions == 3:
             return padded(volume, net.divisor, self._answer)["logits"]
-        views = to_slices(volume, axis) if net.window is None else to_windows(volume, axis, net.window)
+        views = to_slices(volume, axis) if net.slab is None else to_slabs(volume, axis, net.slab)
         return from_slices(padded(views, net.divisor, self._answer, axes=2)["logits"], axis, len(volume))
 
     def takes(self, patch: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from lightning_modules import CoLearning
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import RegionDice, SoftDice
 from lightning_modules.losses.gated_consistency import squared_error
-from lightning_modules.networks import BranchedUNet
+from lightning_modules.networks import MultiHeadUNet
 from lightning_modules.schedules import steps
 from lightning_modules.semi_supervised.mixing import box_mask
 from tests.harness import assert_same, composed, rows, run, run_folders, run_killed, weights
@@ -214,7 +214,7 @@ def test_each_student_learns_from_its_own_mix_only(labeled, unlabeled):
 
 
 def test_learning_rate_of_the_left_atrium_experiment():
-    cfg = composed("experiment=colearning/left_atrium")
+    cfg = composed("experiment=co_learning/left_atrium")
     assert cfg.epochs * cfg.data.samples_per_epoch // cfg.data.batch_size == 6000
     stairs = cfg.model.scheduler.stairs
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.model.optimizer.lr)
@@ -291,7 +291,7 @@ def test_batches_of_one_and_of_different_sizes(teacher_input, labeled, unlabeled
 
 
 def test_students_start_alike_and_differ_in_what_has_no_parameters():
-    network = partial(BranchedUNet, dimensions=2, features=[4, 8], norm="group")
+    network = partial(MultiHeadUNet, dimensions=2, features=[4, 8], norm="group")
     variants = [{"upsampling": "linear"}, {"upsampling": "nearest"}]
     same, different = (method(network, variants=variants, init=init).eval() for init in ("same", "different"))
     first, second = same.network.state_dict(), same.second.state_dict()
@@ -304,7 +304,7 @@ def test_students_start_alike_and_differ_in_what_has_no_parameters():
 
 
 def test_the_left_atrium_students_can_be_averaged():
-    cfg = composed("experiment=colearning/left_atrium")
+    cfg = composed("experiment=co_learning/left_atrium")
     assert cfg.model.network.norm == "instance"
     assert [v.upsampling for v in cfg.model.variants] == ["linear", "nearest"]
 
@@ -329,7 +329,7 @@ TINY = [
 
 def test_a_run_predicts_with_every_network(tmp_path):
     run(
-        "experiment=colearning/blobs",
+        "experiment=co_learning/blobs",
         *TINY,
         "epochs=1",
         "model.warm_start=1",

@@ -10,7 +10,7 @@ from lesionbench.keyed import numpy_generator
 from lightning_modules import CoLearning
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import SoftDice
-from lightning_modules.networks import BranchedUNet
+from lightning_modules.networks import MultiHeadUNet
 from tests.harness import rows, run, run_folders
 from tests.methods.test_co_learning import TASK
 
@@ -20,8 +20,8 @@ def images(name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([torch.from_numpy(i) for i, _ in made])[:, None], torch.stack([torch.from_numpy(m) for _, m in made])[:, None].long()
 
 
-def network(in_channels: int, out_channels: int, **more) -> BranchedUNet:
-    return BranchedUNet(in_channels, out_channels, dimensions=2, features=[8, 16], norm="group", **more)
+def network(in_channels: int, out_channels: int, **more) -> MultiHeadUNet:
+    return MultiHeadUNet(in_channels, out_channels, dimensions=2, features=[8, 16], norm="group", **more)
 
 
 def warmed(init: str) -> dict[str, float]:
@@ -42,7 +42,7 @@ def warmed(init: str) -> dict[str, float]:
         module.teacher.update()
     image, label = images("test", 20)
     with torch.no_grad():
-        hard = {name: module.eval().hard(answer(image)) for name, answer in module.answers().items()}
+        hard = {name: module.eval().hard(answer(image)) for name, answer in module.predictors().items()}
     return {name: float(2 * (h * label).sum() / (h + label).sum()) for name, h in hard.items()}
 
 
@@ -66,7 +66,7 @@ def test_co_learning_helps_and_needs_equal_first_weights(tmp_path):
         return {member: statistics.mean(values) for member, values in found.items()}
 
     supervised = means("supervised", "experiment=supervised_only/blobs")
-    full = means("full", "experiment=colearning/blobs")
-    different = means("different", "experiment=colearning/blobs", "model.init=different")
+    full = means("full", "experiment=co_learning/blobs")
+    different = means("different", "experiment=co_learning/blobs", "model.init=different")
     assert full[""] > supervised[""]
     assert full["teacher"] > different["teacher"] + 0.05

@@ -17,7 +17,7 @@ from lightning_modules import CoraNet, Supervised
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import CrossEntropy, DiceCE, RegionBCE
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy, masked_consistency
-from lightning_modules.networks import BranchedUNet, basic_unet
+from lightning_modules.networks import MultiHeadUNet, basic_unet
 from lightning_modules.semi_supervised.certainty_masks import (
     Aleatoric,
     AugmentationMask,
@@ -29,7 +29,7 @@ from tests.harness import composed
 
 BINARY = Task(("image",), {"background": 0, "object": 1}, {"OBJECT": ("object",)})
 THREE = Task(("image",), {"background": 0, "a": 1, "b": 2}, {"A": ("a",), "B": ("b",)})
-UNET = partial(BranchedUNet, features=(4, 6), norm="instance")
+UNET = partial(MultiHeadUNet, features=(4, 6), norm="instance")
 
 
 def method(task=BINARY, network=UNET, **options):
@@ -96,7 +96,7 @@ def test_several_classes_under_a_softmax_are_uncertain_where_the_arg_max_differs
 def test_thresholds_of_the_softmax(kind):
     p = torch.tensor([0.95, 0.75, 0.5, 0.3, 0.1])[None, None]
     maps = torch.cat([1 - p, p], dim=1) if kind == "softmax" else p
-    assert SoftmaxThreshold(0.8).uncertain({"maps": maps}, kind)[0, 0].tolist() == [False, True, True, True, False]
+    assert SoftmaxThreshold(0.8).uncertain({"probabilities": maps}, kind)[0, 0].tolist() == [False, True, True, True, False]
 
 
 # costs
@@ -364,7 +364,7 @@ def test_dropout_mask_is_the_mean_of_passes():
     image = torch.randn(1, 1, 8, 8)
     torch.manual_seed(1)
     maps = model.mask.maps(model, image)
-    assert torch.equal(maps["maps"], model.network(image).softmax(1))
+    assert torch.equal(maps["probabilities"], model.network(image).softmax(1))
     model.network.bottom.train()
     model.network.branches.heads[0][-2].train()
     torch.manual_seed(1)
@@ -376,8 +376,8 @@ class Pointwise(nn.Module):
 
     def __init__(self, in_channels, out_channels, *, heads=1, dimensions=2):
         super().__init__()
-        from lightning_modules.networks.branches import Branches
         from lightning_modules.networks.contract import describe
+        from lightning_modules.networks.multi_head import Branches
 
         describe(self, dimensions, 4)
         self.branches = Branches(lambda: (nn.Conv2d, nn.Conv3d)[dimensions - 2](in_channels, out_channels, 1), heads)
@@ -395,12 +395,12 @@ def test_augmentation_mask_undoes_what_it_does(dimensions):
     for mask in (AugmentationMask(passes=4, scale=None), AugmentationMask(passes=4, scale=None, flip=False, crop=0.5)):
         model = eval_method(mask, network)
         maps = mask.maps(model, ramp)  # mirroring and boxes are undone to the last pixel
-        torch.testing.assert_close(maps["mean"], maps["maps"])
+        torch.testing.assert_close(maps["mean"], maps["probabilities"])
     mask = AugmentationMask(passes=4)
     maps = mask.maps(eval_method(mask, network), flat)
-    torch.testing.assert_close(maps["mean"], maps["maps"])
+    torch.testing.assert_close(maps["mean"], maps["probabilities"])
     model = eval_method(mask, network)
-    assert not torch.equal(mask.maps(model, ramp)["mean"], mask.maps(model, ramp)["maps"])  # scaling is not free
+    assert not torch.equal(mask.maps(model, ramp)["mean"], mask.maps(model, ramp)["probabilities"])  # scaling is not free
 
 
 @torch.no_grad()
@@ -529,7 +529,7 @@ def test_wrong_options_are_named():
     for option, value in [("certain", "maskd"), ("uncertain", "al"), ("norm", "masks"), ("update", "jont"), ("pseudo_weights", "swaped")]:
         with pytest.raises(SuiteError, match=rf"model\.{option}.*did you mean"):
             method(**{option: value})
-    with pytest.raises(SuiteError, match="branched_unet"):
+    with pytest.raises(SuiteError, match="multi_head_unet"):
         method(network=partial(basic_unet, dimensions=2))
     with pytest.raises(SuiteError, match="model/mask=xor"):
         method(mask=SoftmaxThreshold(), certain_heads="all")

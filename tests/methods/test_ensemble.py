@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.committee import best_per_fold, groups_of, is_ensemble
+from lesionbench.jobs.ensemble_members import best_per_fold, groups_of, is_ensemble
 from lesionbench.results import write_json, write_rows
 from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, rows, run, run_folders

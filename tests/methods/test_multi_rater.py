@@ -44,7 +44,7 @@ def test_kill_and_resume_is_bit_identical(target, folder, tmp_path):
 
 
 def test_component_rule_and_readings_travel_in_the_checkpoint(folder, tmp_path):
-    run(*small(folder, *SOFTMAX, "+model.readings=[expectation,median]", "model.target.keep_largest=auto"), f"runs={tmp_path}")
+    run(*small(folder, *SOFTMAX, "+model.decodings=[expectation,median]", "model.target.keep_largest=auto"), f"runs={tmp_path}")
     (found,) = run_folders(tmp_path)
     assert {row["member"] for row in rows(found)} == {"", "expectation", "median"}
     assert all(0 <= float(row["q_dice"]) <= 1 and 0 <= float(row["dice"]) <= 1 for row in rows(found))
@@ -112,7 +112,7 @@ FAST = ["data.size=32", "patch=[32,32]", "data.samples_per_epoch=600", "data.cou
 
 def ellipses(folder, *more: str) -> None:
     os.environ["LESIONBENCH_DATA"] = str(folder / "data")
-    run("experiment=agreement/ellipses", f"runs={folder / 'runs'}", "callbacks.figures=null", "writer.on_test=false", "threads=1", *more)
+    run("experiment=multi_rater/ellipses", f"runs={folder / 'runs'}", "callbacks.figures=null", "writer.on_test=false", "threads=1", *more)
 
 
 def table(folder, strategies, seeds, *more: str) -> dict[str, list[float]]:

@@ -23,7 +23,8 @@ from lightning_modules import ReciprocalAdversarial, Supervised
 from lightning_modules.inferers import Whole
 from lightning_modules.losses import VAT, DiceCE, RegionDice, critic_loss, fooling_loss, gradient_penalty
 from lightning_modules.losses.vat import divergence, unit_rms
-from lightning_modules.networks import DilatedUNet, PixelCritic, held
+from lightning_modules.networks import DilatedUNet, PixelCritic
+from lightning_modules.networks.stateless import stateless
 from lightning_modules.schedules import poly
 from tests.fake_data import write_fake_folder
 from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
@@ -255,8 +256,8 @@ def test_dropout_has_one_mask_for_all_passes():
     VAT("sigmoid", eps=0.2, iterations=2)(network, image)
     assert len(dropped) == 4  # reference, two probes, loss
     assert all(torch.equal(one, dropped[0]) for one in dropped)
-    assert not torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=2)["logits"])
-    assert torch.equal(held(network, image, seed=1)["logits"], held(network, image, seed=1)["logits"])
+    assert not torch.equal(stateless(network, image, seed=1)["logits"], stateless(network, image, seed=2)["logits"])
+    assert torch.equal(stateless(network, image, seed=1)["logits"], stateless(network, image, seed=1)["logits"])
 
 
 def test_vat_does_not_flow_through_the_perturbation_or_the_reference():
@@ -687,7 +688,7 @@ class InSync(pl.Callback):
 
 
 RUN = [
-    "experiment=supervised/folder", "model=reciprocal", "augmentation=light", "epochs=3", "patch=[16,16,16]", "data.samples_per_epoch=8", "data.batch_size=2", "data.num_workers=0",
+    "experiment=supervised/folder", "model=reciprocal_adversarial", "augmentation=light", "epochs=3", "patch=[16,16,16]", "data.samples_per_epoch=8", "data.batch_size=2", "data.num_workers=0",
     "data.split.test=2", "data.split.val=1", "data.channels=[t1,flair]", "metrics.names=[dice,error_auroc]", "data.check=false",
     "model.network.width=4", "model.critic.norm=spectral", "callbacks.figures=null", "threads=1",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
 from lightning_modules import SPiN
-from lightning_modules.inferers import PackWise
+from lightning_modules.inferers import SlabWise
 from lightning_modules.losses import RegionBCE, RegionDice
 from lightning_modules.networks import SubpixelNet
 from lightning_modules.networks.subpixel import LearnedDownsampler, SubpixelEmbedding, SubpixelGuidance, combined
@@ -36,7 +36,7 @@ def net(seed=0, **options):
 
 def method(**options):
     return SPiN(
-        TASK, network=partial(SubpixelNet, **{**SMALL, **options}), loss=RegionBCE(1.5), target=RegionSigmoid, inferer=PackWise(k=5)
+        TASK, network=partial(SubpixelNet, **{**SMALL, **options}), loss=RegionBCE(1.5), target=RegionSigmoid, inferer=SlabWise(k=5)
     )
 
 
@@ -86,10 +86,8 @@ def test_every_variant_at_odd_sizes(spg, downsampler):
         assert net(spg=spg, downsampler=downsampler)(torch.randn(1, 1, 37, 41, 5)).shape == (1, 1, 37 * scale, 41 * scale)
 
 
-def test_more_channels_classes_and_other_windows():
-    network = SubpixelNet(
-        2, 3, window=3, guidance_resolutions=[2], ld_input="latent_and_logits", embedding="paper", combine="probs", **SMALL
-    )
+def test_more_channels_classes_and_other_slabs():
+    network = SubpixelNet(2, 3, slab=3, guidance_resolutions=[2], ld_input="latent_and_logits", embedding="paper", combine="probs", **SMALL)
     assert network(torch.randn(2, 2, 40, 36, 3)).shape == (2, 3, 40, 36)
     assert set(network.guidance.skips) == {"2"}
 
@@ -99,7 +97,7 @@ def test_more_channels_classes_and_other_windows():
     [
         ({"spg": "lerned"}, "spg"),
         ({"downsampler": "max"}, "downsampler"),
-        ({"window": 4}, "odd"),
+        ({"slab": 4}, "odd"),
         ({"decoder_widths": [8, 8]}, "one number more"),
         ({"guidance_resolutions": [4]}, "guidance_resolutions"),
     ],
@@ -109,7 +107,7 @@ def test_wrong_options_are_refused(options, message):
         SubpixelNet(1, 1, **{**SMALL, **options})
 
 
-def test_another_window_than_the_networks_is_refused():
+def test_another_slab_than_the_networks_is_refused():
     with pytest.raises(SuiteError, match="data view"):
         net()(torch.zeros(1, 1, 40, 40, 3))
 
@@ -220,7 +218,7 @@ def test_gradients_reach_guidance_and_downsampler():
     assert bare.downsampler is None
 
 
-def test_every_slice_of_the_window_counts():
+def test_every_slice_of_the_slab_counts():
     image = torch.randn(1, 1, 36, 36, 5, requires_grad=True)
     net()(image).sum().backward()
     assert (image.grad.abs().sum(dim=(0, 1, 2, 3)) > 0).all()
@@ -259,7 +257,7 @@ def test_without_downsampler_training_is_on_the_fine_grid_and_prediction_on_the_
     expected = RegionBCE(1.5)(model(image), fine)
     assert model.compute_loss({"image": image, "label": label}).item() == pytest.approx(expected.item())
     with torch.no_grad():
-        maps = model.predict_maps(image)["maps"]
+        maps = model.predict_maps(image)["probabilities"]
         assert torch.allclose(maps, avg_pool2d(model(image).sigmoid(), 2))
         assert model.predict_case({"image": torch.randn(1, 1, 40, 36, 3)}).labels.shape == (40, 36, 3)
 

@@ -29,18 +29,18 @@ AXES = {0: 2, 1: 3, 2: 4}  # slice axis -> dimension of (B, C, X, Y, Z)
 class Pointwise(nn.Module):
     """A network of 1x1 convolutions: what comes out of a voxel depends on that voxel alone."""
 
-    def __init__(self, in_channels, out_channels, *, dimensions=3, window=None, divisor=1, dropout=0.0):
+    def __init__(self, in_channels, out_channels, *, dimensions=3, slab=None, divisor=1, dropout=0.0):
         super().__init__()
         self.layer, self.dropout = nn.Linear(in_channels, out_channels), nn.Dropout(dropout)
-        describe(self, dimensions, divisor, window=window)
+        describe(self, dimensions, divisor, slab=slab)
 
     def forward(self, view):
-        if self.window:
-            view = view[..., self.window // 2]
+        if self.slab:
+            view = view[..., self.slab // 2]
         return self.layer(self.dropout(view).movedim(1, -1)).movedim(-1, 1)
 
 
-POINTWISE = {"s": partial(Pointwise, dimensions=2), "p": partial(Pointwise, dimensions=2, window=3), "v": Pointwise}
+POINTWISE = {"s": partial(Pointwise, dimensions=2), "p": partial(Pointwise, dimensions=2, slab=3), "v": Pointwise}
 
 
 def method(task=TASK, branches=POINTWISE, loss=None, **options):
@@ -93,7 +93,7 @@ def test_a_slice_network_sees_one_slice_and_a_pack_network_its_neighbors(axis):
     assert influence(basic_unet(2, 3, dimensions=2, norm="group", **{**flat, "features": (8,) * 6}), axis, 3) == [3]
     assert influence(PackUNet(2, 3, **flat), axis, 3) == [2, 3, 4]
     assert influence(PackUNet(2, 3, **flat), axis, 0) == [0, 1]
-    assert influence(PackUNet(2, 3, window=5, **flat), axis, 3) == [1, 2, 3, 4, 5]
+    assert influence(PackUNet(2, 3, slab=5, **flat), axis, 3) == [1, 2, 3, 4, 5]
     assert influence(pack_attention_unet(2, 3, channels=(4, 4)), axis, 3) == [2, 3, 4]
 
 
@@ -144,13 +144,13 @@ def test_parameter_counts_of_the_paper():
 
 
 def test_pack_networks_refuse_what_is_no_pack():
-    for wrong in ({"window": 2}, {"flat_levels": 0}, {"flat_levels": 5}):
+    for wrong in ({"slab": 2}, {"flat_levels": 0}, {"flat_levels": 5}):
         with pytest.raises(SuiteError, match=next(iter(wrong))):
             PackUNet(1, 2, **wrong)
     with pytest.raises(SuiteError, match=r"takes \(B, M, H, W, 3\)"):
         PackUNet(1, 2)(torch.zeros(1, 1, 16, 16, 5))
     with pytest.raises(SuiteError, match="middle slice"):
-        pack_attention_unet(1, 2, window=4)
+        pack_attention_unet(1, 2, slab=4)
 
 
 def test_a_noisy_network_sees_another_image_at_every_pass():
@@ -200,18 +200,18 @@ def test_an_absent_class_does_not_change_the_weights_of_the_others():
 def test_gated_consistency_by_hand():
     """Eqs. 4-5: U = (0.1, 0.5, 0.25, 0.6), z = 0.2: only the first voxel counts, whatever the rest."""
     uncertainty = torch.tensor([0.1, 0.5, 0.25, 0.6]).view(1, 1, 4)
-    kept = RelativeMax(1 / 3)(uncertainty, 2, 0.0)
-    assert kept.flatten().tolist() == [True, False, False, False]
+    certain = RelativeMax(1 / 3)(uncertainty, 2, 0.0)
+    assert certain.flatten().tolist() == [True, False, False, False]
     teacher = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0], [0.3, 0.7]]).T[None]
     student = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.0, 1.0], [0.9, 0.1]]).T[None]
-    assert float(gated_consistency(student, teacher, kept)) == pytest.approx(0.08)
+    assert float(gated_consistency(student, teacher, certain)) == pytest.approx(0.08)
     assert float(gated_consistency(student, teacher)) == pytest.approx((0.08 + 2 + 0 + 0.72) / 4)  # Eq. 2, summed over classes
 
 
 def test_cases_count_alike_and_one_without_certain_voxels_counts_zero():
     student, teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]).expand(2, 2, 2), torch.zeros(2, 2, 2)
-    kept = torch.tensor([[[True, True]], [[False, False]]])
-    assert float(gated_consistency(student, teacher, kept)) == pytest.approx(0.5)
+    certain = torch.tensor([[[True, True]], [[False, False]]])
+    assert float(gated_consistency(student, teacher, certain)) == pytest.approx(0.5)
     uniform = torch.full((1, 1, 5), math.log(2))
     assert not RelativeMax()(uniform, 2, 0.0).any()
     assert not RelativeMax()(torch.zeros(1, 1, 5), 2, 0.0).any()
@@ -301,8 +301,8 @@ def test_what_is_logged():
     logged = {}
     umm.log_terms = lambda **terms: logged.update({k: v.item() for k, v in terms.items()})
     umm.training_step(batch, 0)
-    assert logged["kept_a"] == 0
-    assert logged["kept_b"] == 0.5
+    assert logged["certain_a"] == 0
+    assert logged["certain_b"] == 0.5
     assert logged["consistency_a"] == pytest.approx(2 * 0.39**2, abs=1e-6)  # a learns where b is certain
     assert logged["consistency_b"] == 0  # and b nowhere, since a is certain nowhere
     a = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4) + 0.2 * math.log(0.2) + 0.8 * math.log(0.8)) / 2
