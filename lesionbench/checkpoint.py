@@ -47,7 +47,7 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
     own = checkpoint.get("lesionbench")
     if not own or not own.get("model"):
         raise SuiteError(
-            f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it"
+            f"{path}: holds weights but no model configuration; it was not written by this program, so name its experiment to use it"
         )
     _refuse_strangers(own["model"], path, trust)
     task = Task.from_dict(own["task"])

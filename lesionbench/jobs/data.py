@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.errors import SuiteError
+from lesionbench.installation import command
 from lesionbench.jobs.console import say
 
 
@@ -48,9 +49,7 @@ def simulate(cfg: DictConfig) -> None:
     options = OmegaConf.to_container(cfg.simulate, resolve=True)
     count, layout = options.pop("count"), options.pop("layout")
     path = write_brats(Path(cfg.out), Simulation(**options), count, str(layout))
-    say(
-        f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}"
-    )
+    say(f"{count} cases in {path}; train on them with\n  {command()} experiment=supervised/brats2020 data.layout={layout} data.root={path}")
 
 
 def show(cfg: DictConfig) -> None:
