@@ -132,7 +132,7 @@ def test_the_folder_of_ones_own_goes_before_the_overrides(tmp_path):
     assert own_folder(expected[1]) == expected
     assert own_folder(["a=1", "-m"]) == (None, ["a=1", "-m"])
     for given in (["--config-dir"], ["--config-dir="], [f"--config-dir={folder}/none"]):
-        with pytest.raises(SuiteError, match="--config-dir=.*: no such folder"):
+        with pytest.raises(SuiteError, match=r"--config-dir=.*: no such folder"):
             own_folder(given)
 
 
