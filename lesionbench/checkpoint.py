@@ -48,7 +48,7 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
     own = checkpoint.get("lesionbench")
     if not own or not own.get("model"):
         raise SuiteError(
-            f"{path}: holds weights but no model configuration; it was not written by run.py, so name its experiment to use it"
+            f"{path}: holds weights but no model configuration; it was not written by this program, so name its experiment to use it"
         )
     own["model"] = current(own["model"])
     _refuse_strangers(own["model"], path, trust)

@@ -1,4 +1,4 @@
-"""Errors meant for the user: one screen that names the file, the value and the fix. `run.py` prints them without a traceback."""
+"""Errors meant for the user: one screen that names the file, the value and the fix. The program prints them without a traceback."""
 
 import difflib
 from collections.abc import Iterable

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesionbench.errors import SuiteError
+from lesionbench.installation import install
 
 if TYPE_CHECKING:
     import optuna
@@ -61,6 +62,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise SuiteError("a search needs Optuna: pip install -e '.[sweeps]'") from None
+        raise SuiteError(f"a search needs Optuna: {install('sweeps')}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, options, quoted
+from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, options, own_folder, quoted
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_mistakes_name_the_nearest(mistake, hint):
 def test_errors_say_what_and_how(overrides, message, tmp_path):
     from hydra.errors import InstantiationException
 
-    from run import _suite_error
+    from lesionbench.jobs.program import _suite_error
 
     with pytest.raises((SuiteError, InstantiationException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
@@ -122,6 +122,31 @@ def test_paths_with_equals_signs_need_no_quotes():
         "--cfg=job",
     ]
     assert quoted(given) == expected
+
+
+def test_the_folder_of_ones_own_goes_before_the_overrides(tmp_path):
+    folder = str(tmp_path)
+    expected = (tmp_path, ["--config-dir", folder, "a=1", "b=2"])
+    for given in (["a=1", f"--config-dir={folder}", "b=2"], ["a=1", "b=2", "--config-dir", folder], ["-cd", folder, "a=1", "b=2"]):
+        assert own_folder(given) == expected
+    assert own_folder(expected[1]) == expected
+    assert own_folder(["a=1", "-m"]) == (None, ["a=1", "-m"])
+    for given in (["--config-dir"], ["--config-dir="], [f"--config-dir={folder}/none"]):
+        with pytest.raises(SuiteError, match=r"--config-dir=.*: no such folder"):
+            own_folder(given)
+
+
+def test_options_of_ones_own_stand_beside_the_suites(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "fusion" / "deep").mkdir(parents=True)
+    for name in ("model/mine.yaml", "model/_part.yaml", "model/supervised.yaml", "fusion/mean.yaml", "fusion/deep/max.yaml"):
+        (tmp_path / name).touch()
+    assert options("model", tmp_path) == sorted([*options("model"), "mine"])
+    assert options("fusion", tmp_path) == ["mean"]
+    assert [line.split()[:2] for line in help_text(tmp_path).splitlines() if line.startswith("  fusion")] == [
+        ["fusion", "mean"],
+        ["fusion/deep", "max"],
+    ]
 
 
 def test_foreign_pickle_is_refused(tmp_path):

@@ -2,19 +2,25 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.console import _first_process
+from lesionbench.jobs.console import first_process
 
 
 class Assembled:
-    """Data module, method and trainer of one stage, built and checked before anything starts."""
+    """Data module, method and trainer of one stage, built and checked before anything starts.
 
-    def __init__(self, cfg: DictConfig, method: Any = None, data: Any = None) -> None:
+    Args:
+        method, data: instead of those that the configuration describes.
+        callbacks: beside those of the configuration.
+    """
+
+    def __init__(self, cfg: DictConfig, method: Any = None, data: Any = None, callbacks: Sequence[Any] = ()) -> None:
         import pytorch_lightning as pl
         import torch
         from hydra.utils import instantiate
@@ -38,15 +44,17 @@ class Assembled:
         if cfg.compile:
             self.method.compile()
         Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
-        self.trainer = self._trainer(cfg)
+        self.trainer = self._trainer(cfg, callbacks)
 
     def prepare(self) -> None:
         """Generates, checks and caches the data; comes after everything that can be refused without it."""
-        if _first_process():
+        if first_process():
             self.data.prepare_data()
 
-    def _trainer(self, cfg: DictConfig) -> Any:
+    def _trainer(self, cfg: DictConfig, further: Sequence[Any]) -> Any:
         from hydra.utils import instantiate
+
+        from callbacks import CurvesLogger
 
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
         strategy = options.get("strategy")
@@ -58,15 +66,13 @@ class Assembled:
         from pytorch_lightning.callbacks import Checkpoint, ProgressBar
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-        callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
-        chosen = (
-            {} if cfg.job == "predict" else {"csv": {"_target_": "callbacks.CurvesLogger", "folder": cfg.run_folder}, **(cfg.logger or {})}
-        )
-        loggers = [instantiate(c, _convert_="all") for c in chosen.values() if c]  # metrics.csv is always written: other jobs read it
+        callbacks = [*(instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c), *further]
+        loggers = {} if cfg.job == "predict" else {"csv": CurvesLogger(cfg.run_folder)}  # always written: other jobs read it
+        loggers |= {name: instantiate(c, _convert_="all") if c else None for name, c in (cfg.logger or {}).items()}
         try:
             trainer = instantiate({**options, "_partial_": True}, _convert_="all")(
                 callbacks=callbacks,
-                logger=loggers,
+                logger=[logger for logger in loggers.values() if logger is not None],
                 enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
                 enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
                 accumulate_grad_batches=cfg.accumulate if self.method.automatic_optimization else 1,

@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lesionbench.errors import SuiteError, nearest
+from lesionbench.installation import CONF, command, install
 from lesionbench.moved import words
-
-CONF = Path(__file__).parents[2] / "conf"
 
 JOBS = {
     "fit": "run the experiment's stages: train, then test (default)",
@@ -36,27 +35,51 @@ OPTIONS = {
     "logger=[csv,wandb]": "where curves and pictures go: csv, tensorboard, wandb",
     "resume=true": "go on where the same command was interrupted",
     "debug=tiny": "also fast, overfit, profile",
+    "--config-dir DIR": "a folder like conf/ with configurations of your own; own modules are found in the current directory",
 }
 
 
-def help_text() -> str:
-    """What `run.py --help` prints; made from the folder of configurations, so it is never out of date."""
+def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The user's own folder of configurations (`--config-dir`), and the arguments with it in front.
+
+    Lightning adds overrides at the end when it repeats the command for a further process; there they must not follow a flag.
+
+    Raises:
+        SuiteError: the folder does not exist, or none is named.
+    """
+    left, named = [], None
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            named = value if equals else next(rest, "")
+        else:
+            left.append(argument)
+    if named is None:
+        return None, left
+    if not named or not Path(named).is_dir():
+        raise SuiteError(f"--config-dir={named}: no such folder; it holds what conf/ holds, such as model/mine.yaml")
+    return Path(named), ["--config-dir", named, *left]
+
+
+def help_text(own: Path | None = None) -> str:
+    """What `--help` prints; made from the suite's configurations and the user's own, so it is never out of date."""
+    program = command()
     lines = [
         "lesionbench: experiments in brain-lesion and medical-MRI segmentation",
         "",
-        "  python run.py [job=JOB] [experiment=NAME] [key=value ...]",
+        f"  {program} [job=JOB] [experiment=NAME] [key=value ...]",
         "",
     ]
     lines += ["Jobs", *_columns(JOBS), "", "Options people change", *_columns(OPTIONS), "", "Groups (group=name)"]
-    groups = {str(d.relative_to(CONF)): ", ".join(options(str(d.relative_to(CONF)))) for d in _groups()}
-    lines += [*_columns(groups), "", "Examples"]
+    lines += [*_columns({group: ", ".join(options(group, own)) for group in _groups(own)}), "", "Examples"]
     lines += [
-        f"  {e}"
+        f"  {program} {e}".rstrip()
         for e in (
-            "python run.py",
-            "python run.py -m seed=0,1,2 model/loss=dice_ce,focal",
-            "python run.py sweep=supervised hydra.sweeper.trials=30",
-            "python run.py job=compare compare.group_by=[model.loss._target_]",
+            "",
+            "-m seed=0,1,2 model/loss=dice_ce,focal",
+            "sweep=supervised hydra.sweeper.trials=30",
+            "job=compare compare.group_by=[model.loss._target_]",
         )
     ]
     lines += ["", "Flags: -m multirun (sweep over comma-separated values), --cfg job prints the configuration, --info all, --hydra-help"]
@@ -84,20 +107,19 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     return [one(a) for a in arguments]
 
 
-def options(group: str) -> list[str]:
-    """Names that a configuration group offers."""
-    root = CONF / group
-    found = (p for p in root.rglob("*.yaml") if not p.name.startswith("_"))
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in found if group == "experiment" or p.parent == root)
+def options(group: str, own: Path | None = None) -> list[str]:
+    """Names that a configuration group offers, in the suite and in the user's own folder."""
+    found = [(root / group, p) for root in _roots(own) for p in (root / group).rglob("*.yaml") if not p.name.startswith("_")]
+    return sorted({p.relative_to(root).with_suffix("").as_posix() for root, p in found if group == "experiment" or p.parent == root})
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
-    text = str(error)
+    text, own = str(error), own_folder(arguments)[0]
     from hydra.errors import InstantiationException
 
     if "'optuna" in text and find_spec("optuna") is None:
-        return SuiteError("a search needs Optuna: pip install -e '.[sweeps]'")
+        return SuiteError(f"a search needs Optuna: {install('sweeps')}")
     if isinstance(error, InstantiationException):  # a class that does not exist, or an argument that it does not have
         return SuiteError(re.sub(r", (set|see) .*?HYDRA_FULL_ERROR=1.*?(?=\n|$)", "", text).replace("\nfull_key: ", "\nin: "))
     key = (
@@ -106,42 +128,45 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
         or re.search(r"Key '([^']+)' is not in struct", text)
     )
     if key and "/" in key.group(1):
-        return SuiteError(_unused_group(key.group(1)))
+        return SuiteError(_unused_group(key.group(1), own))
     if key:
-        return SuiteError(_unknown_key(key.group(1), arguments))
+        return SuiteError(_unknown_key(key.group(1), arguments, own))
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing and missing.group(1).startswith("hydra/launcher/"):
         extra = "ray" if missing.group(1).endswith("ray") else "sweeps"
-        return SuiteError(f"launcher={missing.group(1).rpartition('/')[2]} is not installed: pip install -e '.[{extra}]'")
+        return SuiteError(f"launcher={missing.group(1).rpartition('/')[2]} is not installed: {install(extra)}")
     if missing:
         group, _, name = missing.group(1).rpartition("/")
-        while group and not (CONF / group).is_dir():
+        while group and not any((root / group).is_dir() for root in _roots(own)):
             group, _, head = group.rpartition("/")
             name = f"{head}/{name}"
         if group.startswith("experiment/"):
             group, name = "experiment", f"{group.removeprefix('experiment/')}/{name}"
         if group:
-            return SuiteError(f"There is no {group}={name}{nearest(name, options(group))}")
-        return SuiteError(f"There is no group '{name}'{nearest(name, [str(d.relative_to(CONF)) for d in _groups()])}")
+            return SuiteError(f"There is no {group}={name}{nearest(name, options(group, own))}")
+        return SuiteError(f"There is no group '{name}'{nearest(name, _groups(own))}")
     return SuiteError(text)
 
 
-def _unused_group(name: str) -> str:
+def _unused_group(name: str, own: Path | None) -> str:
     """A group that is overridden, but that nothing in the composed configuration has."""
-    group, groups = name.partition("@")[0], [str(d.relative_to(CONF)) for d in _groups()]
+    group, groups = name.partition("@")[0], _groups(own)
     if group not in groups:
         return f"There is no group '{group}'{nearest(group, groups)}"
     return f"{name}=...: the chosen model and data have no {name} that could be replaced; leave it out, or choose those that have"
 
 
-def _unknown_key(full: str, arguments: Sequence[str]) -> str:
+def _unknown_key(full: str, arguments: Sequence[str], own: Path | None) -> str:
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir
     from omegaconf import DictConfig
 
     GlobalHydra.instance().clear()
-    choices = [a for a in arguments if a.partition("=")[0].lstrip("+") in {str(d.relative_to(CONF)) for d in _groups()} and "," not in a]
+    groups = set(_groups(own))
+    choices = [a for a in arguments if a.partition("=")[0].lstrip("+") in groups and "," not in a]
+    if own is not None:
+        choices.append(f"hydra.searchpath=['file://{own.absolute()}']")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=choices, return_hydra_config=full.startswith("hydra."))
 
@@ -166,8 +191,15 @@ def _unknown_key(full: str, arguments: Sequence[str]) -> str:
     )
 
 
-def _groups() -> list[Path]:
-    return sorted(d for d in CONF.rglob("*") if d.is_dir() and "experiment/" not in str(d.relative_to(CONF)) and any(d.iterdir()))
+def _roots(own: Path | None) -> list[Path]:
+    return [CONF] if own is None else [CONF, own]
+
+
+def _groups(own: Path | None) -> list[str]:
+    """Names of the groups; what lies below `experiment/` is part of an experiment's name."""
+    folders = ((root, d) for root in _roots(own) for d in root.rglob("*") if d.is_dir() and any(d.iterdir()))
+    names = {d.relative_to(root).as_posix() for root, d in folders}
+    return sorted(name for name in names if not name.startswith("experiment/"))
 
 
 def _columns(rows: dict[str, str]) -> list[str]:

@@ -3,10 +3,12 @@
 import os
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
+    """Whether this is the process that writes and prints; the others only compute."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0 and int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def _say(text: str) -> None:
-    if _first_process():
+def say(text: str) -> None:
+    """Prints a line, in the first process alone."""
+    if first_process():
         print(text, flush=True)

@@ -6,18 +6,20 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.console import _say
+from lesionbench.installation import command
+from lesionbench.jobs.console import say
 
 
 def check(cfg: DictConfig) -> None:
     """Checks every case of the data set and prints all findings at once."""
-    from hydra.utils import get_method, instantiate
+    from hydra.utils import instantiate
 
-    render = get_method("datamodules.integrity.render")
+    from datamodules.integrity import render
+
     data = instantiate(cfg.data, _convert_="all")
     data.materialize()
     findings = data.findings()
-    _say(render(findings) if findings else f"{data.root}: {len(data.cases())} cases, nothing to report")
+    say(render(findings) if findings else f"{data.root}: {len(data.cases())} cases, nothing to report")
     if any(f.level == "error" for f in findings):
         raise SuiteError(f"{sum(f.level == 'error' for f in findings)} error(s) in {data.root}; see above")
 
@@ -32,35 +34,34 @@ def prepare(cfg: DictConfig) -> None:
     cache = data.store
     data.cache_root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(data.cache_root).free
-    _say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
+    say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
     data.prepare_data()
-    _say(f"{len(cases)} cases ready")
+    say(f"{len(cases)} cases ready")
 
 
 def simulate(cfg: DictConfig) -> None:
     """Writes simulated cases to `out` in the true layout of a BraTS year (`simulate.layout`)."""
-    from hydra.utils import get_class, get_method
-
     if not cfg.out:
         raise SuiteError("job=simulate needs out=<new folder>")
+    from datamodules.simulated.brats_layout import write_brats
+    from datamodules.simulated.simulation import Simulation
+
     options = OmegaConf.to_container(cfg.simulate, resolve=True)
     count, layout = options.pop("count"), options.pop("layout")
-    settings = get_class("datamodules.simulated.simulation.Simulation")(**options)
-    path = get_method("datamodules.simulated.brats_layout.write_brats")(Path(cfg.out), settings, count, str(layout))
-    _say(
-        f"{count} cases in {path}; train on them with\n  python run.py experiment=supervised/brats2020 data.layout={layout} data.root={path}"
-    )
+    path = write_brats(Path(cfg.out), Simulation(**options), count, str(layout))
+    say(f"{count} cases in {path}; train on them with\n  {command()} experiment=supervised/brats2020 data.layout={layout} data.root={path}")
 
 
 def show(cfg: DictConfig) -> None:
     """Writes montages of cases and of augmented training samples to `out`."""
-    from hydra.utils import get_method, instantiate
+    from hydra.utils import instantiate
+
+    from callbacks.figures import montage
 
     data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup("fit")
     out = Path(cfg.out or "show")
-    montage = get_method("callbacks.figures.montage")
     whole = data.case_loader(data.parts["train"][: cfg.show.cases]).dataset
     items = [whole[(i, False)] for i in range(len(whole))]
     cases = [(i["case"], i["image"], i["label"][0] if "label" in i else None, data.task, i["geometry"].network_spacing) for i in items]
@@ -73,4 +74,4 @@ def show(cfg: DictConfig) -> None:
         montage(
             [(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png"
         )
-    _say(f"written to {out}")
+    say(f"written to {out}")

@@ -5,12 +5,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.jobs.console import _say
+from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble_members import best_per_fold, fingerprint, groups_of
 
 
-def _ensemble(cfg: DictConfig) -> dict[str, Any]:
+def ensemble_model(cfg: DictConfig) -> dict[str, Any]:
     """The model configuration of the ensemble that `ckpt` names; fills in `ensemble.fingerprints`."""
+    from lightning_modules import Ensemble
+
     options = OmegaConf.to_container(cfg.ensemble, resolve=True)
     policy, score, _ = options.pop("policy"), options.pop("score"), options.pop("fingerprints")
     groups = groups_of(cfg.ckpt if isinstance(cfg.ckpt, str) else OmegaConf.to_container(cfg.ckpt, resolve=True))
@@ -24,9 +26,10 @@ def _ensemble(cfg: DictConfig) -> dict[str, Any]:
         groups = [[c.path] for c in candidates if c.chosen]
         chosen_on = tuple(sorted({p for c in candidates for p in c.patients}))
         for c in candidates:
-            _say(f"{'kept   ' if c.chosen else 'dropped'} {score} score {c.score:.4f}  {c.path}")
+            say(f"{'kept   ' if c.chosen else 'dropped'} {score} score {c.score:.4f}  {c.path}")
     with open_dict(cfg):
         cfg.ensemble.fingerprints = [[fingerprint(path) for path in group] for group in groups]
     checkpoints = [group[0] if len(group) == 1 else group for group in groups]
-    model = {"_target_": "lightning_modules.Ensemble", "checkpoints": checkpoints, **options, "chosen_on": list(chosen_on)}
+    # under its public name, which the hash of the run and its checkpoints hold
+    model = {"_target_": f"lightning_modules.{Ensemble.__name__}", "checkpoints": checkpoints, **options, "chosen_on": list(chosen_on)}
     return {**model, "metrics": OmegaConf.to_container(cfg.metrics, resolve=True), "trust": list(cfg.trust), "seed": cfg.seed}

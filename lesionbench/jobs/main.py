@@ -1,4 +1,4 @@
-"""The jobs of run.py: what each does with a composed configuration. Everything they build comes from the configuration's `_target_`s."""
+"""The jobs of the program: what each does with a composed configuration. Everything they build comes from the configuration's `_target_`s."""
 
 from collections.abc import Callable
 

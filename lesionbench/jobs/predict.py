@@ -7,56 +7,57 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.assembled import Assembled, quiet
-from lesionbench.jobs.console import _say
-from lesionbench.jobs.ensemble import _ensemble
+from lesionbench.jobs.console import say
+from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
 
 
 def predict(cfg: DictConfig) -> None:
     """Applies `ckpt` (or an experiment's method, if it has nothing to train) to the images under `input`, or to every case of the data
     set, and writes NIfTI files to `out`. Several checkpoints are applied as one ensemble."""
+    from callbacks import progress_bar
+
     quiet()
     source = _from_ensemble if is_ensemble(cfg.ckpt) else _from_checkpoint if cfg.ckpt else _from_experiment
     method, data = source(cfg)
     with open_dict(cfg):
         cfg.run_folder = str(Path(cfg.out or "predictions").absolute())
         cfg.logger = {}
-        cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}, "progress": {"_target_": "callbacks.progress_bar"}}
-    run = Assembled(cfg, method=method, data=data)
+        cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}}
+    run = Assembled(cfg, method=method, data=data, callbacks=[progress_bar()])
     run.configure_inference(cfg)
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
     run.prepare()
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
-    _say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
+    say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
 
 
 def _from_checkpoint(cfg: DictConfig) -> tuple[Any, Any]:
     """The method of a checkpoint, and data preprocessed just as its training did."""
-    from hydra.utils import get_class
-
+    from datamodules.preprocessing import Preprocessing
     from lesionbench.checkpoint import load_method
 
     method, own = load_method(cfg.ckpt, cfg.trust)
-    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    preprocessing = Preprocessing.from_dict(own["preprocessing"])
     return method, _prediction_data(cfg, own["task"], preprocessing, own["statistics"])
 
 
 def _from_ensemble(cfg: DictConfig) -> tuple[Any, Any]:
     """The ensemble of several checkpoints, and data preprocessed as the training of the first did; the others prepare cases themselves."""
-    from hydra.utils import get_class, get_method
-
+    from datamodules.preprocessing import Preprocessing
     from lesionbench.checkpoint import build_method, read_checkpoint
+    from lightning_modules.evaluation.ensemble import common_task
 
     if cfg.ensemble.out_of_fold and cfg.input:
         raise SuiteError("ensemble.out_of_fold=true needs the patients of a data set; images from input=... are not told apart")
-    model = _ensemble(cfg)
+    model = ensemble_model(cfg)
     first, *others = [path for c in model["checkpoints"] for path in ([c] if isinstance(c, str) else c)]
-    task = get_method("lightning_modules.evaluation.ensemble.common_task")([first, *others], cfg.trust)
+    task = common_task([first, *others], cfg.trust)
     method = build_method(model, task)
     own = read_checkpoint(first)["lesionbench"]
-    preprocessing = get_class("datamodules.preprocessing.Preprocessing").from_dict(own["preprocessing"])
+    preprocessing = Preprocessing.from_dict(own["preprocessing"])
     return method, _prediction_data(cfg, task.to_dict(), preprocessing, own["statistics"])
 
 
@@ -79,11 +80,12 @@ def _from_experiment(cfg: DictConfig) -> tuple[Any, Any]:
 
 def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, statistics: Any) -> Any:
     """The images under `input`, or the configured data set."""
-    from hydra.utils import get_class, instantiate
+    from hydra.utils import instantiate
+
+    from datamodules.images import Images
 
     if cfg.input:
-        images = get_class("datamodules.images.Images")
-        return images(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics, labels=cfg.data.get("labels"))
+        return Images(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics, labels=cfg.data.get("labels"))
     data = instantiate(cfg.data, _convert_="all")
     if data.task.to_dict() != task:
         raise SuiteError(

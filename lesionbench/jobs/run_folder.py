@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError
+from lesionbench.installation import CLONE
 from lesionbench.moved import recorded, recorded_experiment
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
@@ -137,11 +138,12 @@ def environment() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    root = Path(__file__).parents[2]
 
     def git(*args: str) -> str | None:
+        if CLONE is None:  # a wheel may lie inside of somebody else's repository
+            return None
         try:
-            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(["git", "-C", str(CLONE), *args], capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 

@@ -5,18 +5,20 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.jobs.console import _say
+from lesionbench.jobs.console import say
 
 
 def tune(cfg: DictConfig) -> None:
     """Chooses the smallest volume of a region on out-of-fold predictions and writes it to `out`, for `postprocessing.thresholds`."""
-    from hydra.utils import get_method, instantiate
+    from hydra.utils import instantiate
+
+    from lightning_modules.evaluation.tuning import tune as tune_smallest_volume
 
     options = OmegaConf.to_container(cfg.tune, resolve=True)
     rules = instantiate(cfg.postprocessing, _convert_="all")
     out = Path(cfg.out or "thresholds.json")
-    found = get_method("lightning_modules.evaluation.tuning.tune")(options.pop("runs") or [cfg.runs], rules=rules, **options)
-    _say(f"{found.report()}\nwritten to {found.write(out)}; apply it with postprocessing=tuned postprocessing.thresholds={out}")
+    found = tune_smallest_volume(options.pop("runs") or [cfg.runs], rules=rules, **options)
+    say(f"{found.report()}\nwritten to {found.write(out)}; apply it with postprocessing=tuned postprocessing.thresholds={out}")
 
 
 def compare(cfg: DictConfig) -> None:
@@ -35,9 +37,9 @@ def compare(cfg: DictConfig) -> None:
     if cfg.report:
         from lesionbench.reports.html_report import write_html
 
-        _say(f"open {write_html(result, out / 'report.html')}")
+        say(f"open {write_html(result, out / 'report.html')}")
     if out:
-        _say(f"written to {out}")
+        say(f"written to {out}")
 
 
 def dashboard(cfg: DictConfig) -> None:
@@ -48,4 +50,4 @@ def dashboard(cfg: DictConfig) -> None:
     if options.dry_run and not cfg.out:
         raise SuiteError("dashboard.dry_run=true needs out=<file>.json")
     made = workspace(cfg.compare.runs or [cfg.runs], list(cfg.compare.group_by), options.project, options.entity, options.name)
-    _say(f"written to {write(made, Path(cfg.out))}" if options.dry_run else send(made))
+    say(f"written to {write(made, Path(cfg.out))}" if options.dry_run else send(made))

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.jobs.assembled import Assembled
-from lesionbench.jobs.console import _first_process, _say
-from lesionbench.jobs.ensemble import _ensemble
+from lesionbench.jobs.console import first_process, say
+from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.study import Pruned
@@ -32,21 +32,21 @@ def fit(cfg: DictConfig) -> float | None:
         cfg.run_folder = str(folder.path)
     done = folder.summary
     if done.get("status") == "finished":
-        _say(f"{folder.path} is finished; nothing to do (resume=true)")
+        say(f"{folder.path} is finished; nothing to do (resume=true)")
         return done.get("objective")
-    if _first_process():
+    if first_process():
         folder.write_config(cfg)
         folder.update_summary(**{"started": time.time(), **done, **known, "status": "running"})
     try:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
-        if _first_process():
+        if first_process():
             folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
-    if _first_process():
+    if first_process():
         _finish(cfg, folder)
     return folder.summary.get("objective")
 
@@ -81,11 +81,11 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
     if folder.stage_done(stage.name) is not None:
         return
     cfg, stage = _stage_config(cfg, stage, folder)
-    if stage.run == "call" and not _first_process():
+    if stage.run == "call" and not first_process():
         folder.await_stage(stage.name)
         return
     artefact = STAGES[stage.run](cfg, stage, folder)
-    if _first_process():
+    if first_process():
         folder.mark_done(stage.name, {"run": stage.run, "artefact": artefact})
     else:
         folder.await_stage(stage.name)  # the next stage reads what this one left
@@ -139,11 +139,11 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     iteration = -1
     if resumed:
         iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
-        _say(f"continuing {cfg.run_folder} after iteration {iteration}")
+        say(f"continuing {cfg.run_folder} after iteration {iteration}")
     elif cfg.init_from:
         from lesionbench.checkpoint import initialize_from
 
-        _say(initialize_from(run.method, cfg.init_from))
+        say(initialize_from(run.method, cfg.init_from))
     for logger in run.trainer.loggers:
         if hasattr(logger, "truncate_after"):
             logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
@@ -257,7 +257,7 @@ def test(cfg: DictConfig) -> float | None:
     Several checkpoints are tested as one ensemble, whose run is named for its fusion.
     """
     if is_ensemble(cfg.ckpt):
-        model = _ensemble(cfg)
+        model = ensemble_model(cfg)
         with open_dict(cfg):
             cfg.model, cfg.ckpt = model, None
             cfg.experiment_name = f"{cfg.experiment_name}-{cfg.ensemble.fusion}"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.reports.paired import _TEST_COLUMNS, _tests
+from lesionbench.reports.paired import TEST_COLUMNS, tests_against
 from lesionbench.reports.runs import (
-    _ABSENT,
+    ABSENT,
     COST,
     DEFAULT_METRICS,
     FOLD,
@@ -26,31 +26,31 @@ from lesionbench.reports.runs import (
     Record,
     Run,
     Values,
-    _few,
-    _known,
-    _lines,
-    _listed,
-    _mean,
-    _objective,
-    _ordered,
-    _replicates,
-    _runs,
-    _setting,
-    _text,
-    _unique,
+    as_list,
     check_keys,
+    common_objective,
+    count_replicates,
     find_runs,
+    indented,
+    mean_of_known,
     read_run,
+    runs_of,
+    setting,
+    shortened,
+    sorted_cells,
+    value_text,
+    without_nan,
+    without_repetitions,
 )
 from lesionbench.reports.sheets import (
     Sheet,
-    _dataset_sheet,
-    _fold_sheet,
-    _group_sheet,
-    _markdown,
-    _metric_sheet,
-    _test_sheet,
-    _write_table,
+    dataset_sheet,
+    fold_sheet,
+    group_sheet,
+    markdown_cell,
+    metric_sheet,
+    test_sheet,
+    write_table,
 )
 from lesionbench.results import KEYS, depends_on_oracle, is_oracle, write_json
 
@@ -72,7 +72,7 @@ class Comparison:
             over seeds (of the mean over a seed's folds), `n_seeds`, `n_folds` and `oracle`.
         folds: one record per group of several folds, member, region, metric and fold: `mean` over the cases of the fold (then over seeds)
             and `n_cases`.
-        tests: one record per group other than the baseline, member, region and metric, see `_test`.
+        tests: one record per group other than the baseline, member, region and metric, see `lesionbench.reports.paired`.
         groups: one record per group: `runs`, `seeds`, `folds`, `cases`, and the mean over runs of every cost in `COST`.
         folders: group -> the run folders that count.
         left_out: run folder -> why it does not count.
@@ -119,9 +119,9 @@ class Comparison:
         for sheet in self.sheets():
             lines = [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
             blocks.append(f"## {sheet.title}")
-            blocks.append("\n".join("| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in lines))
+            blocks.append("\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines))
             blocks += [f"*{self.caption}*"] if self.caption else []
-        blocks += [_markdown(line) for line in self.remarks()]
+        blocks += [markdown_cell(line) for line in self.remarks()]
         return "\n\n".join(blocks) + "\n"
 
     def write(self, out: Path | str) -> list[Path]:
@@ -130,11 +130,11 @@ class Comparison:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         costs = {g["group"]: {name: g[name] for name in COST} for g in self.groups}
-        _write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
-        _write_table(out / "dataset.csv", _DATASET_COLUMNS, [{**record, "note": self.caption} for record in self.dataset])
-        _write_table(out / "tests.csv", _TEST_COLUMNS, self.tests)
+        write_table(out / "comparison.csv", _CELL_COLUMNS, [{**cell, **costs[cell["group"]], "note": self.caption} for cell in self.cells])
+        write_table(out / "dataset.csv", _DATASET_COLUMNS, [{**record, "note": self.caption} for record in self.dataset])
+        write_table(out / "tests.csv", TEST_COLUMNS, self.tests)
         if self.folds:
-            _write_table(out / "folds.csv", _FOLD_COLUMNS, [{**record, "note": self.caption} for record in self.folds])
+            write_table(out / "folds.csv", _FOLD_COLUMNS, [{**record, "note": self.caption} for record in self.folds])
         (out / "comparison.md").write_text(self.markdown(), encoding="utf-8")
         write_json(out / "comparison.json", {k: v for k, v in vars(self).items() if k not in ("values", "objectives")})
         names = ["comparison.csv", "dataset.csv", *(["folds.csv"] if self.folds else []), "comparison.md", "tests.csv", "comparison.json"]
@@ -143,14 +143,14 @@ class Comparison:
     def sheets(self) -> list["Sheet"]:
         """The tables as text: one per metric, one more where it was cross-validated, one per data-set-wise metric, the groups with their costs, one of tests per metric."""
         metrics = list(dict.fromkeys(cell["metric"] for cell in self.cells))
-        results = [_metric_sheet(metric, [c for c in self.cells if c["metric"] == metric]) for metric in metrics]
-        tests = [_test_sheet(metric, [t for t in self.tests if t["metric"] == metric]) for metric in metrics if self.tests]
+        results = [metric_sheet(metric, [c for c in self.cells if c["metric"] == metric]) for metric in metrics]
+        tests = [test_sheet(metric, [t for t in self.tests if t["metric"] == metric]) for metric in metrics if self.tests]
         whole = [
-            _dataset_sheet(metric, [r for r in self.dataset if r["metric"] == metric])
+            dataset_sheet(metric, [r for r in self.dataset if r["metric"] == metric])
             for metric in dict.fromkeys(r["metric"] for r in self.dataset)
         ]
-        folded = [_fold_sheet(metric, self.cells, self.folds) for metric in dict.fromkeys(f["metric"] for f in self.folds)]
-        return [*results, *folded, *whole, _group_sheet(self.groups), *tests]
+        folded = [fold_sheet(metric, self.cells, self.folds) for metric in dict.fromkeys(f["metric"] for f in self.folds)]
+        return [*results, *folded, *whole, group_sheet(self.groups), *tests]
 
     def remarks(self) -> list[str]:
         """Notes, and what was left out and why, a line each."""
@@ -185,12 +185,12 @@ def compare(
         SuiteError: nothing to compare; an unknown key, group, metric, region or member; a case tested twice for one group and seed by
             runs whose configs differ; groups or seeds with different test cases.
     """
-    keys = _listed(group_by)
+    keys = as_list(group_by)
     found = [read_run(folder) for folder in find_runs(runs)]
     finished = [run for run in found if run.status == "finished"]
     left_out = {str(run.folder): run.status for run in found if run.status != "finished"}
     if not finished:
-        raise SuiteError("no finished and tested run among the folders:\n" + _lines(f"{k}: {v}" for k, v in left_out.items()))
+        raise SuiteError("no finished and tested run among the folders:\n" + indented(f"{k}: {v}" for k, v in left_out.items()))
     check_keys([run.settings for run in finished], keys)
     groups = _grouped(finished, keys, left_out)
     if baseline is not None and baseline not in groups:
@@ -198,7 +198,7 @@ def compare(
     _check_cases(groups, left_out)
     pool, oracle = _pooled(groups)
     whole, tuned = _dataset_values(groups)
-    wanted, everything = _listed(metrics), [*pool, *whole]
+    wanted, everything = as_list(metrics), [*pool, *whole]
     _check_names(everything, wanted, regions, members)
     pool, whole = _chosen(pool, wanted or DEFAULT_METRICS, regions, members), _chosen(whole, wanted or ("*",), regions, members)
     if not pool and not whole:
@@ -206,28 +206,28 @@ def compare(
             f"no run has any of the metrics {', '.join(wanted or DEFAULT_METRICS)} for these members and regions; "
             f"there are {', '.join(dict.fromkeys(cell[3] for cell in everything)) or 'none'}: choose with metrics=[...]"
         )
-    cells = [_summed_up(cell, values, groups[cell[0]], cell in oracle) for cell, values in _ordered(pool, baseline)]
+    cells = [_summed_up(cell, values, groups[cell[0]], cell in oracle) for cell, values in sorted_cells(pool, baseline)]
     comparison = Comparison(
         group_by=keys,
         baseline=baseline,
         cells=cells,
-        dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in _ordered(whole, baseline)],
-        folds=[record for cell, values in _ordered(pool, baseline) for record in _fold_records(cell, values, groups[cell[0]])],
-        tests=[] if baseline is None else _tests(pool, baseline, oracle),
+        dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in sorted_cells(whole, baseline)],
+        folds=[record for cell, values in sorted_cells(pool, baseline) for record in _fold_records(cell, values, groups[cell[0]])],
+        tests=[] if baseline is None else tests_against(pool, baseline, oracle),
         groups=[_group_record(name, groups[name]) for name in sorted(groups, key=lambda g: (g != baseline, g))],
-        folders={name: [str(run.folder) for run in _runs(seeds)] for name, seeds in groups.items()},
+        folders={name: [str(run.folder) for run in runs_of(seeds)] for name, seeds in groups.items()},
         left_out=left_out,
         notes=_notes(groups, keys),
         caption=_caption(groups),
-        values={cell: _known(v for cases in values.values() for v in cases.values()).tolist() for cell, values in _ordered(pool, baseline)},
-        objectives={name: _objective(_runs(seeds)) for name, seeds in groups.items()},
+        values={
+            cell: without_nan(v for cases in values.values() for v in cases.values()).tolist()
+            for cell, values in sorted_cells(pool, baseline)
+        },
+        objectives={name: common_objective(runs_of(seeds)) for name, seeds in groups.items()},
     )
     if out is not None:
         comparison.write(out)
     return comparison
-
-
-# --- finding and reading ---------------------------------------------------------------------------------------------------------
 
 
 # --- grouping and pooling --------------------------------------------------------------------------------------------------------
@@ -236,9 +236,9 @@ def compare(
 def _grouped(runs: Sequence[Run], keys: Sequence[str], left_out: dict[str, str]) -> Groups:
     groups: Groups = {}
     for run in runs:
-        name = ", ".join(_text(_setting(run.settings, key)) for key in keys)
+        name = ", ".join(value_text(setting(run.settings, key)) for key in keys)
         groups.setdefault(name, {}).setdefault(run.settings.get("seed"), []).append(run)
-    return {name: {seed: _unique(name, seed, same, left_out) for seed, same in seeds.items()} for name, seeds in groups.items()}
+    return {name: {seed: without_repetitions(name, seed, same, left_out) for seed, same in seeds.items()} for name, seeds in groups.items()}
 
 
 def _check_cases(groups: Groups, left_out: Mapping[str, str]) -> None:
@@ -251,11 +251,11 @@ def _check_cases(groups: Groups, left_out: Mapping[str, str]) -> None:
             lacking.setdefault((group, frozenset(everything - cases)), []).append(str(seed))
     if not lacking:
         return
-    lines = [f"'{g}', seed {', '.join(seeds)}: lacks {len(m)} of {len(everything)}: {_few(m)}" for (g, m), seeds in lacking.items()]
-    unfinished = f"\nLeft out were:\n{_lines(f'{k} ({v})' for k, v in left_out.items())}" if left_out else ""
+    lines = [f"'{g}', seed {', '.join(seeds)}: lacks {len(m)} of {len(everything)}: {shortened(m)}" for (g, m), seeds in lacking.items()]
+    unfinished = f"\nLeft out were:\n{indented(f'{k} ({v})' for k, v in left_out.items())}" if left_out else ""
     raise SuiteError(
         "the groups were not tested on the same cases, which makes them incomparable:\n"
-        f"{_lines(lines)}\nRun the missing folds, or leave the incomplete groups or seeds out.{unfinished}"
+        f"{indented(lines)}\nRun the missing folds, or leave the incomplete groups or seeds out.{unfinished}"
     )
 
 
@@ -330,13 +330,13 @@ _CELL_COLUMNS += ("std_cases", "oracle", *COST, "note")
 
 
 def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
-    per_seed = _known(_mean(cases.values()) for cases in values.values())
-    pooled = _known(value for cases in values.values() for value in cases.values())
+    per_seed = without_nan(mean_of_known(cases.values()) for cases in values.values())
+    pooled = without_nan(value for cases in values.values() for value in cases.values())
     median, q25, q75 = np.percentile(pooled, [50, 25, 75]).tolist() if pooled.size else [math.nan] * 3
-    folds, n_cases = _replicates(seeds)
+    folds, n_cases = count_replicates(seeds)
     return {
         **dict(zip(_CELL_COLUMNS, cell, strict=False)),
-        "mean": _mean(per_seed),
+        "mean": mean_of_known(per_seed),
         "std": float(per_seed.std(ddof=1)) if per_seed.size > 1 else math.nan,
         "median": median,
         "q25": q25,
@@ -357,14 +357,16 @@ def _fold_records(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]]
     """The mean of every fold; nothing for a group of one fold."""
     cases: dict[str, dict[Any, set[str]]] = {}
     for seed, run in ((seed, run) for seed, runs in seeds.items() for run in runs):
-        cases.setdefault(_text(_setting(run.settings, FOLD)), {}).setdefault(seed, set()).update(run.cases)
+        cases.setdefault(value_text(setting(run.settings, FOLD)), {}).setdefault(seed, set()).update(run.cases)
     if len(cases) < 2:
         return []
     records = []
     for fold, tested in sorted(cases.items(), key=lambda item: (len(item[0]), item[0])):
-        per_seed = [_mean(values[seed].get(case, math.nan) for case in sorted(own)) for seed, own in tested.items() if seed in values]
+        per_seed = [
+            mean_of_known(values[seed].get(case, math.nan) for case in sorted(own)) for seed, own in tested.items() if seed in values
+        ]
         n_cases = len(set().union(*tested.values()))
-        records.append(dict(zip(_FOLD_COLUMNS, (*cell, fold, _mean(per_seed), n_cases), strict=False)))
+        records.append(dict(zip(_FOLD_COLUMNS, (*cell, fold, mean_of_known(per_seed), n_cases), strict=False)))
     return records
 
 
@@ -372,22 +374,22 @@ _DATASET_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "n_see
 
 
 def _dataset_record(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
-    per_seed = _known(_mean(runs.values()) for runs in values.values())
+    per_seed = without_nan(mean_of_known(runs.values()) for runs in values.values())
     std = float(per_seed.std(ddof=1)) if per_seed.size > 1 else math.nan
-    folds, _ = _replicates(seeds)
-    return dict(zip(_DATASET_COLUMNS, (*cell, _mean(per_seed), std, len(values), folds, oracle), strict=False))
+    folds, _ = count_replicates(seeds)
+    return dict(zip(_DATASET_COLUMNS, (*cell, mean_of_known(per_seed), std, len(values), folds, oracle), strict=False))
 
 
 def _group_record(name: str, seeds: Mapping[Any, Sequence[Run]]) -> Record:
-    runs = _runs(seeds)
-    folds, cases = _replicates(seeds)
-    costs = {key: _mean(run.cost[key] for run in runs if run.cost.get(key) is not None) for key in COST}
+    runs = runs_of(seeds)
+    folds, cases = count_replicates(seeds)
+    costs = {key: mean_of_known(run.cost[key] for run in runs if run.cost.get(key) is not None) for key in COST}
     return {"group": name, "runs": len(runs), "seeds": len(seeds), "folds": folds, "cases": cases, **costs}
 
 
 def _data(seeds: Mapping[Any, Sequence[Run]]) -> frozenset[str]:
     """What the configs of a group call their data."""
-    return frozenset(_text(_setting(run.settings, f"data.{key}")) for run in _runs(seeds) for key in ("name", "_target_"))
+    return frozenset(value_text(setting(run.settings, f"data.{key}")) for run in runs_of(seeds) for key in ("name", "_target_"))
 
 
 def _caption(groups: Groups) -> str:
@@ -395,16 +397,8 @@ def _caption(groups: Groups) -> str:
 
 
 def _notes(groups: Groups, keys: Sequence[str]) -> list[str]:
-    absent = [key for key in keys if any(_setting(run.settings, key) is _ABSENT for seeds in groups.values() for run in _runs(seeds))]
-    notes = [f"some configs have no key {key}; its value stands as {_ABSENT}" for key in absent]
+    absent = [key for key in keys if any(setting(run.settings, key) is ABSENT for seeds in groups.values() for run in runs_of(seeds))]
+    notes = [f"some configs have no key {key}; its value stands as {ABSENT}" for key in absent]
     if len({_data(seeds) for seeds in groups.values()}) > 1:
         notes.append("the groups differ in data.name or data._target_; their cases are taken to be the same because their names are")
     return notes
-
-
-# --- tests -----------------------------------------------------------------------------------------------------------------------
-
-_TEST_COLUMNS += ("wins", "ties", "losses", "p_wilcoxon", "p_wilcoxon_holm", "p_ttest", "p_ttest_holm", "note", "oracle")
-
-
-# --- text ------------------------------------------------------------------------------------------------------------------------

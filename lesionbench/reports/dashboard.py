@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesionbench.errors import SuiteError
+from lesionbench.installation import install
 from lesionbench.reports.report import curve_names
 from lesionbench.reports.runs import check_keys, find_runs, read_config
 from lesionbench.results import write_json
@@ -36,7 +37,7 @@ def workspace(
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise SuiteError("job=dashboard needs wandb-workspaces: pip install -e '.[dashboard]'") from None
+        raise SuiteError(f"job=dashboard needs wandb-workspaces: {install('dashboard')}") from None
     folders = find_runs(runs)
     check_keys([read_config(folder) for folder in folders], group_by)
     tested, curves = _tested(folders), sorted({name for folder in folders for name in curve_names(folder)})

@@ -4,17 +4,18 @@ import math
 
 import numpy as np
 
-from lesionbench.reports.runs import LOWER_IS_BETTER, Cell, Record, Values, _mean, _ordered
+from lesionbench.reports.runs import LOWER_IS_BETTER, Cell, Record, Values, mean_of_known, sorted_cells
 from lesionbench.reports.statistics import MIN_PAIRS, bootstrap_interval, differences, holm, paired_tests
 
-_TEST_COLUMNS = ("metric", "group", "baseline", "member", "region", "n", "missing", "mean_difference", "ci_low", "ci_high", "dz", "better")
+TEST_COLUMNS = ("metric", "group", "baseline", "member", "region", "n", "missing", "mean_difference", "ci_low", "ci_high", "dz", "better")
+TEST_COLUMNS += ("wins", "ties", "losses", "p_wilcoxon", "p_wilcoxon_holm", "p_ttest", "p_ttest_holm", "note", "oracle")
 
 
-def _tests(pool: dict[Cell, Values], baseline: str, oracle: set[Cell]) -> list[Record]:
+def tests_against(pool: dict[Cell, Values], baseline: str, oracle: set[Cell]) -> list[Record]:
     """Every group against the baseline. Holm's correction takes all comparisons of one metric (all groups, members, regions) as a family,
     for each of the two tests."""
     tests = []
-    for cell, values in _ordered(pool, baseline):
+    for cell, values in sorted_cells(pool, baseline):
         reference = (baseline, *cell[1:])
         if cell[0] != baseline and reference in pool:
             tuned = bool({cell, reference} & oracle)
@@ -67,5 +68,5 @@ def _per_case(values: Values) -> dict[str, float]:
     table = np.array([[seed.get(case, math.nan) for seed in values.values()] for case in cases])
     means = table.mean(axis=1)
     for place in np.flatnonzero(np.isnan(means)):
-        means[place] = _mean(table[place])
+        means[place] = mean_of_known(table[place])
     return dict(zip(cases, means.tolist(), strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lesionbench.installation import command
 from lesionbench.results import TUNED, depends_on_oracle, is_oracle
 
 
@@ -112,7 +113,7 @@ def _paths(folder: Path, runs: str, select: str | None) -> list[str]:
     lines = [f"  {title:17s} {path}" for title, path in wanted.items() if path.exists()]
     names = ("last.ckpt",) if select == "last" else ("best.ckpt", "last.ckpt")  # the one that was tested
     tested = next((p for p in (folder / "checkpoints" / name for name in names) if p.exists()), None)
-    follow = ["What next:", f"  python run.py job=compare compare.runs=[{runs}]"]
+    follow = ["What next:", f"  {command()} job=compare compare.runs=[{runs}]"]
     if tested:
-        follow.append(f"  python run.py job=predict ckpt={tested} input=<folder of NIfTI files> out=<new folder>")
+        follow.append(f"  {command()} job=predict ckpt={tested} input=<folder of NIfTI files> out=<new folder>")
     return ["Where it is:", *lines, *follow]

@@ -19,35 +19,17 @@ from lesionbench.moved import current
 from lesionbench.results import read_rows
 
 DEFAULT_METRICS = ("dice", "hd95*")
-
-
 COST = ("parameters", "wall_s", "peak_memory_mb", "samples_per_s")
-
-
 LOWER_IS_BETTER = ("hd", "asd", "volume_difference", "ece", "brier", "loss")  # beginnings of metric names
-
-
 SIMULATED = "simulated data: a stand-in, not a benchmark"
-
-
 FOLD = "data.split.fold"
-
-
-_ABSENT = "(none)"
-
+ABSENT = "(none)"
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-
 Record = dict[str, Any]
-
-
 Groups = dict[str, dict[Any, list["Run"]]]  # group -> seed -> runs
-
-
 Values = dict[Any, dict[str, float]]  # seed -> case -> value
-
-
 Cell = tuple[str, str, str, str]  # group, member, region, metric
 
 
@@ -85,7 +67,7 @@ def find_runs(runs: Path | str | Sequence[Path | str]) -> list[Path]:
         SuiteError: a path that does not exist, a pattern that matches nothing, or no run folder under it.
     """
     found: dict[Path, Path] = {}
-    for item in _listed(runs):
+    for item in as_list(runs):
         places = [item] if os.path.exists(item) else sorted(glob.glob(str(item), recursive=True))
         if not places:
             raise SuiteError(f"{item}: no such folder, and no folder matches it as a pattern")
@@ -161,12 +143,12 @@ def _parsed(path: Path, parse: Any) -> Record:
     return data
 
 
-def _setting(settings: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key, `_ABSENT` where the config has no such key."""
+def setting(settings: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, `ABSENT` where the config has no such key."""
     value: Any = settings
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _ABSENT
+            return ABSENT
         value = value[part]
     return value
 
@@ -178,22 +160,23 @@ def check_keys(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Non
         SuiteError: such a key.
     """
     for key in keys:
-        if any(_setting(config, key) is not _ABSENT for config in configs):
+        if any(setting(config, key) is not ABSENT for config in configs):
             continue
         parts = key.split(".")
         for depth in range(len(parts)):  # the first part that no config has, and what there is in its place
             prefix = ".".join(parts[:depth])
-            levels = [_setting(config, prefix) if prefix else config for config in configs]
+            levels = [setting(config, prefix) if prefix else config for config in configs]
             known = {f"{prefix}.{name}".lstrip(".") for level in levels if isinstance(level, Mapping) for name in level}
             if ".".join(parts[: depth + 1]) not in known:
                 raise unknown("config key", ".".join(parts[: depth + 1]), known)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of a config as the name of a group shows it."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
 
 
-def _unique(group: str, seed: Any, runs: Sequence[Run], left_out: dict[str, str]) -> list[Run]:
+def without_repetitions(group: str, seed: Any, runs: Sequence[Run], left_out: dict[str, str]) -> list[Run]:
     """The runs of one group and seed, less repetitions of the same command, of which the newest counts."""
     kept: list[Run] = []
     for run in sorted(runs, key=_age):
@@ -220,10 +203,10 @@ def _same_config(a: Run, b: Run) -> bool:
 
 def _tested_twice(group: str, seed: Any, a: Run, b: Run) -> SuiteError:
     first, second = (_flat(_portable(run.settings)) for run in (a, b))
-    keys = sorted(key for key in first.keys() | second.keys() if first.get(key, _ABSENT) != second.get(key, _ABSENT))
+    keys = sorted(key for key in first.keys() | second.keys() if first.get(key, ABSENT) != second.get(key, ABSENT))
     return SuiteError(
-        f"group '{group}', seed {seed}: case(s) {_few(a.cases & b.cases)} were tested by two runs with different configs:\n"
-        f"{_lines([a.folder, b.folder])}\nThey differ in {_few(keys)}. Add what tells them apart to group_by, or leave one out."
+        f"group '{group}', seed {seed}: case(s) {shortened(a.cases & b.cases)} were tested by two runs with different configs:\n"
+        f"{indented([a.folder, b.folder])}\nThey differ in {shortened(keys)}. Add what tells them apart to group_by, or leave one out."
     )
 
 
@@ -240,49 +223,55 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
-def _ordered(pool: dict[Cell, Values], baseline: str | None) -> list[tuple[Cell, Values]]:
+def sorted_cells(pool: dict[Cell, Values], baseline: str | None) -> list[tuple[Cell, Values]]:
     """By metric, baseline first, group, then member and region in their order of appearance."""
     places = [list(dict.fromkeys(cell[i] for cell in pool)) for i in range(4)]
     rank = [{name: i for i, name in enumerate(names)} for names in places]
     return sorted(pool.items(), key=lambda c: (rank[3][c[0][3]], c[0][0] != baseline, c[0][0], rank[1][c[0][1]], rank[2][c[0][2]]))
 
 
-def _runs(seeds: Mapping[Any, Sequence[Run]]) -> list[Run]:
+def runs_of(seeds: Mapping[Any, Sequence[Run]]) -> list[Run]:
+    """All runs of a group."""
     return [run for runs in seeds.values() for run in runs]
 
 
-def _objective(runs: Sequence[Run]) -> str | None:
+def common_objective(runs: Sequence[Run]) -> str | None:
     """The validation curve that the runs optimize, if it is one and the same."""
-    names = {_setting(run.settings, "objective.name") for run in runs}
+    names = {setting(run.settings, "objective.name") for run in runs}
     name = names.pop() if len(names) == 1 else None
-    return None if name == _ABSENT else name
+    return None if name == ABSENT else name
 
 
-def _replicates(seeds: Mapping[Any, Sequence[Run]]) -> tuple[int, int]:
+def count_replicates(seeds: Mapping[Any, Sequence[Run]]) -> tuple[int, int]:
     """Number of folds and of cases of a group."""
-    runs = _runs(seeds)
-    return len({_text(_setting(run.settings, FOLD)) for run in runs}), len(set().union(*(run.cases for run in runs)))
+    runs = runs_of(seeds)
+    return len({value_text(setting(run.settings, FOLD)) for run in runs}), len(set().union(*(run.cases for run in runs)))
 
 
-def _known(values: Iterable[float]) -> np.ndarray:
+def without_nan(values: Iterable[float]) -> np.ndarray:
+    """The values that are known."""
     array = np.array(list(values), dtype=float)
     return array[~np.isnan(array)]
 
 
-def _mean(values: Iterable[float]) -> float:
-    known = _known(values)
+def mean_of_known(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN where none is known."""
+    known = without_nan(values)
     return float(known.mean()) if known.size else math.nan
 
 
-def _listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """One name or path, several, or none (None), as a list."""
     return [value] if isinstance(value, (str, Path)) else list(value or ())
 
 
-def _few(names: Iterable[str], limit: int = 5) -> str:
+def shortened(names: Iterable[str], limit: int = 5) -> str:
+    """Sorted names on one line, those beyond `limit` only counted."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _lines(items: Iterable[object], limit: int = 10) -> str:
+def indented(items: Iterable[object], limit: int = 10) -> str:
+    """One item a line, those beyond `limit` only counted."""
     items = [f"  {item}" for item in items]
     return "\n".join(items[:limit] + ([f"  and {len(items) - limit} more"] if len(items) > limit else []))

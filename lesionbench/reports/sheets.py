@@ -37,11 +37,12 @@ class Sheet:
         ]
 
 
-def _metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
+def metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
+    """One metric, per group, member and region."""
     return _sheet(f"{metric}: mean ± std over seeds, median [quartiles] over all cases", cells, _cell_text)
 
 
-def _fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) -> Sheet:
+def fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) -> Sheet:
     """Cross-validation as challenge papers report it: statistics over the pooled cases of all folds, then the mean of each fold."""
     folds = [f for f in folds if f["metric"] == metric]
     pooled = {(c["group"], c["member"], c["region"]): c for c in cells if c["metric"] == metric}
@@ -63,7 +64,8 @@ def _fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) -
     return Sheet(f"{metric} in cross-validation: statistics over the cases of all folds, means of folds", columns, body, len(names) + 1)
 
 
-def _dataset_sheet(metric: str, records: Sequence[Record]) -> Sheet:
+def dataset_sheet(metric: str, records: Sequence[Record]) -> Sheet:
+    """One metric that was measured over all test voxels as one set."""
     folds = ", of the mean over folds" if any(r["n_folds"] > 1 for r in records) else ""
     return _sheet(f"{metric} over all test voxels as one set: mean ± std over seeds{folds}", records, _mean_text)
 
@@ -93,13 +95,15 @@ def _cell_text(cell: Record) -> str:
     return f"{_mean_text(cell)}\n{_number(cell['median'])} [{_number(cell['q25'])}, {_number(cell['q75'])}]{missing}"
 
 
-def _group_sheet(groups: Sequence[Record]) -> Sheet:
+def group_sheet(groups: Sequence[Record]) -> Sheet:
+    """What every group consists of and what its runs cost."""
     counts = ("runs", "seeds", "folds", "cases")
     rows = [[g["group"], *(str(g[name]) for name in counts), *(_number(g[name]) for name in COST)] for g in groups]
     return Sheet("runs, and their cost (mean over runs)", ["group", *counts, *(name.replace("_", " ") for name in COST)], rows, 1)
 
 
-def _test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
+def test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
+    """Tests of one metric against the baseline."""
     rows = []
     with_members = any(test["member"] for test in tests)
     for test in tests:
@@ -138,11 +142,13 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign},.{3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
 
 
-def _markdown(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
-def _write_table(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
+def write_table(path: Path, columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes records as CSV."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -127,7 +127,7 @@ class Ensemble(Method):
             return self._loaded[path]
         method, own = load_method(path, self.trust)
         if own.get("preprocessing") is None:
-            raise SuiteError(f"{path}: does not say how its cases were preprocessed; it was not written by run.py")
+            raise SuiteError(f"{path}: does not say how its cases were preprocessed; it was not written by this program")
         if self._mirrored is not None:
             method.mirror(self._mirrored)
         if self._loaded is not None:

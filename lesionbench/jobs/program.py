@@ -1,0 +1,80 @@
+"""The program, the one entry point: `[job=...] [experiment=...] [key=value ...]`; `--help` says more."""
+
+import errno
+import os
+import sys
+
+# places, not programs, are at fault
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+
+
+def main() -> None:
+    """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
+    from lesionbench.errors import SuiteError
+    from lesionbench.jobs.command_line import help_text, own_folder, quoted, renamed
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # methods of the user's own; last, so that they hide nothing
+    try:
+        own, arguments = own_folder(quoted(renamed(sys.argv[1:])))
+        if "--help" in arguments or "-h" in arguments:
+            print(help_text(own))
+        else:
+            sys.argv[1:] = arguments
+            _run(arguments)
+    except SuiteError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(arguments: list[str]) -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are, not printed by Hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lesionbench.errors import SuiteError
+    from lesionbench.jobs.command_line import explain
+
+    try:
+        _hydra()
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = _suite_error(error)
+        if cause is None and os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
+        raise SuiteError(str(cause or explain(error, arguments))) from error
+    except OSError as error:
+        if error.filename is None or error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
+        raise SuiteError(
+            f"{error.filename}: cannot be written or read ({error.strerror})\nOther places are set by runs=, out= and data.cache=<folder>."
+        ) from error
+
+
+def _suite_error(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind an exception that Hydra wrapped while it built an object."""
+    from lesionbench.errors import SuiteError
+
+    while error is not None and not isinstance(error, SuiteError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _hydra() -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, open_dict
+
+    from lesionbench.installation import CONF
+    from lesionbench.resolvers import register
+
+    register()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(cfg: DictConfig) -> float | None:
+        from lesionbench.jobs.main import run_job
+
+        register()  # a launcher may have started another process
+        with open_dict(cfg):
+            cfg.experiment_name = cfg.experiment_name or HydraConfig.get().runtime.choices.experiment
+        return run_job(cfg)
+
+    job()
