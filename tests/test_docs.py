@@ -72,7 +72,7 @@ def test_command_composes_and_builds(call, tmp_path):
     cfg.run_folder = str(tmp_path)
     assert cfg.job in JOBS
     assert OmegaConf.to_container(cfg, resolve=True)
-    if cfg.job not in ("fit", "test") or "checkpoint" in cfg.model:  # the checkpoint that it would test is not there
+    if cfg.job not in ("fit", "test"):
         return
     data = instantiate(cfg.data, _convert_="all")
     with torch.device("meta"):
