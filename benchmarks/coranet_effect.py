@@ -1,4 +1,4 @@
-"""Table and picture of CoraNet's toy (docs/coranet.md), from the run folders of `sweep=coranet_toy`.
+"""Table and picture of CoraNet's toy (docs/methods/coranet.md), from the run folders of `sweep=coranet_toy`.
 
     python benchmarks/coranet_effect.py <folder of runs>
 

@@ -1,4 +1,4 @@
-"""The table of the toy with scanners in docs/flair_threshold.md: `python -m benchmarks.equalization_effect`, from the root of the repository."""
+"""The table of the toy with scanners in docs/methods/flair_threshold.md: `python -m benchmarks.equalization_effect`, from the root."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Tables and the figure of docs/modality_pairing.md from run folders.
+"""Tables and the figure of docs/methods/modality_pairing.md from run folders.
 
     python benchmarks/pairing_effects.py <folder that holds runs> <folder for tables> <folder for pictures>
 

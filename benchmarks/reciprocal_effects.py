@@ -1,4 +1,4 @@
-"""Tables and figures of docs/reciprocal.md from run folders.
+"""Tables and figures of docs/methods/reciprocal_adversarial.md from run folders.
 
     python benchmarks/reciprocal_effects.py <folder that holds runs> <folder for tables> <folder for pictures> [prefix]
 

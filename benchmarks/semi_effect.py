@@ -1,4 +1,4 @@
-"""The effect of semi-supervised methods on the toy of blobs: runs them, and makes the table of docs/semi_supervised.md and docs/colearning.md.
+"""The effect of semi-supervised methods on the toy of blobs: runs them, and makes the tables of docs/semi_supervised.md and its methods.
 
     python benchmarks/semi_effect.py run <folder> <rows> <seeds>     rows and seeds separated by commas; rows `all` or names as below
     python benchmarks/semi_effect.py table <folder> <name>

@@ -1,4 +1,4 @@
-"""Tables and curves of the small experiments of docs/umm.md, from their run folders.
+"""Tables and curves of the small experiments of docs/methods/umm.md, from their run folders.
 
     python benchmarks/umm_effect.py <folder of runs> <name>
 

@@ -30,7 +30,7 @@ from tests.fake_data import LPS, fake_case
 from tests.harness import composed
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = ("noise_consistency/simulated", "supervised/wmh", "supervised/simulated_two_stage")  # experiments that the pages add
 FLAGS = {"-m", "--multirun", "--help", "--cfg", "job", "--info", "all"}
 

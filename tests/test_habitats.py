@@ -577,7 +577,7 @@ def test_outliers_have_the_habitat_of_their_cut_off():
 
 
 def test_example_of_the_page():
-    page = (Path(__file__).parent.parent / "docs" / "fae.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "methods" / "fae.md").read_text()
     names = {}
     exec(page.partition("```python\n")[2].partition("```")[0], names)
     assert names["found"].labels.shape == (120,)

@@ -168,7 +168,7 @@ def test_what_the_tuner_writes_is_what_postprocessing_reads(tmp_path):
 
 
 def test_a_threshold_chosen_on_one_half_raises_the_dice_of_the_other():
-    """The first seeds of the table in docs/brats_recipe.md: cases without enhancing tumor, and false specks of it."""
+    """The first seeds of the table in docs/methods/nnunet_region_loss_ensemble.md: cases without enhancing tumor, and false specks of it."""
     rows = list(islice(specks(), 2))
     assert all(row["gain"] > 0.03 for row in rows), rows
     assert all(row["after"] < 1 for row in rows)

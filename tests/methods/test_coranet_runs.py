@@ -212,7 +212,7 @@ def test_errors_gather_in_the_uncertain_region(data, tmp_path):
 
 @pytest.mark.slow
 def test_effect_on_the_toy(data, tmp_path):
-    """What shows on the toy (docs/coranet.md), ten minutes: CoraNet is above labels alone and above self-training on all pixels.
+    """What shows on the toy (docs/methods/coranet.md), ten minutes: CoraNet is above labels alone and above self-training on all pixels.
 
     That the teacher adds to self-training on certain pixels does not show, and is not asserted.
     """

@@ -98,7 +98,7 @@ def test_views_and_patches_that_do_not_fit_are_refused_before_training(data, tmp
             run(*TINY, f"data.root={data}", f"runs={tmp_path}", "model.branches.s.norm=instance", wrong)
 
 
-# the small experiment of docs/umm.md
+# the small experiment of docs/methods/umm.md
 
 
 def dice(experiment, seeds, data, runs, *overrides):
