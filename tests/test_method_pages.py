@@ -1,5 +1,6 @@
 """The pages of methods: one skeleton, equations, commands, options with the defaults that they really have, results that lie beside them."""
 
+import ast
 import importlib
 import math
 import re
@@ -13,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.jobs.command_line import CONF
 from tests.harness import composed
-from tests.test_docs import ROOT, blocks, commands, keys, overrides
+from tests.test_docs import ROOT, blocks, called, keys, overrides
 
 HEADINGS = ["Paper", "Method", "Run", "Options", "Departures", "Results"]
+PACKAGES = ("lightning_modules", "datamodules", "callbacks", "lesionbench")
+NO_KEY = ": there is no such key"
 RECIPES = ("ensemble", "nnunet_region_loss_ensemble")  # have a page, but no file of their own in conf/model
 PAGES = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -60,10 +63,9 @@ def configuration(*arguments: str) -> DictConfig:
     return composed(*arguments, hydra=True)
 
 
-def first_command(page: Path) -> DictConfig:
-    """What the first command of a page's section Run composes."""
-    (call, *_) = (c for c in commands(page) if c)
-    return configuration(*overrides(call))
+def composed_by(page: Path) -> list[DictConfig]:
+    """What the commands of a page's section Run compose, in their order."""
+    return [configuration(*overrides(call)) for call in called(section(page, "Run"))]
 
 
 def resolved(name: str) -> Any:
@@ -84,9 +86,23 @@ def resolved(name: str) -> Any:
     raise ImportError(name)
 
 
+def full_names(text: str) -> list[str]:
+    """Dotted names in backticks that begin with a package of the project."""
+    return re.findall(rf"`((?:{'|'.join(PACKAGES)})(?:\.[A-Za-z]\w*)+)`", text)
+
+
+@cache
+def defined() -> tuple[set[str], set[str]]:
+    """Names of all classes, and of all functions and methods of the project."""
+    nodes = [node for package in PACKAGES for file in (ROOT / package).rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    return {n.name for n in nodes if isinstance(n, ast.ClassDef)}, {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
+
+
 def code_names(text: str) -> list[str]:
-    """Dotted names of the project's Python in backticks."""
-    return re.findall(r"`((?:lightning_modules|datamodules|callbacks|lesionbench)(?:\.[A-Za-z]\w*)+)`", text)
+    """Names in backticks that are code of the project: a class, or behind a dot also a function (`UMM`, `losses.VAT`, `staple.staple_of`)."""
+    classes, functions = defined()
+    names = [name.split(".") for name in re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", text)]
+    return [".".join(name) for name in names if name[-1] in classes or (len(name) > 1 and name[-1] in functions)]
 
 
 def same(told: Any, real: Any) -> bool:
@@ -105,12 +121,13 @@ def wrong_option(key: str, told: str, cfg: DictConfig) -> str | None:
     if "/" in key:
         choices = cfg.hydra.runtime.choices
         if key not in choices:
-            return f"{key}: no group with a choice here"
+            return f"{key}{NO_KEY}"
         return None if choices[key] == told else f"{key}: {told}, in truth {choices[key]}"
     known = keys(OmegaConf.to_container(cfg, resolve=False))
     if key not in known:
-        return f"{key}: no such key"
-    real = OmegaConf.select(cfg, key)
+        return f"{key}{NO_KEY}"
+    parent, _, name = key.rpartition(".")
+    real = "???" if OmegaConf.is_missing(OmegaConf.select(cfg, parent), name) else OmegaConf.select(cfg, key)
     real = OmegaConf.to_container(real, resolve=True) if OmegaConf.is_config(real) else real
     said = OmegaConf.to_container(OmegaConf.create(f"value: {told}"))["value"]
     return None if same(said, real) else f"{key}: {told}, in truth {real}"
@@ -139,7 +156,9 @@ def test_skeleton(page):
 @each_page
 def test_paper_is_cited(page):
     text = section(page, "Paper")
-    assert re.search(r"(?:19|20)\d\d", text) or "No paper:" in text, "authors, title, venue, year; or a sentence that begins with `No paper:`"
+    assert re.search(r"(?:19|20)\d\d", text) or "No paper:" in text, (
+        "authors, title, venue, year; or a sentence that begins with `No paper:`"
+    )
     assert code_names(text), "the name of the code that implements it, such as `lightning_modules.MeanTeacher`"
 
 
@@ -152,7 +171,9 @@ def test_method_has_equations_and_names_their_code(page):
     for equation in equations:
         bare = equation.replace(r"\{", "").replace(r"\}", "")
         assert bare.count("{") == bare.count("}"), equation
-        assert equation.count(r"\left") - equation.count(r"\leftarrow") == equation.count(r"\right") - equation.count(r"\rightarrow"), equation
+        assert equation.count(r"\left") - equation.count(r"\leftarrow") == equation.count(r"\right") - equation.count(r"\rightarrow"), (
+            equation
+        )
         assert equation.count(r"\begin") == equation.count(r"\end"), equation
         assert not re.search(r"^[-+=>#*]", equation, flags=re.MULTILINE), f"Markdown reads more than a sum in a line of {equation}"
     assert code_names(text), "the name of the code that computes it"
@@ -161,7 +182,7 @@ def test_method_has_equations_and_names_their_code(page):
 @each_page
 def test_code_that_is_named_exists(page):
     wrong = []
-    for name in sorted(set(code_names(page.read_text()))):
+    for name in sorted(set(full_names(page.read_text()))):
         try:
             resolved(name)
         except (ImportError, AttributeError) as error:
@@ -171,25 +192,31 @@ def test_code_that_is_named_exists(page):
 
 @each_page
 def test_first_command_runs_on_embedded_data(page):
-    assert "run.py" in "".join(re.findall(r"^```bash\n(.*?)^```", section(page, "Run"), flags=re.MULTILINE | re.DOTALL))
-    assert get_class(first_command(page).data._target_).__module__.startswith("datamodules.simulated.")
+    first, *_ = composed_by(page)
+    assert get_class(first.data._target_).__module__.startswith("datamodules.simulated.")
 
 
 @each_page
 def test_options_and_defaults_are_real(page):
-    """`model.` keys and groups without any experiment, the rest as the first command composes them."""
+    """What the model alone has (`model.`, and groups `model/`) by its own defaults; all else as a command of the section Run composes it."""
     rows = table(section(page, "Options"), ["key", "default", "meaning"])
-    assert rows or "No options:" in section(page, "Options"), "a table | key | default | meaning |; or a sentence that begins with `No options:`"
+    assert rows or "No options:" in section(page, "Options"), (
+        "a table | key | default | meaning |; or a sentence that begins with `No options:`"
+    )
+    alone = [] if page.stem in RECIPES else [configuration("~experiment", f"model={page.stem}")]
     wrong = []
     for cells in rows:
         match = re.fullmatch(r"`([a-z_]+(?:[./@][a-z_0-9]+)*)`", cells[0])
-        if len(cells) != 3 or not match or not cells[2]:
+        if len(cells) != 3 or not match:
             wrong.append(f"{' | '.join(cells)}: one whole key such as `model.decay`, its default, its meaning")
             continue
-        own = match[1].startswith(("model.", "model/")) and page.stem not in RECIPES
-        cfg = configuration("~experiment", f"model={page.stem}") if own else first_command(page)
-        wrong.append(wrong_option(match[1], cells[1].strip("`"), cfg))
-    assert list(filter(None, wrong)) == []
+        own = alone if match[1].startswith(("model.", "model/")) else []
+        found = [wrong_option(match[1], cells[1].strip("`"), cfg) for cfg in own]
+        if not found or (found[0] or "").endswith(NO_KEY):
+            found = [wrong_option(match[1], cells[1].strip("`"), cfg) for cfg in composed_by(page)]
+        if None not in found:
+            wrong.append(found[0])
+    assert wrong == []
 
 
 @each_page
@@ -204,26 +231,43 @@ def test_results_are_there_or_said_to_be_missing(page):
     text = section(page, "Results")
     if "Not run:" not in text:
         assert re.search(r"\]\(\.\./results/\w+\.csv\)", text), "a link to the committed CSV; or a sentence that begins with `Not run:`"
-        assert "```bash" in text, "the command beside the table"
+        assert re.search(r"(?:^|`)python \S", text, flags=re.MULTILINE), "the command beside the table"
     for name in re.findall(r"\]\((\.\./results/[^)]+)\)", text):
         assert (page.parent / name).is_file(), name
 
 
 def test_the_rules_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A\n\nB.\n\n## Run\n\n```bash\n## no heading\n```\n\n| key | default | meaning |\n|---|---|---|\n| `a` | `x|y` | z |\n")
+    page.write_text(
+        "# A\n\nB.\n\n## Run\n\n```bash\n## no heading\n```\n\n| key | default | meaning |\n|---|---|---|\n| `a` | `x|y` | z |\n"
+    )
     assert list(sections(page)) == ["", "Run"]
     assert blocks(page, "bash") == ["## no heading\n"]
     assert table(section(page, "Run"), ["key", "default", "meaning"]) == [["`a`", "`x|y`", "z"]]
-    assert code_names("`lightning_modules.losses.VAT`, `losses.VAT`, `lightning_modules/base.py`") == ["lightning_modules.losses.VAT"]
+    text = "`lightning_modules.losses.VAT`, `losses.VAT`, `staple.staple`, `staple`, `lightning_modules/base.py`, `model.decay`, `VAT()`"
+    assert full_names(text) == ["lightning_modules.losses.VAT"]
+    assert code_names(text) == ["lightning_modules.losses.VAT", "losses.VAT", "staple.staple"]
     assert resolved("lightning_modules.losses.vat.VAT.forward").__name__ == "forward"
     for name in ("lightning_modules.losses.vat.NAT", "lightning_modules.lost.VAT"):
         with pytest.raises((ImportError, AttributeError)):
             resolved(name)
     cfg = configuration("~experiment", "model=mean_teacher")
-    right = {"model.decay": "0.99", "model/ramp": "gaussian", "model.ema_warmup": "true", "model.predict_with": "null", "model.weights": "{consistency: 1.0}"}
+    right = {
+        "model.decay": "0.99",
+        "model/ramp": "gaussian",
+        "model.ema_warmup": "true",
+        "model.predict_with": "null",
+        "model.weights": "{consistency: 1.0}",
+    }
     assert [wrong_option(*option, cfg) for option in right.items()] == [None] * 5
-    false = {"model.decay": "0.9", "model/ramp": "linear", "model.ema_warmup": "1", "model.predict_with": "teacher", "model.rate": "1", "model/gate": "uamt"}
+    false = {
+        "model.decay": "0.9",
+        "model/ramp": "linear",
+        "model.ema_warmup": "1",
+        "model.predict_with": "teacher",
+        "model.rate": "1",
+        "model/gate": "uamt",
+    }
     assert None not in [wrong_option(*option, cfg) for option in false.items()]
     assert not same({"a": 1}, {"a": 1, "b": 2})
     assert not same([1, 2], [1])
