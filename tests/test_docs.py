@@ -35,15 +35,25 @@ EXAMPLES = ("noise_consistency/simulated", "supervised/wmh", "supervised/simulat
 FLAGS = {"-m", "--multirun", "--help", "--cfg", "job", "--info", "all"}
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def fenced(text: str, language: str) -> list[str]:
     """Fenced code of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced code of one language on a page."""
+    return fenced(page.read_text(), language)
+
+
+def called(text: str) -> list[list[str]]:
+    """Arguments of every call of run.py in the shell blocks of a text."""
+    lines = [line for block in fenced(text, "bash") for line in block.replace("\\\n", " ").splitlines() if "run.py" in line]
+    return [shlex.split(line.partition("run.py")[2], comments=True) for line in lines]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Arguments of every call of run.py in the page's shell blocks."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines() if "run.py" in line]
-    return [shlex.split(line.partition("run.py")[2], comments=True) for line in lines]
+    """Arguments of every call of run.py on a page."""
+    return called(page.read_text())
 
 
 def overrides(arguments: list[str]) -> list[str]:
