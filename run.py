@@ -21,22 +21,24 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from lesionbench.errors import SuiteError
+    from lesionbench.jobs.failed_jobs import hand_on_errors, notes
 
+    hand_on_errors()
     try:
         _hydra()
     except SuiteError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{notes(error)}")
     except (HydraException, OmegaConfBaseException) as error:
         cause = _suite_error(error)
         if cause is None and os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
-        sys.exit(f"error: {cause or explain(error, arguments)}")
+        sys.exit(f"error: {cause or explain(error, arguments)}{notes(error)}")
     except OSError as error:
         if error.filename is None or error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
         sys.exit(
             f"error: {error.filename}: cannot be written or read ({error.strerror})\n"
-            "Other places are set by runs=, out= and data.cache=<folder>."
+            f"Other places are set by runs=, out= and data.cache=<folder>.{notes(error)}"
         )
 
 
