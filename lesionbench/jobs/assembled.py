@@ -37,7 +37,8 @@ class Assembled:
         self.method = method
         if cfg.compile:
             self.method.compile()
-        Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+        if _first_process():  # it may have discarded the run when another comes here
+            Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
         self.trainer = self._trainer(cfg)
 
     def prepare(self) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def fit(cfg: DictConfig) -> float | None:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
-        if _first_process():
+        if _first_process() and not _discarded(folder):
             folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -49,6 +50,17 @@ def fit(cfg: DictConfig) -> float | None:
     if _first_process():
         _finish(cfg, folder)
     return folder.summary.get("objective")
+
+
+def _discarded(folder: RunFolder) -> bool:
+    """Leaves no run behind where a mistake, or the user, ended it before it came to anything."""
+    if not folder.empty:
+        return False
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:  # it writes into the folder
+        wandb.finish(exit_code=1)
+    folder.discard()
+    return True
 
 
 def _check_options(cfg: DictConfig) -> None:
