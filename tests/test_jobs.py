@@ -248,6 +248,9 @@ def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp
         with pytest.raises(SuiteError, match=r"case_00\.nii\.gz"):
             run(*predict)
     assert (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes() == before
+    with pytest.raises(SuiteError, match="precision=half"):
+        run(*predict[:-2], f"out={tmp_path / 'refused'}", "trust=[tests]", "trainer.precision=half")
+    assert not (tmp_path / "refused").exists()
     run(*predict, "overwrite=true")
     image = nib.load(next((folder / "images").glob("case_00_*")))
     mask = nib.load(tmp_path / "out" / "predictions" / "case_00.nii.gz")

@@ -37,8 +37,6 @@ class Assembled:
         self.method = method
         if cfg.compile:
             self.method.compile()
-        if _first_process():  # it may have discarded the run when another comes here
-            Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
         self.trainer = self._trainer(cfg)
 
     def prepare(self) -> None:

@@ -93,7 +93,9 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
     if folder.stage_done(stage.name) is not None:
         return
     cfg, stage = _stage_config(cfg, stage, folder)
-    if stage.run == "call" and not _first_process():
+    if _first_process():  # another process may come here when this one has found a mistake and discarded the run
+        Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+    elif stage.run == "call":
         folder.await_stage(stage.name)
         return
     artefact = STAGES[stage.run](cfg, stage, folder)
@@ -228,7 +230,6 @@ def _call_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     """A stage that is a function: called with (cfg, folder of the stage), returns the path of its artefact."""
     from hydra.utils import get_method
 
-    Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
     return str(get_method(stage.function)(cfg, Path(cfg.run_folder)))
 
 
