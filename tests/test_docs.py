@@ -294,7 +294,20 @@ def test_nothing_names_a_machine():
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".cfg", ".txt", ""}
     folders = ["conf", "lesionbench", "lightning_modules", "datamodules", "callbacks", "tests", "benchmarks", "docs"]
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file() and f.suffix in kinds]
-    files += [ROOT / name for name in ("README.md", "Makefile", "run.py", "pyproject.toml", "CITATION.cff", ".gitignore")]
+    files += [
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "Makefile",
+            "mkdocs.yml",
+            "run.py",
+            "pyproject.toml",
+            "CITATION.cff",
+            ".gitignore",
+        )
+    ]
     assert len(files) > 100
     assert [f"{f}: {hit}" for f in files for hit in forbidden.findall(f.read_text(errors="ignore"))] == []
 
