@@ -3,11 +3,14 @@
 import json
 from itertools import product
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from lesionbench.errors import SuiteError
+from lesionbench.geometry import read_volume, write_volume
 from lesionbench.target import ClassSoftmax, RegionSigmoid, atoms, nesting
 from lesionbench.task import IGNORE, Task
 
@@ -90,6 +93,20 @@ def test_large_and_negative_disk_values_keep_their_value():
     written = task.to_disk(np.array([0, 1, 2], np.int8))
     assert written.tolist() == [0, -3, 1000]
     assert task.from_disk(written).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(255, "uint8"), (256, "int16"), (32767, "int16"), (40000, "uint16"), (70000, "int32"), (-40000, "int32"), (2**24 + 1, "int32")],
+)
+def test_label_values_survive_a_file_in_the_smallest_type_that_holds_them(value, kind, tmp_path):
+    task = Task(("t1",), {"background": 0, "a": value})
+    written = task.to_disk(np.array([[[0, 1]]], np.int8))
+    assert written.dtype == kind
+    path = write_volume(tmp_path / "label.nii.gz", written, np.eye(4))
+    assert nib.load(path).get_data_dtype() == kind
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).ravel().tolist() == [0, value]
+    assert task.from_disk(read_volume(path)[0]).ravel().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("strange", "named"), [(7, "7"), (1.5, "1.5"), (-1, "-1"), (np.nan, "nan")])
