@@ -116,13 +116,20 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
     A trailing axis of length one is dropped. With `header_only` the array is None.
 
     Raises:
-        SuiteError: missing, unreadable, truncated or not three-dimensional; names the file.
+        SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers; names the file.
     """
     try:
         image = nib.load(path)
         shape = tuple(image.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
+        stored = image.get_data_dtype()
+        if stored.fields:
+            raise SuiteError(
+                f"{path}: holds colors ({'/'.join(stored.fields)} in every voxel), not intensities or labels; export gray values"
+            )
+        if stored.kind == "c":
+            raise SuiteError(f"{path}: holds complex numbers ({stored}), not intensities or labels; export the magnitude")
         if len(shape) != 3 or 0 in shape:
             raise SuiteError(f"{path}: expected one 3D volume, got shape {tuple(image.shape)}")
         if header_only:

@@ -283,3 +283,16 @@ def test_a_case_result_knows_the_spacing_and_image_of_its_grid():
     network = replace(result, native=False)
     assert network.spacing == pytest.approx(tuple(s / 2 for s in geometry.spacing))
     assert network.image_on_grid() is image
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "complex64"])
+@pytest.mark.parametrize("header_only", [False, True])
+def test_colors_and_complex_numbers_are_named_for_what_they_are(tmp_path, kind, header_only):
+    fields = [(name, "u1") for name in "RGBA"[: len(kind)]]
+    array = np.zeros((2, 2, 2), np.complex64 if kind == "complex64" else fields)
+    nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "x.nii.gz")
+    said = (
+        "complex numbers.*export the magnitude" if kind == "complex64" else f"colors .{'/'.join('RGBA'[: len(kind)])}.*export gray values"
+    )
+    with pytest.raises(SuiteError, match=rf"x\.nii\.gz: holds {said}"):
+        read_volume(tmp_path / "x.nii.gz", header_only)
