@@ -181,7 +181,7 @@ def test_hard_answers_and_maps_of_them():
     hard = module.hard(logits)
     assert hard.tolist() == [[[1, 0, 0]]]
     assert not hard.requires_grad
-    maps, valid = module.as_maps(torch.tensor([[[1, 0, -1]]]))
+    maps, valid = module.target.as_maps(torch.tensor([[[1, 0, -1]]]))
     assert maps.tolist() == [[[0, 1, 1], [1, 0, 0]]]
     assert valid.tolist() == [[[1, 1, 0]]]
     regions = method(target=RegionSigmoid, loss=nn.Identity())

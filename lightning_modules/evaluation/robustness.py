@@ -8,8 +8,7 @@ import torch
 from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
-from lesionbench.target import RegionSigmoid
-from lesionbench.task import IGNORE, Task
+from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slices
 from lightning_modules.base import Method
 from lightning_modules.evaluation.attacks import perturb
@@ -116,10 +115,6 @@ def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: tor
     views = to_slices(images, axis) if flat else images
     logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None)["logits"]
     logits = from_slices(logits, axis, len(images)) if flat else logits
-    valid = (target != IGNORE).float()
-    if isinstance(method.target, RegionSigmoid):
-        values = divergence(logits, target.clamp_min(0).float().expand_as(logits), "sigmoid")
-    else:
-        hot = torch.nn.functional.one_hot(target[:, 0].clamp_min(0), logits.shape[1]).movedim(-1, 1)
-        values = divergence(logits, hot.float().expand_as(logits), "softmax")
+    maps, valid = method.target.as_maps(target)
+    values = divergence(logits, maps.expand_as(logits), method.target.kind)
     return (values * valid).flatten(1).sum(dim=1) / valid.expand_as(values[:1]).sum().clamp_min(1)

@@ -11,8 +11,7 @@ from torch import nn
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
-from lesionbench.target import RegionSigmoid
-from lesionbench.task import IGNORE, Task
+from lesionbench.task import Task
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.ramps import Ramp
 from lightning_modules.segmentation import SegmentationMethod
@@ -184,18 +183,8 @@ class SemiSupervised(SegmentationMethod):
         return self.target.activate(logits_of(output))
 
     def hard(self, output: Output) -> torch.Tensor:
-        """Output -> pseudo labels without gradient, in the form that the loss takes: class indices (B, 1, *spatial) or masks (B, R, *spatial)."""
-        logits = logits_of(output)
-        if isinstance(self.target, RegionSigmoid):
-            return (logits > 0).to(torch.int8)
-        return logits.argmax(dim=1, keepdim=True)
-
-    def as_maps(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training target -> maps (B, K, *spatial) in {0, 1} that probabilities compare with, and which voxels count (float, broadcasts)."""
-        valid = (target != IGNORE).float()
-        if isinstance(self.target, RegionSigmoid):
-            return target.clamp_min(0).float(), valid
-        return nn.functional.one_hot(target[:, 0].long().clamp_min(0), self.target.out_channels).movedim(-1, 1).float(), valid
+        """Output -> pseudo labels without gradient, in the form that the loss takes (see `Target.harden`)."""
+        return self.target.harden(logits_of(output))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

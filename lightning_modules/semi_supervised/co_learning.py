@@ -108,7 +108,7 @@ class CoLearning(SemiSupervised):
         if self.weights["teacher"]:
             terms["teacher"] = sum(self.loss(output, self.hard(teacher)) for output in others)
         if mixing:
-            truth, valid = self.as_maps(self.training_target(labeled))
+            truth, valid = self.target.as_maps(self.training_target(labeled))
             pseudo = self._pseudo_maps(unlabeled["image"], teacher, others, mask)
             targets = [self.mixed(truth, maps, mask)[number] for number, maps in enumerate(pseudo)]
             known = torch.full((len(unlabeled["image"]), *valid.shape[1:]), float(self.mix == "both"), device=valid.device)
@@ -146,7 +146,7 @@ class CoLearning(SemiSupervised):
         return first, second
 
     def _answer(self, output: Any) -> torch.Tensor:
-        return self.probabilities(output).detach() if self.soft_target else self.as_maps(self.hard(output))[0]
+        return self.probabilities(output).detach() if self.soft_target else self.target.as_maps(self.hard(output))[0]
 
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:
         brain = labeled["brain_mask"][:count].bool() if self.box_in_brain and "brain_mask" in labeled else None
