@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from lesionbench.errors import SuiteError
-from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
 from lightning_modules.components import largest_component
 from lightning_modules.semi_supervised.base import Batch, SemiSupervised
@@ -74,7 +73,7 @@ class CopyPaste(SemiSupervised):
     def pseudo_labels(self, image: torch.Tensor) -> torch.Tensor:
         """The teacher's hard answer in the form that the loss takes, of every class the largest component if so asked."""
         hard = self.hard(self.no_grad_logits(self.teacher, image, "teacher"))
-        return largest_components(hard, isinstance(self.target, RegionSigmoid)) if self.largest else hard
+        return largest_components(hard, self.target.kind == "sigmoid") if self.largest else hard
 
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:
         brain = labeled["brain_mask"][:count].bool() if self.box_in_brain and "brain_mask" in labeled else None

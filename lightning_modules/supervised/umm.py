@@ -15,7 +15,6 @@ from torch import nn
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
-from lesionbench.target import ClassSoftmax
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
 from lightning_modules.base import Batch
@@ -95,7 +94,7 @@ class UMM(SegmentationMethod):
         if max_weight < 0 or (ramp_epochs is not None and ramp_epochs < 1):
             raise SuiteError(f"model.max_weight={max_weight} is at least 0, model.ramp_epochs={ramp_epochs} at least 1 (null = all epochs)")
         super().__init__(task, network=partial(Branches, factories=factories, axis=task.slice_axis, seed=seed), seed=seed, **options)
-        if not isinstance(self.target, ClassSoftmax):
+        if self.target.kind != "softmax":
             raise SuiteError(f"UMM needs a softmax over classes (model/target=softmax); got {type(self.target).__name__}")
         self.mutual, self.gate = mutual, gate or RelativeMax()
         self.mc_samples, self.passes_at_once = mc_samples, passes_at_once
