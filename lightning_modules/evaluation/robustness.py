@@ -14,6 +14,7 @@ from lightning_modules.base import Method
 from lightning_modules.evaluation.attacks import perturb
 from lightning_modules.inferers import padded
 from lightning_modules.losses.vat import divergence
+from lightning_modules.networks.contract import logits_of
 from lightning_modules.segmentation import SegmentationMethod
 
 
@@ -109,8 +110,7 @@ def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: tor
     axis, flat = method.task.slice_axis, getattr(method.network, "dimensions", 3) == 2
 
     def predictor(view: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = method.network(view)
-        return {"logits": output["logits"] if isinstance(output, dict) else output}
+        return {"logits": logits_of(method.network(view))}
 
     views = to_slices(images, axis) if flat else images
     logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None)["logits"]

@@ -12,13 +12,13 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
+from lightning_modules.networks.contract import Output, logits_of
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.ramps import Ramp
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.teachers import Teacher
 
 Batch = Mapping[str, Any]
-Output = torch.Tensor | dict[str, Any]
 
 
 class SemiSupervised(SegmentationMethod):
@@ -156,11 +156,6 @@ class SemiSupervised(SegmentationMethod):
         """Weighted sum of the terms of this batch."""
         return sum(self.weight(name) * term for name, term in terms.items())
 
-    def supervised(self, output: Output, labeled: Batch) -> torch.Tensor:
-        """The loss of a student's output on a labeled batch; a network's own extra loss is added."""
-        loss = self.loss(output, self.training_target(labeled))
-        return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
-
     def together(self, network: nn.Module, *images: torch.Tensor) -> list[Output]:
         """Outputs for several batches of images from one pass over all of them, as batch normalization needs it (and faster besides)."""
         return list(parted(network(torch.cat(images)), [len(image) for image in images]))
@@ -248,11 +243,6 @@ class SemiSupervised(SegmentationMethod):
     def predict_case(self, batch: Batch) -> Prediction:
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
         return replace(self.decode(maps.pop("probabilities")), members={name: self.decode(m) for name, m in maps.items()})
-
-
-def logits_of(output: Output) -> torch.Tensor:
-    """The logits of a network's output."""
-    return output["logits"] if isinstance(output, Mapping) else output
 
 
 def parted(output: Any, sizes: list[int]) -> Iterator[Any]:

@@ -11,7 +11,8 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
 from lesionbench.task import IGNORE, Task
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy, masked_consistency
-from lightning_modules.semi_supervised.base import Batch, Output, SemiSupervised, logits_of
+from lightning_modules.networks.contract import Output, logits_of
+from lightning_modules.semi_supervised.base import Batch, SemiSupervised
 from lightning_modules.semi_supervised.certainty_masks import CertaintyMask, ConservativeRadical, DropoutMask, with_heads
 from lightning_modules.semi_supervised.teachers import Teacher
 from lightning_modules.uncertainty import active_dropout

@@ -7,7 +7,8 @@ import torch
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import IGNORE, Task
-from lightning_modules.semi_supervised.base import Batch, Output, SemiSupervised
+from lightning_modules.networks.contract import Output
+from lightning_modules.semi_supervised.base import Batch, SemiSupervised
 
 LABELS = ("online", "stored")
 

@@ -55,7 +55,7 @@ class ModalityPairing(SegmentationMethod):
             raise SuiteError(
                 f"ModalityPairing needs a network that returns features by branch (networks.PairedUNet), not {type(self.network).__name__}"
             )
-        total = supervised = self.loss(output, self.training_target(batch))
+        total = supervised = self.supervised(output, batch)
         terms = {"supervised": supervised}
         if len(output["features"]) > 1:
             with torch.no_grad():

@@ -13,6 +13,7 @@ from lesionbench.target import nesting
 from lesionbench.task import Task
 from lightning_modules.losses.adversarial import KINDS, critic_loss, fooling_loss, gradient_penalty
 from lightning_modules.losses.vat import VAT
+from lightning_modules.networks.contract import logits_of, with_own_loss
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.segmentation import SegmentationMethod
 
@@ -132,12 +133,10 @@ class ReciprocalAdversarial(SegmentationMethod):
         truth, valid = self.target.as_maps(target)
         with self.optimizing("network") as step:
             output = self(labeled["image"])
-            terms = {"supervised": self.loss(output, target)}
-            if isinstance(output, dict):
-                terms["supervised"] = terms["supervised"] + output.get("loss", 0.0)
-            judged = [(_logits(output), labeled["image"], valid)]
+            terms = {"supervised": with_own_loss(self.loss(output, target), output)}
+            judged = [(logits_of(output), labeled["image"], valid)]
             if unlabeled is not None and self.weights["critic"]:
-                judged.append((_logits(self(unlabeled["image"])), unlabeled["image"], torch.ones_like(valid[:1])))
+                judged.append((logits_of(self(unlabeled["image"])), unlabeled["image"], torch.ones_like(valid[:1])))
             if self.weights["vat"]:
                 terms["vat"] = self._vat(labeled, truth, valid, unlabeled)
             if self.weights["critic"]:
@@ -234,7 +233,3 @@ class ReciprocalAdversarial(SegmentationMethod):
             reached = maps[0] > self.target.threshold
             wrong = [(reached[r] & ~reached[parent]).sum() for r, parent, _ in nesting(self.task) if parent is not None]
             yield "nesting_violations", 1000 * float(sum(wrong)) / reached[0].numel()
-
-
-def _logits(output: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return output["logits"] if isinstance(output, Mapping) else output
