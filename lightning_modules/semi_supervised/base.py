@@ -14,7 +14,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lightning_modules.networks.contract import Output, logits_of
 from lightning_modules.networks.stateless import stateless
-from lightning_modules.ramps import Ramp
+from lightning_modules.ramps import Ramp, whole_batches
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.teachers import Teacher
 
@@ -100,14 +100,9 @@ class SemiSupervised(SegmentationMethod):
     # clock
 
     @property
-    def total_iterations(self) -> int:
-        """Batches of the whole run."""
-        return int(self.trainer.num_training_batches * self.trainer.max_epochs)
-
-    @property
     def warm_iterations(self) -> int:
         """Batches of the warm start: `warm_start`, for methods that write maps rounded up to whole epochs."""
-        count = round(self.warm_start * self.total_iterations) if 0 < self.warm_start < 1 else int(self.warm_start)
+        count = whole_batches(self.warm_start, self.total_iterations)
         epoch = int(self.trainer.num_training_batches) if self.writes_maps else 1
         return -(-count // epoch) * epoch
 

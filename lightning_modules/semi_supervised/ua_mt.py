@@ -39,7 +39,7 @@ class UAMT(MeanTeacher):
         for number in range(self.passes):
             noisy = self.noisy(image, f"teacher, pass {number}", self.noise, 2 * self.noise)
             moments.update(self.target.activate(self.no_grad_logits(self.teacher, noisy, f"teacher, pass {number}")))
-        progress = self.iteration / self.total_iterations
+        progress = self.progress()
         if self.target.kind == "softmax":
             return self.gate(moments.entropy, moments.mean.shape[1], progress)
         both = torch.stack([moments.mean, 1 - moments.mean], dim=1)

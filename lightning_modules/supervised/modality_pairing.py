@@ -68,7 +68,4 @@ class ModalityPairing(SegmentationMethod):
 
     def weight(self) -> float:
         """Weight of the pairing loss in this batch."""
-        length = self.mp_warmup
-        if 0 < length < 1:
-            length *= self.trainer.num_training_batches * self.trainer.max_epochs
-        return self.mp_weight * min(1.0, (self.iteration + 1) / max(length, 1))
+        return self.mp_weight * self.warmup_factor(self.mp_warmup)

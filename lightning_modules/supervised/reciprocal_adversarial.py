@@ -154,7 +154,7 @@ class ReciprocalAdversarial(SegmentationMethod):
 
     def _weight(self, name: str) -> float:
         """Weight of a term in this batch."""
-        return self.weights[name] * min(1.0, (self.iteration + 1) / max(self.warmup[name], 1))
+        return self.weights[name] * self.warmup_factor(self.warmup[name])
 
     def _vat(
         self, labeled: Mapping[str, Any], truth: torch.Tensor, valid: torch.Tensor, unlabeled: Mapping[str, Any] | None

@@ -112,9 +112,9 @@ class UMM(SegmentationMethod):
             if patch is not None and not branch.takes(patch):
                 raise SuiteError(f"patch={list(patch)} is too small for model.branches.{name}, which needs {branch.needs}")
 
-    def progress(self) -> float:
+    def ramp_progress(self) -> float:
         """Share of the ramp that is behind, m / Gamma of Eq. 6 in batches."""
-        return self.iteration / (self.trainer.num_training_batches * (self.ramp_epochs or self.trainer.max_epochs))
+        return self.progress(None if self.ramp_epochs is None else self.ramp_epochs * self.trainer.num_training_batches)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         image, target = batch["image"], self.target.encode(batch["label"])
@@ -126,7 +126,7 @@ class UMM(SegmentationMethod):
         terms = {f"supervised_{name}": loss for name, loss in supervised.items()}
         total = sum(supervised.values())
         if self.mutual != "none":
-            progress = self.progress()
+            progress = self.ramp_progress()
             uncertainty = {name: self._uncertainty(m, probabilities[name]) for name, m in moments.items()}
             certain = {name: self.gate(u, self.target.out_channels, progress) for name, u in uncertainty.items()}
             consistency = {name: self._consistency(name, probabilities, certain) for name in probabilities}

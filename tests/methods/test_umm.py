@@ -281,7 +281,7 @@ def test_the_ramp_counts_batches_of_all_epochs_or_of_its_own(ramp_epochs, shares
     umm.__dict__["_trainer"] = type("Trainer", (), {"num_training_batches": 5, "max_epochs": 4})()
     for epoch, share in enumerate(shares):
         umm.iteration = 5 * epoch
-        assert umm.progress() == pytest.approx(share)
+        assert umm.ramp_progress() == pytest.approx(share)
 
 
 def test_the_weight_follows_the_ramp():
