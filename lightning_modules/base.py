@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
@@ -19,8 +20,6 @@ from lightning_modules.inferers import Mirrored
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
 from lightning_modules.ramps import batches
-
-Batch = Mapping[str, Any]
 
 
 class Method(pl.LightningModule):

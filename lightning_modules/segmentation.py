@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
-from lightning_modules.base import Batch, Method
+from lightning_modules.base import Method
 from lightning_modules.losses import DeepSupervision
 from lightning_modules.networks.contract import Output, logits_of, with_own_loss
 

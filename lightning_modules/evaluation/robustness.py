@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
@@ -54,7 +55,7 @@ class Robustness(Method):
         self.method = _loaded(checkpoint, trust)
         self.source = self.method if transfer_from is None else _loaded(transfer_from, trust)
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         prediction = self.method.predict_case(batch)
         if "label" not in batch:
             return prediction

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
@@ -17,8 +18,6 @@ from lightning_modules.networks.stateless import stateless
 from lightning_modules.ramps import Ramp, whole_batches
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.teachers import Teacher
-
-Batch = Mapping[str, Any]
 
 
 class SemiSupervised(SegmentationMethod):

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.mixing import box_mask, halves, mix
 from lightning_modules.semi_supervised.teachers import Teacher
 

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.task import IGNORE, Task
 from lightning_modules.components import largest_component
 from lightning_modules.networks.contract import with_own_loss
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.mixing import box_mask, halves, mix
 from lightning_modules.semi_supervised.teachers import Teacher
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lesionbench.batch import Batch
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.uncertainty import entropy
 
 

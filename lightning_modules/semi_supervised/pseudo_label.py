@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import IGNORE, Task
 from lightning_modules.networks.contract import Output
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 LABELS = ("online", "stored")
 

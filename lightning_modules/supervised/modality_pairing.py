@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
-from lightning_modules.base import Batch
 from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.segmentation import SegmentationMethod
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
 from lesionbench.target import nesting
@@ -127,7 +128,7 @@ class ReciprocalAdversarial(SegmentationMethod):
             raise SuiteError("the brain voxels of the training images are all alike: VAT has no scale to count its change in")
         return (squares / count) ** 0.5
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         labeled, unlabeled = (batch["labeled"], batch["unlabeled"]) if len(self.streams) == 2 else (batch, None)
         target = self.target.encode(labeled["label"])
         truth, valid = self.target.as_maps(target)
@@ -156,9 +157,7 @@ class ReciprocalAdversarial(SegmentationMethod):
         """Weight of a term in this batch."""
         return self.weights[name] * self.warmup_factor(self.warmup[name])
 
-    def _vat(
-        self, labeled: Mapping[str, Any], truth: torch.Tensor, valid: torch.Tensor, unlabeled: Mapping[str, Any] | None
-    ) -> torch.Tensor:
+    def _vat(self, labeled: Batch, truth: torch.Tensor, valid: torch.Tensor, unlabeled: Batch | None) -> torch.Tensor:
         """The VAT term (eq. 4): against the truth or the clean prediction, for unlabeled images always the latter."""
         if self.gradients == "published":
             noise = VAT(self.target.kind, self.vat.eps, self.vat.xi, iterations=0)
@@ -171,7 +170,7 @@ class ReciprocalAdversarial(SegmentationMethod):
         more = self.vat(self.network, unlabeled["image"], **self._vat_options(unlabeled))
         return (len(labeled["image"]) * loss + len(unlabeled["image"]) * more) / (len(labeled["image"]) + len(unlabeled["image"]))
 
-    def _vat_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _vat_options(self, batch: Batch) -> dict[str, Any]:
         mask = None
         if "channel_mask" in batch:
             mask = batch["channel_mask"].reshape(*batch["channel_mask"].shape, *[1] * (batch["image"].dim() - 2))
@@ -214,7 +213,7 @@ class ReciprocalAdversarial(SegmentationMethod):
             maps["confidence"] = self.critic(maps["probabilities"], view).float().sigmoid().mean(dim=1, keepdim=True)
         return maps
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         """Regions and labels; `uncertainty`: `entropy` of the probabilities (bits, mean over mask channels) and `critic` (1 - confidence);
         `table`: `nesting_violations`, voxels per 1000 that are in a region but not in the one that holds it, on the network grid."""
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
-from lightning_modules.base import Batch
 from lightning_modules.inferers import padded
 from lightning_modules.losses.gated_consistency import RelativeMax, gated_consistency
 from lightning_modules.networks import describe
