@@ -83,7 +83,8 @@ class Geometry:
     def to_native(self, maps: torch.Tensor, discrete: bool = False, outside: float = 0) -> torch.Tensor:
         """Network grid (C, x, y, z) -> native grid (C, X, Y, Z): undo the crop (`outside` beyond it), the resampling, the reorientation."""
         full = maps.new_full((maps.shape[0], *self.resampled), outside)
-        full[(slice(None), *(slice(a, b) for a, b in self.crop))] = maps
+        inside = (slice(None), *(slice(a, b) for a, b in self.crop))
+        full[inside] = maps
         if self.resampled != self.canonical:
             full = resample(full, self.canonical, discrete)
         order = [int(row[0]) for row in self.orientation]
@@ -99,7 +100,8 @@ class Geometry:
     def from_dict(cls, data: dict[str, Any]) -> "Geometry":
         """The inverse of `to_dict` (also after JSON)."""
         nested = {"affine", "orientation", "crop"}
-        return cls(**{k: tuple(map(tuple, v)) if k in nested else tuple(v) for k, v in data.items()})
+        fields: dict[str, Any] = {k: tuple(map(tuple, v)) if k in nested else tuple(v) for k, v in data.items()}
+        return cls(**fields)
 
 
 def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -> torch.Tensor:

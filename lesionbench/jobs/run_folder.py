@@ -152,7 +152,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line of this process."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("lesionbench", "torch", "pytorch-lightning", "monai", "torchio", "hydra-core", "numpy", "nibabel"):
         try:
             packages[name] = version(name)

@@ -187,7 +187,7 @@ def _stopped_between_batches() -> Iterator[None]:
     """
     number = getattr(signal, "SIGUSR2", None)  # not on Windows
     queue_again, caught = number and signal.getsignal(number), []
-    if not callable(queue_again):
+    if number is None or not callable(queue_again):
         yield
         return
 
