@@ -102,9 +102,12 @@ class RunFolder:
         return all(p.is_dir() or p.relative_to(self.path).parts[0] in _NO_RESULT for p in self.path.rglob("*"))
 
     def discard(self) -> None:
-        """Removes an empty folder, and those above it that this command made and that hold nothing else."""
+        """Removes an empty folder that this command made, and those above it that it made too and that hold nothing else."""
+        if self._made is None:
+            return
+        made = self._made
         shutil.rmtree(self.path)
-        for above in (p for p in self.path.parents if p.is_relative_to(self._made)):
+        for above in (p for p in self.path.parents if p.is_relative_to(made)):
             try:
                 above.rmdir()
             except OSError:  # other runs are in it
