@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
@@ -18,8 +19,7 @@ from lesionbench.task import Task
 from lightning_modules.inferers import Mirrored
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
-
-Batch = Mapping[str, Any]
+from lightning_modules.ramps import batches
 
 
 class Method(pl.LightningModule):
@@ -124,6 +124,21 @@ class Method(pl.LightningModule):
             for network in child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]:
                 if any(p.requires_grad for p in network.parameters()):
                     network.compile(*args, **kwargs)
+
+    # clock
+
+    @property
+    def total_iterations(self) -> int:
+        """Batches of the whole run."""
+        return int(self.trainer.num_training_batches * self.trainer.max_epochs)
+
+    def progress(self, length: float | None = None) -> float:
+        """Share of the run's batches that are behind, or with `length` (see `ramps.batches`; above 0) of its first so many; may exceed 1."""
+        return self.iteration / (self.total_iterations if length is None else batches(length, self.total_iterations))
+
+    def warmup_factor(self, length: float) -> float:
+        """min(1, t / length) in batch t = 1, 2, ...; `length` as in `progress`, 0 = no warm-up."""
+        return min(1.0, (self.iteration + 1) / max(batches(length, self.total_iterations) if 0 < length < 1 else length, 1))
 
     # optimizers
 

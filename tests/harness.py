@@ -22,12 +22,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The configuration for these command-line overrides."""
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    """The configuration for these command-line overrides; with `hydra` also Hydra's own, which knows what was chosen of every group."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=quoted(overrides))
+        cfg = compose("config", overrides=quoted(overrides), return_hydra_config=hydra)
     cfg.experiment_name = cfg.experiment_name or next(
         (o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated"
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from lesionbench.errors import SuiteError
+
 
 def optimum(cfg: DictConfig) -> float:
     """Best, 0, at a learning rate of 0.001."""
@@ -18,3 +20,10 @@ def process(cfg: DictConfig) -> float:
     folder.mkdir(parents=True)
     (folder / "process").write_text(str(os.getpid()))
     return float(cfg.seed)
+
+
+def refusing_one(cfg: DictConfig) -> float:
+    """A job that the user has to mend, for one of several seeds."""
+    if cfg.seed == 1:
+        raise SuiteError(f"seed={cfg.seed} is refused")
+    return 0.0

@@ -58,8 +58,15 @@ def test_mistakes_name_the_nearest(mistake, hint):
     done = command(*mistake.split())
     assert done.returncode != 0
     assert hint in done.stderr
+    assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 24
+
+
+def test_the_error_of_a_sweep_names_the_job():
+    done = command("-m", "select=best,bets", "epochs=0,1", "job=compare", "compare.runs=[nowhere]")
+    assert done.stderr.startswith("error: nowhere: no such folder")
+    assert "in this job of the sweep: select=best epochs=0 " in done.stderr
 
 
 @pytest.mark.parametrize(

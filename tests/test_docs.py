@@ -37,15 +37,25 @@ EXAMPLES = ("noise_consistency/simulated", "supervised/wmh", "supervised/simulat
 FLAGS = {"-m", "--multirun", "--help", "--cfg", "job", "--info", "all"}
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def fenced(text: str, language: str) -> list[str]:
     """Fenced code of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced code of one language on a page."""
+    return fenced(page.read_text(), language)
+
+
+def called(text: str) -> list[list[str]]:
+    """Arguments of every call of run.py in the shell blocks of a text."""
+    lines = [line for block in fenced(text, "bash") for line in block.replace("\\\n", " ").splitlines() if "run.py" in line]
+    return [shlex.split(line.partition("run.py")[2], comments=True) for line in lines]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Arguments of every call of run.py in the page's shell blocks."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines() if "run.py" in line]
-    return [shlex.split(line.partition("run.py")[2], comments=True) for line in lines]
+    """Arguments of every call of run.py on a page."""
+    return called(page.read_text())
 
 
 def overrides(arguments: list[str]) -> list[str]:
@@ -308,7 +318,20 @@ def test_nothing_names_a_machine():
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".cfg", ".txt", ""}
     folders = ["conf", "lesionbench", "lightning_modules", "datamodules", "callbacks", "tests", "benchmarks", "docs"]
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file() and f.suffix in kinds]
-    files += [ROOT / name for name in ("README.md", "Makefile", "run.py", "pyproject.toml", "CITATION.cff", ".gitignore")]
+    files += [
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "Makefile",
+            "mkdocs.yml",
+            "run.py",
+            "pyproject.toml",
+            "CITATION.cff",
+            ".gitignore",
+        )
+    ]
     assert len(files) > 100
     assert [f"{f}: {hit}" for f in files for hit in forbidden.findall(f.read_text(errors="ignore"))] == []
 

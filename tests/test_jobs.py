@@ -248,6 +248,9 @@ def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp
         with pytest.raises(SuiteError, match=r"case_00\.nii\.gz"):
             run(*predict)
     assert (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes() == before
+    with pytest.raises(SuiteError, match="precision=half"):
+        run(*predict[:-2], f"out={tmp_path / 'refused'}", "trust=[tests]", "trainer.precision=half")
+    assert not (tmp_path / "refused").exists()
     run(*predict, "overwrite=true")
     image = nib.load(next((folder / "images").glob("case_00_*")))
     mask = nib.load(tmp_path / "out" / "predictions" / "case_00.nii.gz")
@@ -376,6 +379,49 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_caching(option, folder
     with pytest.raises(SuiteError, match=r"none\.ckpt: no such checkpoint"):
         run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *option)
     assert not (tmp_path / "cache").exists()
+
+
+LR = "model.optimizer.lr=-1"
+REFUSED = {
+    "no data": (["data.root=/nowhere"], "/nowhere"),
+    "an option that does not exist": (["+model.nope=1"], "unexpected keyword argument 'nope'"),
+    "data that the method cannot be trained on": (["data.streams={a:{cases:labeled},b:{cases:unlabeled}}"], "needs the streams"),
+    "nothing to begin with": (["init_from=none.ckpt"], "no such checkpoint"),
+    "nothing to test": (["job=test"], "not trained"),
+    "no checkpoint to test": (["job=test", "ckpt=none.ckpt"], "no such checkpoint"),
+    "no case to train on": (["data.streams={default:{cases:labeled}}", "data.split.labeled=0"], "has no cases"),
+    "an optimizer that cannot be made": ([LR], "Invalid learning rate"),
+    "after every logger has begun": ([LR, "logger=[tensorboard,wandb]"], "Invalid learning rate"),
+    "by a process of the run": ([LR, "trainer=ddp_sim"], "Invalid learning rate"),
+    "by a stage that is a function": (["stages=[{name:threshold,run:call,function:tests.toys.refuse}]"], "cannot be computed"),
+    "a stage that is not there": (["stages=[{name:fit,run:fit,override:{init_from:'artefact:none'}}]"], "no earlier stage has that name"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_before_the_first_stage_leaves_no_run_folder(options, message, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(Exception, match=r".") as caught:
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}", f"data.cache={tmp_path / 'cache'}", *options)
+    assert message in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_leaves_runs_that_were_there_alone(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder}", f"runs={tmp_path}"]
+    stop = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=5"]
+    assert run_killed(*common, *stop) == -signal.SIGKILL  # after the first epoch
+    (killed,) = run_folders(tmp_path)
+    before = sorted(killed.rglob("*"))
+    with pytest.raises(SuiteError, match="/nowhere"):  # the same run, for the place of the data is not what is computed
+        run(*common, "data.root=/nowhere")
+    assert run_folders(tmp_path) == [killed]
+    with pytest.raises(SuiteError, match="/nowhere"):
+        run(*common, "data.root=/nowhere", "resume=true")
+    assert run_folders(tmp_path) == [killed]
+    assert sorted(killed.rglob("*")) == before
+    run(*common, "resume=true")
+    assert json.loads((killed / "summary.json").read_text())["status"] == "finished"
 
 
 def test_options_are_checked_before_anything_is_built(folder, tmp_path):

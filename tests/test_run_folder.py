@@ -115,6 +115,59 @@ def test_resume_without_a_run_begins_one(tmp_path):
     assert RunFolder.of(config(tmp_path), resume=True).path.name == "seed=0"
 
 
+def test_a_place_that_cannot_be_is_an_error_and_no_endless_search_for_a_free_number(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(FileExistsError):
+        RunFolder.of(config(tmp_path / "runs"))
+
+
+# a run that came to nothing
+
+
+def description(folder: RunFolder) -> RunFolder:
+    """What every run writes first."""
+    folder.write_config(OmegaConf.create({"a": 1}))
+    folder.update_summary(status="running")
+    (folder.path / "maps" / "none").mkdir(parents=True)
+    return folder
+
+
+def test_a_discarded_run_leaves_nothing_of_what_it_made_and_all_else(tmp_path):
+    kept = description(RunFolder.of(config(tmp_path / "runs", seed=1)))
+    description(RunFolder.of(config(tmp_path / "runs"))).discard()
+    description(RunFolder.of(config(tmp_path / "runs", epochs=6))).discard()
+    assert list(tmp_path.rglob("seed=*")) == [kept.path]
+    assert len(list(kept.path.parents[1].iterdir())) == 1  # the hash of the other is gone as well
+    description(RunFolder.of(config(tmp_path / "other" / "place"))).discard()
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "mine").mkdir()
+    description(RunFolder.of(config(tmp_path / "mine"))).discard()
+    assert (tmp_path / "mine").is_dir()  # it was there before
+
+
+def test_only_a_folder_that_this_command_made_is_empty(tmp_path, monkeypatch):
+    first = description(RunFolder.of(config(tmp_path)))
+    assert first.empty
+    assert not RunFolder.of(config(tmp_path), resume=True).empty
+    second = RunFolder.of(config(tmp_path))
+    assert (second.path.name, second.empty) == ("seed=0-2", True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert RunFolder.of(config(tmp_path)).path == second.path
+    assert not RunFolder.of(config(tmp_path)).empty
+    assert not RunFolder(first.path).empty
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/last.ckpt", "stages/fit.json", "test/cases.csv", "threshold/threshold.json"])
+def test_a_run_that_left_anything_is_not_empty(name, tmp_path):
+    folder = description(RunFolder.of(config(tmp_path)))
+    (folder.path / "tensorboard").mkdir()
+    (folder.path / "tensorboard" / "events").touch()  # opened before training begins
+    assert folder.empty
+    (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder.path / name).touch()
+    assert not folder.empty
+
+
 def test_folders_that_a_user_renamed_are_left_alone(tmp_path):
     first = RunFolder.of(config(tmp_path)).path
     first.rename(first.with_name("seed=0-old"))

@@ -14,18 +14,20 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, read_write
 
 from callbacks import TrialPruner
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.failed_jobs import hand_on_errors, notes
 from lesionbench.jobs.main import run_job
 from lesionbench.jobs.stages import _check_options
 from lesionbench.resolvers import register
 from lesionbench.study import Pruned, open_study
 from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, assert_same, run, run_folders, weights
-from tests.light_jobs import optimum, process
+from tests.light_jobs import optimum, process, refusing_one
 from tests.slurm_stand_in import install
 
 optuna = pytest.importorskip("optuna", reason="needs the extra `sweeps`")
@@ -290,6 +292,32 @@ def test_the_median_of_earlier_trials_decides(small, tmp_path):
     with_none = tmp_path / "none"
     sweep(small, lambda cfg: float("callbacks" in cfg), "sweep=tpe", LR, "hydra.sweeper.pruner=null", "hydra.sweeper.trials=1", f"runs={with_none}")  # fmt: skip
     assert trials(with_none)[0].value == 0
+
+
+# errors
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local", "ray"])
+def test_the_error_of_a_job_is_raised_without_a_line_of_hydras_and_names_the_job(launcher, small, tmp_path, capsys, monkeypatch):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher", reason=f"the launcher {launcher} is not installed")
+    monkeypatch.setattr(JobReturn, "return_value", JobReturn.return_value)  # put back after the test
+    hand_on_errors()
+    with pytest.raises(SuiteError, match="seed=1 is refused") as caught:
+        sweep(small, refusing_one, f"launcher={launcher}", "seed=0,1", f"runs={tmp_path}", "epochs=2")
+    assert notes(caught.value).startswith("\nin this job of the sweep: ")
+    assert "seed=1" in notes(caught.value)
+    assert "Error executing job" not in capsys.readouterr().err
+
+
+def test_a_job_that_is_the_whole_command_is_not_told_its_own_arguments(small, capsys, monkeypatch):
+    monkeypatch.setattr(JobReturn, "return_value", JobReturn.return_value)
+    hand_on_errors()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(small), version_base="1.3"), pytest.raises(SuiteError, match="is refused") as caught:
+        GlobalHydra.instance().hydra.run("config", refusing_one, ["seed=1"], with_log_configuration=False)
+    assert notes(caught.value) == ""
+    assert capsys.readouterr().err == ""
 
 
 # launchers

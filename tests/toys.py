@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lesionbench.checkpoint import load_method
+from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lightning_modules.base import Method
 from lightning_modules.segmentation import SegmentationMethod
@@ -185,6 +186,11 @@ def fit_threshold(cfg, folder: Path) -> Path:
     path = folder / "threshold.json"
     path.write_text(json.dumps({"threshold": weight}))
     return path
+
+
+def refuse(cfg, folder: Path) -> Path:
+    """A first stage that finds a mistake before it has done anything."""
+    raise SuiteError("this cannot be computed")
 
 
 class FromStage(Brightness):

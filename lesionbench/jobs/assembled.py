@@ -43,7 +43,6 @@ class Assembled:
         self.method = method
         if cfg.compile:
             self.method.compile()
-        Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
         self.trainer = self._trainer(cfg, callbacks)
 
     def prepare(self) -> None:

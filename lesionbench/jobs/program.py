@@ -23,7 +23,9 @@ def main() -> None:
             sys.argv[1:] = arguments
             _run(arguments)
     except SuiteError as error:
-        sys.exit(f"error: {error}")
+        from lesionbench.jobs.failed_jobs import notes
+
+        sys.exit(f"error: {error}{notes(error)}")
 
 
 def _run(arguments: list[str]) -> None:
@@ -33,19 +35,22 @@ def _run(arguments: list[str]) -> None:
 
     from lesionbench.errors import SuiteError
     from lesionbench.jobs.command_line import explain
+    from lesionbench.jobs.failed_jobs import hand_on_errors, notes
 
+    hand_on_errors()
     try:
         _hydra()
     except (HydraException, OmegaConfBaseException) as error:
         cause = _suite_error(error)
         if cause is None and os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
-        raise SuiteError(str(cause or explain(error, arguments))) from error
+        raise SuiteError(f"{cause or explain(error, arguments)}{notes(error)}") from error
     except OSError as error:
         if error.filename is None or error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
         raise SuiteError(
-            f"{error.filename}: cannot be written or read ({error.strerror})\nOther places are set by runs=, out= and data.cache=<folder>."
+            f"{error.filename}: cannot be written or read ({error.strerror})\n"
+            f"Other places are set by runs=, out= and data.cache=<folder>.{notes(error)}"
         ) from error
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ _INCIDENTAL = (
 )  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
+# what says which run it is, not what came of it; loggers open their files before training begins
+_NO_RESULT = ("config.yaml", "environment.json", "summary.json", "tensorboard", "wandb")
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -64,8 +67,9 @@ class RunFolder:
     where a scheduler started them all at once.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, made: Path | None = None) -> None:
+        """`made` is the topmost folder of `path` that was made for this run; None where the run was there before, or is another process's."""
+        self.path, self._made = Path(path), made
 
     @classmethod
     def of(cls, cfg: DictConfig, resume: bool = False) -> "RunFolder":
@@ -84,11 +88,27 @@ class RunFolder:
             return cls(_announced(base / f".launch-{launch}"))
         named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
         existing = sorted(named, key=_number)
-        folder = cls(existing[-1]) if resume and existing else cls(_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
+        folder = cls(existing[-1]) if resume and existing else cls(*_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
         if launch:
             _write(base / f".launch-{launch}", str(folder.path))
         os.environ[_FOLDER_VARIABLE] = str(folder.path)
         return folder
+
+    @property
+    def empty(self) -> bool:
+        """Whether this very command made the folder and nothing has come of the run yet."""
+        if self._made is None:
+            return False
+        return all(p.is_dir() or p.relative_to(self.path).parts[0] in _NO_RESULT for p in self.path.rglob("*"))
+
+    def discard(self) -> None:
+        """Removes an empty folder, and those above it that this command made and that hold nothing else."""
+        shutil.rmtree(self.path)
+        for above in (p for p in self.path.parents if p.is_relative_to(self._made)):
+            try:
+                above.rmdir()
+            except OSError:  # other runs are in it
+                break
 
     def write_config(self, cfg: DictConfig) -> None:
         """Writes the resolved config and the environment (versions, machine, git revision, command)."""
@@ -161,14 +181,19 @@ def _number(path: Path) -> int:
     return int(number or 1)
 
 
-def _made(base: Path, seed: int, number: int) -> Path:
+def _made(base: Path, seed: int, number: int) -> tuple[Path, Path]:
+    """The new folder, and the topmost one that had to be made for it."""
     while True:
         folder = base / (f"seed={seed}" if number == 1 else f"seed={seed}-{number}")
+        made = [folder, *(p for p in folder.parents if not p.exists())][-1]
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir(parents=True)
-            return folder
+            folder.mkdir()
+            return folder, made
         except FileExistsError:  # another process was faster
             number += 1
+        except FileNotFoundError:  # another process discarded a run, and the folder above it, just now
+            continue
 
 
 def _announced(path: Path, patience: float = 120.0) -> Path:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def fit(cfg: DictConfig) -> float | None:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
-        if first_process():
+        if first_process() and not _discarded(folder):
             folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -49,6 +50,17 @@ def fit(cfg: DictConfig) -> float | None:
     if first_process():
         _finish(cfg, folder)
     return folder.summary.get("objective")
+
+
+def _discarded(folder: RunFolder) -> bool:
+    """Leaves no run behind where a mistake, or the user, ended it before it came to anything."""
+    if not folder.empty:
+        return False
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:  # it writes into the folder
+        wandb.finish(exit_code=1)
+    folder.discard()
+    return True
 
 
 def _check_options(cfg: DictConfig) -> None:
@@ -81,7 +93,9 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
     if folder.stage_done(stage.name) is not None:
         return
     cfg, stage = _stage_config(cfg, stage, folder)
-    if stage.run == "call" and not first_process():
+    if first_process():  # another process may come here when this one has found a mistake and discarded the run
+        Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
+    elif stage.run == "call":
         folder.await_stage(stage.name)
         return
     artefact = STAGES[stage.run](cfg, stage, folder)
@@ -216,7 +230,6 @@ def _call_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     """A stage that is a function: called with (cfg, folder of the stage), returns the path of its artefact."""
     from hydra.utils import get_method
 
-    Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
     return str(get_method(stage.function)(cfg, Path(cfg.run_folder)))
 
 

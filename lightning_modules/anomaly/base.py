@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.score_counts import ScoreCounts, dice
 from lesionbench.target import nesting
 from lesionbench.task import IGNORE, Task
-from lightning_modules.base import Batch, Method
+from lightning_modules.base import Method
 from lightning_modules.components import without_small_components
 
 

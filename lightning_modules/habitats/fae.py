@@ -1,11 +1,11 @@
 """The feature-enhanced auto-encoder, trained on voxel vectors (Li, Li, Wei, Price, Schönlieb, Chen, BrainLes 2021)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
@@ -77,7 +77,7 @@ class FAE(Method):
         kept = voxels[((voxels >= self.low) & (voxels <= self.high)).all(dim=1)]
         return (kept - self.shift) / self.scale
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         x = self.inliers(batch["image"])
         if not len(x):
             raise SuiteError(f"no voxel of a batch is left at quantile {self.outliers.quantile:g}; raise habitats.encoder.quantile")
@@ -87,7 +87,7 @@ class FAE(Method):
                 step(loss)
             self.log_terms(**{name: loss})
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         """An encoder alone draws no map.
 
         Raises:

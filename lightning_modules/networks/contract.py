@@ -1,13 +1,25 @@
-"""What every network says about its input, so that data views, patches and inferers can fit it without knowing it."""
+"""What every network says about its input, so that data views, patches and inferers can fit it without knowing it, and how it answers."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
 
 N = TypeVar("N", bound=nn.Module)
+Output = torch.Tensor | Mapping[str, Any]  # logits (B, K, *spatial), or a mapping with `logits` and extras
+
+
+def logits_of(output: Output) -> torch.Tensor:
+    """The logits (B, K, *spatial) of a network's output."""
+    return output["logits"] if isinstance(output, Mapping) else output
+
+
+def with_own_loss(loss: torch.Tensor, output: Output) -> torch.Tensor:
+    """A loss of an output plus the network's own scalar term (`loss` of the output), where it has one."""
+    return loss + output["loss"] if isinstance(output, Mapping) and "loss" in output else loss
 
 
 def describe(

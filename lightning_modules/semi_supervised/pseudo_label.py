@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
-from lightning_modules.semi_supervised.base import Batch, Output, SemiSupervised
+from lightning_modules.networks.contract import Output
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 LABELS = ("online", "stored")
 
@@ -54,7 +55,7 @@ class PseudoLabel(SemiSupervised):
 
     def _sure(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Where the answer is at least as probable as the threshold: (B, 1, *spatial), or (B, R, *spatial) for regions."""
-        if isinstance(self.target, RegionSigmoid):
+        if self.target.kind == "sigmoid":
             return torch.maximum(probabilities, 1 - probabilities) >= self.threshold
         return probabilities.amax(dim=1, keepdim=True) >= self.threshold
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 
 class TemporalEnsembling(SemiSupervised):
