@@ -104,7 +104,7 @@ class RunFolder:
     def discard(self) -> None:
         """Removes an empty folder, and those above it that this command made and that hold nothing else."""
         shutil.rmtree(self.path)
-        for above in (p for p in self.path.parents if p.is_relative_to(self._made)):
+        for above in (p for p in self.path.parents if self._made and p.is_relative_to(self._made)):
             try:
                 above.rmdir()
             except OSError:  # other runs are in it

@@ -94,7 +94,9 @@ def read_run(folder: Path) -> Run:
     Raises:
         SuiteError: a file that cannot be read; names it.
     """
-    summary: dict[str, Any] = _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
+    summary: dict[str, Any] = (
+        _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
+    )
     config = read_config(folder)
     status = str(summary.get("status"))
     table = folder / "test" / "cases.csv"
