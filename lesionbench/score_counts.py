@@ -156,7 +156,7 @@ class ScoreCounts:
         return float(found[best]), float(tried[best])
 
 
-def dice(hits: np.ndarray, marked: np.ndarray, true: int) -> np.ndarray:
+def dice(hits: np.ndarray, marked: np.ndarray, true: int | np.ndarray) -> np.ndarray:
     """Dice from counts, 2 hits / (marked + true); 1 where nothing is marked and nothing true."""
     size = np.asarray(marked) + true
     return np.where(size == 0, 1.0, 2 * np.asarray(hits) / np.maximum(size, 1))

@@ -16,7 +16,7 @@ from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
 from lesionbench.task import Task
-from lightning_modules.inferers import Mirrored
+from lightning_modules.inferers import Inferer, Mirrored
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
 from lightning_modules.ramps import batches
@@ -47,6 +47,7 @@ class Method(pl.LightningModule):
 
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
+    inferer: Inferer  # of a method that predicts with networks; others have none
 
     def __init__(
         self,
@@ -298,7 +299,7 @@ class Method(pl.LightningModule):
         result = CaseResult(
             batch["case"][0], batch["patient"][0], batch["site"][0], prediction, truth, batch["image"][0], geometry, native=native
         )
-        if metrics is not None:
+        if metrics is not None and results is not None:
             tuned = self.tuned_on(batch) or (rules is not None and result.patient in rules.chosen_on)
             who = {"case": result.case, "patient": result.patient, "site": result.site}
             rows = self.measure(prediction, truth, batch, metrics, result.spacing)
@@ -326,7 +327,7 @@ class Method(pl.LightningModule):
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         checkpoint["lesionbench"] = {
             "format": 1,
             "method": f"{type(self).__module__}.{type(self).__qualname__}",

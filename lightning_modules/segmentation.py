@@ -13,6 +13,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
 from lightning_modules.base import Method
+from lightning_modules.inferers import Inferer
 from lightning_modules.losses import DeepSupervision
 from lightning_modules.networks.contract import Output, logits_of, with_own_loss
 
@@ -33,7 +34,7 @@ class SegmentationMethod(Method):
         *,
         network: Callable[..., nn.Module],
         loss: nn.Module,
-        inferer: Callable,
+        inferer: Inferer,
         target: Callable = ClassSoftmax,
         **training: Any,
     ) -> None:
@@ -46,10 +47,11 @@ class SegmentationMethod(Method):
             )
         self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
         self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
-        self.inferer = inferer
         if getattr(inferer, "divisor", 0) is None:
-            self.inferer = copy(inferer)
-            self.inferer.divisor = getattr(self.network, "divisor", 1)
+            fitted: Any = copy(inferer)
+            fitted.divisor = getattr(self.network, "divisor", 1)
+            inferer = fitted
+        self.inferer = inferer
 
     def check(self, data: Any) -> None:
         super().check(data)

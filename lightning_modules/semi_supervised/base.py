@@ -94,7 +94,10 @@ class SemiSupervised(SegmentationMethod):
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Maps (C, X, Y, Z) of one whole unlabeled case for the map store, one for each of `writes_maps`; default `pseudo_label`."""
-        return {"pseudo_label": self.predict_case(batch).labels[None].to(torch.int8)}
+        labels = self.predict_case(batch).labels
+        if labels is None:
+            raise TypeError(f"{type(self).__name__} must define case_maps(): its predictions have no labels")
+        return {"pseudo_label": labels[None].to(torch.int8)}
 
     # clock
 
@@ -117,7 +120,7 @@ class SemiSupervised(SegmentationMethod):
     def check(self, data: Any) -> None:
         super().check(data)
         known = [*self.predictors(), "mean"]
-        if self.predict_with not in (None, *known):
+        if self.predict_with is not None and self.predict_with not in known:
             raise unknown("model.predict_with", self.predict_with, known)
         missing = [name for name in self.writes_maps if name not in getattr(data, "extra_maps", {})]
         if missing:
@@ -252,8 +255,8 @@ def parted(output: Any, sizes: list[int]) -> Iterator[Any]:
         for number in range(len(sizes)):
             yield {**{k: v[number] for k, v in parts.items()}, **(whole if number == 0 else {})}
     else:
-        parts = [list(parted(v, sizes)) for v in output]
-        yield from ([part[number] for part in parts] for number in range(len(sizes)))
+        entries = [list(parted(v, sizes)) for v in output]
+        yield from ([entry[number] for entry in entries] for number in range(len(sizes)))
 
 
 @contextmanager
