@@ -1,4 +1,4 @@
-# make run: the main job end to end; make test: the test suite; make docs: the documentation as a site. All create .venv on first use.
+# make run: the main job end to end; make test: the test suite; make docs: the documentation as a site; make catalog: its index of methods. All create .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,6 +15,9 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+catalog: $(VENV)/installed
+	$(BIN)/python run.py job=methods report=docs
+
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -28,4 +31,4 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-.PHONY: run test lint docs
+.PHONY: run test lint docs catalog

@@ -8,7 +8,8 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, options, own_folder, quoted
+from lesionbench.jobs.catalog import families
+from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, named, options, own_folder, quoted
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -27,11 +28,34 @@ def test_help_lists_jobs_groups_and_options_without_heavy_imports():
         assert word in done.stdout
 
 
+def test_help_names_families_and_methods_instead_of_experiments():
+    """A hundred names of experiments say nothing to somebody who does not know the methods."""
+    said = help_text().splitlines()
+    for family, names in families().items():
+        assert family == "networks" or [line.split(maxsplit=1)[1] for line in said if line.split()[:1] == [family]] == [", ".join(names)]
+    assert [line.split(maxsplit=1)[1] for line in said if line.split()[:1] == ["experiment"]] == ["METHOD/DATA, see job=methods"]
+    assert sum(name in help_text() for name in options("experiment")) <= 2  # the default, and an example
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["job=methods", "coranet"], ["job=methods", 'name="coranet"']),
+        (["mean", "teacher", "job=methods", "report=json"], ["job=methods", "report=json", 'name="mean teacher"']),
+        (["--config-dir", "conf", "job=methods", "--cfg", "job", "-m", "umm"], ["--config-dir", "conf", "job=methods", "--cfg", "job", "-m", 'name="umm"']),
+        (["job=methods"], ["job=methods"]),
+        (["job=fit", "coranet"], ["job=fit", "coranet"]),
+    ],
+)  # fmt: skip
+def test_bare_words_of_the_job_methods_are_its_name(given, expected):
+    assert named(given) == expected
+
+
 def test_jobs_of_help_are_the_jobs_that_exist():
     from lesionbench.jobs import main as jobs
 
     assert set(JOBS) == set(jobs.JOBS)
-    assert all(name in help_text() for name in options("experiment"))
+    assert all(name in help_text() for name in options("model/loss"))
     assert (CONF / "config.yaml").exists()
 
 
@@ -48,6 +72,7 @@ def test_jobs_of_help_are_the_jobs_that_exist():
         ("launcher=joblb", "There is no launcher=joblb; did you mean 'joblib'"),
         ("modle/loss=dice", "There is no group 'modle/loss'; did you mean 'model/loss'"),
         ("model/gate=fixed", "have no model/gate that could be replaced"),
+        ("job=methods coranett", "Unknown method or network 'coranett'; did you mean 'coranet'?"),
         ("model.loss._target_=foo.Bar", "Error locating target 'foo.Bar'"),
         ("+model.loss.nope=1", "unexpected keyword argument 'nope'"),
         ("runs=README.md/runs", "README.md/runs"),

@@ -88,15 +88,30 @@ def documented() -> list[str]:
 
 def test_everything_that_the_clone_has_is_in_the_wheel(wheel):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = [p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".yaml", ".typed")]
+    files = [p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.suffix in (".py", ".yaml", ".json", ".typed")]
     expected = {p.relative_to(ROOT).as_posix() for p in files}
     settings = {f"lesionbench/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert {"lesionbench/jobs/program.py", "lesionbench/conf/config.yaml", "lesionbench/py.typed"} <= inside
+    assert {
+        "lightning_modules/catalog.json",
+        "lightning_modules/semi_supervised/coranet.yaml",
+        "lightning_modules/networks/basic_unet.yaml",
+    } <= inside
     assert inside == expected | settings
 
 
 def test_every_package_says_that_it_is_typed():
     assert [p for p in PACKAGES if not list((ROOT / p).rglob("py.typed"))] == []
+
+
+def test_the_catalog_is_there_without_the_clone(program, own):
+    said = call(program, own, "job=methods", "report=json")
+    assert said.returncode == 0, said.stderr
+    rows = {row["name"]: row for row in json.loads(said.stdout)}
+    assert rows["coranet"]["parameters"] > 1e6
+    assert "coranet/acdc" in rows["coranet"]["experiments"]
+    said = call(program, own, "job=methods", "report=docs")
+    assert said.stderr.startswith("error: report=docs: the documentation is in the clone")
 
 
 def test_help_and_advice_know_the_folder_of_ones_own(program, own):

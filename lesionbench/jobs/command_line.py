@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lesionbench.errors import SuiteError, nearest
 from lesionbench.installation import CONF, command, install
+from lesionbench.jobs.catalog import families
 from lesionbench.moved import words
 
 JOBS = {
@@ -21,9 +22,10 @@ JOBS = {
     "prepare": "preprocess and cache a data set ahead of training",
     "simulate": "write simulated cases to out=... in a BraTS layout",
     "show": "pictures of cases and of augmented training samples",
+    "methods": "every method and network: paper, needs, experiments, what was measured; one in full with name=...",
 }
 OPTIONS = {
-    "experiment=NAME": "what to run (below); default supervised/simulated",
+    "experiment=NAME": "what to run (job=methods lists them); default supervised/simulated",
     "data.root=DIR": "where the data set is; default $LESIONBENCH_DATA/<name> or data/<name>",
     "trainer=NAME": "cpu, gpu, ddp, ddp_sim, multinode",
     "seed=N": "seed of training; -m seed=0,1,2 runs three",
@@ -71,8 +73,13 @@ def help_text(own: Path | None = None) -> str:
         f"  {program} [job=JOB] [experiment=NAME] [key=value ...]",
         "",
     ]
-    lines += ["Jobs", *_columns(JOBS), "", "Options people change", *_columns(OPTIONS), "", "Groups (group=name)"]
-    lines += [*_columns({group: ", ".join(options(group, own)) for group in _groups(own)}), "", "Examples"]
+    lines += ["Jobs", *_columns(JOBS), "", "Options people change", *_columns(OPTIONS), ""]
+    lines += [f"Methods by family ({program} job=methods lists them with their experiments, job=methods NAME says all about one)"]
+    lines += [*_columns({family: ", ".join(names) for family, names in families().items() if family != "networks"}), ""]
+    groups = {group: ", ".join(options(group, own)) for group in _groups(own)}
+    added = sorted(set(options("experiment", own)) - set(options("experiment")))
+    groups["experiment"] = ", ".join(["METHOD/DATA, see job=methods", *added])
+    lines += ["Groups (group=name)", *_columns(groups), "", "Examples"]
     lines += [
         f"  {program} {e}".rstrip()
         for e in (
@@ -105,6 +112,17 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         return key + equals + re.sub(r"[^\[\]{},:]*=[^\[\]{},]*", lambda match: f"'{match.group()}'", value)
 
     return [one(a) for a in arguments]
+
+
+def named(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the bare words of `job=methods coranet` as `name=coranet`; Hydra takes no bare words."""
+    if "job=methods" not in arguments:
+        return list(arguments)
+    others, bare = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        value_of_flag = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
+        (others if "=" in argument or argument.startswith(("-", "~")) or value_of_flag else bare).append(argument)
+    return [*others, f'name="{" ".join(bare)}"'] if bare else others
 
 
 def options(group: str, own: Path | None = None) -> list[str]:

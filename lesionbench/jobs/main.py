@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from lesionbench.errors import unknown
 from lesionbench.jobs.data import check, prepare, show, simulate
+from lesionbench.jobs.methods import methods
 from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
@@ -23,5 +24,5 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
-    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard,
+    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "show": show, "dashboard": dashboard, "methods": methods,
 }  # fmt: skip

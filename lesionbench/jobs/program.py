@@ -11,12 +11,12 @@ UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 def main() -> None:
     """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
     from lesionbench.errors import SuiteError
-    from lesionbench.jobs.command_line import help_text, own_folder, quoted, renamed
+    from lesionbench.jobs.command_line import help_text, named, own_folder, quoted, renamed
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # methods of the user's own; last, so that they hide nothing
     try:
-        own, arguments = own_folder(quoted(renamed(sys.argv[1:])))
+        own, arguments = own_folder(quoted(renamed(named(sys.argv[1:]))))
         if "--help" in arguments or "-h" in arguments:
             print(help_text(own))
         else:
