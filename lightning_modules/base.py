@@ -16,6 +16,7 @@ from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
 from lesionbench.task import Task
+from lightning_modules.freezing import freeze, rest
 from lightning_modules.inferers import Inferer, Mirrored
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
@@ -36,6 +37,8 @@ class Method(pl.LightningModule):
         seed: of everything random in training.
         monitor: validation value that a plateau schedule watches.
         validation_metrics: names of what is measured on validation cases.
+        freeze: parts (see `networks.contract.parts_of`) of all `trained_networks` that stay as they are: their parameters get no gradient
+            and no optimizer, and they stay in evaluation mode, so that batch normalization keeps its running statistics.
 
     Attributes:
         streams: the data streams that `training_step` expects.
@@ -61,6 +64,7 @@ class Method(pl.LightningModule):
         seed: int = 0,
         monitor: str | None = "val/dice",
         validation_metrics: Sequence[str] = ("dice",),
+        freeze: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
@@ -69,6 +73,7 @@ class Method(pl.LightningModule):
         self.validation_metrics = CaseMetrics(names=list(validation_metrics))
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
         self.dataset_results = DatasetMetrics(self.metrics.dataset, self.metrics.thresholds)
+        self.frozen_parts = tuple(freeze or ())
         self.iteration = 0
         self.config: dict[str, Any] | None = None
         self.postprocessing: PostProcessing | None = None
@@ -79,6 +84,11 @@ class Method(pl.LightningModule):
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
         """Optimizer name -> the parameters it owns; one optimizer over everything trainable by default."""
         return {"main": [p for p in self.parameters() if p.requires_grad]}
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """The networks by name that `freeze` is about; those that learn to segment, not what only serves their training."""
+        network = getattr(self, "network", None)
+        return {} if network is None else {"the network": network}
 
     def predict_case(self, batch: Batch) -> Prediction:
         """What the method says about the one whole case of `batch`, on the network grid."""
@@ -126,6 +136,33 @@ class Method(pl.LightningModule):
                 if any(p.requires_grad for p in network.parameters()):
                     network.compile(*args, **kwargs)
 
+    # frozen parts
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self._freeze()
+
+    def on_train_start(self) -> None:
+        if self.frozen_parts:
+            self.train()  # Lightning, which warns of modules in evaluation mode, has looked by now
+
+    def _freeze(self) -> None:
+        if self.frozen_parts:
+            freeze(self.trained_networks(), self.frozen_parts)
+
+    def train(self, mode: bool = True) -> "Method":
+        """Lightning's and torch's switch; frozen parts, also those of teachers, stay in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen_parts:
+            for network in self.resting_networks():
+                rest(network, self.frozen_parts)
+        return self
+
+    def resting_networks(self) -> list[nn.Module]:
+        """The networks whose frozen parts stay in evaluation mode: those that are trained, and those that follow them."""
+        return list(self.trained_networks().values())
+
     # clock
 
     @property
@@ -144,7 +181,8 @@ class Method(pl.LightningModule):
     # optimizers
 
     def configure_optimizers(self) -> Any:
-        groups = {name: params for name, params in self.optimizer_groups().items() if params}
+        trained = {name: [p for p in params if p.requires_grad] for name, params in self.optimizer_groups().items()}
+        groups = {name: params for name, params in trained.items() if params}
         if not groups:
             return None
         if self.optimizer is None:
@@ -241,8 +279,9 @@ class Method(pl.LightningModule):
         """Refuses a data module that the method cannot be trained on, before anything is prepared.
 
         Raises:
-            SuiteError: other streams than `streams`, or an extra map that nobody writes.
+            SuiteError: other streams than `streams`, an extra map that nobody writes, or parts that cannot be frozen.
         """
+        self._freeze()
         offered = tuple(getattr(data, "streams", self.streams))
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")

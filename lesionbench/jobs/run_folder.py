@@ -30,6 +30,8 @@ _INCIDENTAL = (
         "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
     )),
 )  # fmt: skip
+# options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
+_NEUTRAL = {"model.freeze": [], "init_prefix": None}
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins
@@ -42,12 +44,13 @@ def config_hash(cfg: DictConfig) -> str:
     with open_dict(cfg):
         cfg.seed = 0  # data and model refer to it
     data = OmegaConf.to_container(cfg, resolve=True)
-    for dotted in _INCIDENTAL:
+    for dotted in (*_INCIDENTAL, *_NEUTRAL):
         *parents, last = dotted.split(".")
         node = data
         for parent in parents:
             node = node.get(parent) or {}
-        node.pop(last, None)
+        if dotted in _INCIDENTAL or node.get(last) == _NEUTRAL[dotted]:
+            node.pop(last, None)
     return hashlib.sha256(json.dumps(recorded(data), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

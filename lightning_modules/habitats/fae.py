@@ -53,6 +53,9 @@ class FAE(Method):
         for name in ("low", "high", "shift", "scale"):
             self.register_buffer(name, torch.full((len(task.channels),), float("nan")))
 
+    def trained_networks(self) -> dict[str, nn.Module]:
+        return {}  # its losses name the parameters that they train: there are no parts to freeze
+
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
         names = ("joint",) if self.update == "joint" and len(self.network.turns) > 1 else self.network.turns
         return {name: self.network.trained_by(name) for name in names}

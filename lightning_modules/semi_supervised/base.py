@@ -85,6 +85,12 @@ class SemiSupervised(SegmentationMethod):
         """The networks that learn, by name."""
         return {"student": self.network}
 
+    def trained_networks(self) -> dict[str, nn.Module]:
+        return self.students()
+
+    def resting_networks(self) -> list[nn.Module]:
+        return [*self.students().values(), *(child.network for child in self.children() if isinstance(child, Teacher))]
+
     def predictors(self) -> dict[str, nn.Module]:
         """The networks that can predict, by name, the default first: students, then teachers (attribute name)."""
         return {**self.students(), **{name: child for name, child in self.named_children() if isinstance(child, Teacher)}}

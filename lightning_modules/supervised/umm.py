@@ -20,7 +20,7 @@ from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
 from lightning_modules.inferers import padded
 from lightning_modules.losses.gated_consistency import RelativeMax, gated_consistency
-from lightning_modules.networks import describe
+from lightning_modules.networks.contract import describe, parts_of, within
 from lightning_modules.ramps import gaussian_ramp
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.uncertainty import RunningMoments, active_dropout, entropy, mc_dropout
@@ -237,7 +237,11 @@ class Branches(nn.ModuleDict):
         for name, factory in factories.items():
             with torch_seeded(seed, "initialization", name):
                 self[name] = VolumeWise(factory(in_channels, out_channels), axis).apply(xavier)
-        describe(self, 3, 1)  # branches pad to what they need by themselves
+        parts: dict[str, tuple[str, ...]] = {name: (name,) for name in factories}  # a branch, or the encoders (...) of all of them
+        for name, branch in self.items():
+            for part, paths in within(parts_of(branch.network), f"{name}.network").items():
+                parts[part] = parts.get(part, ()) + paths
+        describe(self, 3, 1, parts=parts)  # branches pad to what they need by themselves
 
     def forward(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
         """Branch -> its logits."""
