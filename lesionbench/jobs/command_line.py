@@ -118,7 +118,8 @@ def named(arguments: Sequence[str]) -> list[str]:
     """The arguments, with the bare words of `job=methods coranet` as `name=coranet`; Hydra takes no bare words."""
     if "job=methods" not in arguments:
         return list(arguments)
-    others, bare = [], []
+    others: list[str] = []
+    bare: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         value_of_flag = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
         (others if "=" in argument or argument.startswith(("-", "~")) or value_of_flag else bare).append(argument)
