@@ -24,6 +24,7 @@ _INCIDENTAL = (
     "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "dashboard", "show", "tune", "model.checkpoints",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
+    "warm_start",  # the model's own warm_start has it
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
     *(f"callbacks.{c}" for c in (
         "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
