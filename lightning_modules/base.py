@@ -43,6 +43,7 @@ class Method(pl.LightningModule):
     Attributes:
         streams: the data streams that `training_step` expects.
         writes_maps: per-case maps that training itself writes to the data module's map store.
+        map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
@@ -51,6 +52,7 @@ class Method(pl.LightningModule):
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
+    map_interpolation: str = "nearest"
 
     def __init__(
         self,
@@ -80,6 +82,16 @@ class Method(pl.LightningModule):
         self._open_gradients: dict[str, torch.Tensor] = {}  # of a window of accumulation that a stop cut in two
 
     # what a method answers
+
+    @classmethod
+    def streams_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """`streams` of the method that these options (its configuration) would build, told without building it."""
+        return cls.streams
+
+    @classmethod
+    def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        """`writes_maps` of the method that these options would build -> interpolation, as `data.extra_maps` has it."""
+        return dict.fromkeys(cls.writes_maps, cls.map_interpolation)
 
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
         """Optimizer name -> the parameters it owns; one optimizer over everything trainable by default."""

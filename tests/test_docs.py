@@ -114,9 +114,9 @@ def keys(node, prefix: str = "") -> set[str]:
 
 def test_keys_and_choices_in_the_text_exist():
     variants = [
-        [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
+        [], ["debug=profile"], ["benchmark=brats2020", "model=supervised"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
         ["experiment=multi_rater/qubiq_kidney", "model/target=level_k"], ["experiment=multi_rater/simulated", "model/target=simple"],
-        ["experiment=supervised/brats2020", "model/network=slab"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
+        ["benchmark=brats2020", "model=supervised", "model/network=slab"], ["benchmark=brats2020", "model=supervised", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal_adversarial/toy2d"],
         ["experiment=modality_pairing/toy_missing"],
         ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
@@ -124,7 +124,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
         ["experiment=blur_residual/simulated"],
-        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=co_learning/blobs"],
+        ["benchmark=blobs", "model=pseudo_label", "callbacks=[default,pseudo_label_quality]"], ["benchmark=blobs", "model=co_learning"],
         ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
     ]  # fmt: skip

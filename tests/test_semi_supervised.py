@@ -247,10 +247,10 @@ def test_evaluating_restores_every_mode():
 # whole runs on tiny blobs
 
 RUN = [
-    "experiment=mean_teacher/blobs", "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=3", "data.samples_per_epoch=8",
+    "benchmark=blobs", "model=mean_teacher", "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=3", "data.samples_per_epoch=8",
     "data.batch_size=2", "model.network.features=[4,8]", "threads=1", "callbacks.calibration=null", "augmentation=flip_in_plane",
 ]  # fmt: skip
-STORED = ["experiment=pseudo_label/blobs", *RUN[1:], "model.labels=stored", "data.extra_maps={pseudo_label: nearest}", "model.warm_start=0"]
+STORED = ["benchmark=blobs", "model=pseudo_label", *RUN[2:], "model.labels=stored", "model.warm_start=0"]
 
 
 def test_the_teacher_follows_once_per_optimizer_step_and_is_saved(tmp_path):
@@ -380,8 +380,8 @@ def test_the_same_cases_are_labeled_for_every_method(tmp_path):
     from tests.harness import composed
 
     parts = []
-    for name in ("mean_teacher", "cps", "colearning", "supervised_only", "full_supervision"):
-        data = instantiate(composed(f"experiment={name}/blobs", *RUN[1:5], f"data.root={tmp_path}", "seed=3").data, _convert_="all")
+    for name in ("mean_teacher", "cross_pseudo_supervision", "co_learning", "supervised"):
+        data = instantiate(composed("benchmark=blobs", f"model={name}", *RUN[2:6], f"data.root={tmp_path}", "seed=3").data, _convert_="all")
         data.materialize()
         data.setup("fit")
         parts.append([c.id for c in data.parts["labeled"]])

@@ -25,13 +25,14 @@ _INCIDENTAL = (
     "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "dashboard", "show", "name", "tune", "model.checkpoints",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
+    "warm_start",  # the model's own warm_start has it
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
     *(f"callbacks.{c}" for c in (
         "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL = {"model.freeze": [], "init_prefix": None}
+_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None}
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins

@@ -39,7 +39,6 @@ class SemiSupervised(SegmentationMethod):
 
     Attributes:
         terms: name of each term besides `supervised` -> its default weight.
-        map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
 
     Raises:
         SuiteError: an unknown term, network to predict with, or a number out of range; in training, a warm start that leaves nothing.
@@ -47,7 +46,6 @@ class SemiSupervised(SegmentationMethod):
 
     streams = ("labeled", "unlabeled")
     terms: ClassVar[Mapping[str, float]] = {}
-    map_interpolation: ClassVar[str] = "nearest"  # of the maps that it writes
 
     def __init__(
         self,

@@ -30,6 +30,10 @@ class PseudoLabel(SemiSupervised):
 
     terms: Mapping[str, float] = {"pseudo": 1.0}
 
+    @classmethod
+    def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        return {"pseudo_label": cls.map_interpolation} if options.get("labels") == "stored" else {}
+
     def __init__(self, task: Task, *, labels: str = "online", threshold: float = 0.0, **options: Any) -> None:
         super().__init__(task, **options)
         if labels not in LABELS:
@@ -37,7 +41,7 @@ class PseudoLabel(SemiSupervised):
         if not 0 <= threshold < 1:
             raise SuiteError(f"model.threshold={threshold}: at least 0 and below 1")
         self.labels, self.threshold = labels, threshold
-        self.writes_maps = ("pseudo_label",) if labels == "stored" else ()
+        self.writes_maps = tuple(self.maps_of({"labels": labels}))
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
         mine, others = self.together(self.network, labeled["image"], unlabeled["image"])

@@ -54,6 +54,10 @@ class ReciprocalAdversarial(SegmentationMethod):
         SuiteError: an unknown option or one out of range, or several critic steps per batch together with accumulation.
     """
 
+    @classmethod
+    def streams_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("labeled", "unlabeled") if options.get("unlabeled") else cls.streams
+
     def __init__(
         self,
         task: Task,
@@ -92,7 +96,7 @@ class ReciprocalAdversarial(SegmentationMethod):
         if critic_steps > 1 and self.accumulate > 1:
             raise SuiteError(f"model.critic_steps={critic_steps} does not go with accumulate={self.accumulate}: one of them must be 1")
         self.automatic_optimization = False
-        self.streams = ("labeled", "unlabeled") if unlabeled else ("default",)
+        self.streams = self.streams_of({"unlabeled": unlabeled})
         self.weights = {name: float(weights.get(name, 0)) for name in WEIGHTS}
         self.warmup = {name: int((warmup or {}).get(name, 0)) for name in WEIGHTS}
         dimensions = getattr(self.network, "dimensions", 3)
