@@ -13,6 +13,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 catalog: $(VENV)/installed
 	$(BIN)/python run.py job=methods report=docs

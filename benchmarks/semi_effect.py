@@ -17,30 +17,32 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
 
 from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.composition import complete
 from lesionbench.jobs.main import run_job
 from lesionbench.resolvers import register
 from lesionbench.results import read_rows
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-CPS = ["experiment=co_learning/blobs", "model.weights.teacher=0", "model.weights.mix=0"]
-CPS_TEACHER = ["experiment=co_learning/blobs", "model.weights.mix=0"]
-MIX = ["experiment=co_learning/blobs", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
+CPS = ["benchmark=blobs", "model=co_learning", "model.weights.teacher=0", "model.weights.mix=0"]
+CPS_TEACHER = ["benchmark=blobs", "model=co_learning", "model.weights.mix=0"]
+MIX = ["benchmark=blobs", "model=co_learning", "model.weights.cps=0", "model.weights.teacher=0", "model.mix_target=teacher"]
 ROWS = {
-    "supervised": ["experiment=supervised_only/blobs"],
-    "full": ["experiment=full_supervision/blobs"],
-    "mean_teacher": ["experiment=mean_teacher/blobs", "model.predict_members=true"],
-    "cps": ["experiment=cross_pseudo_supervision/blobs", "model.predict_members=true"],
+    "supervised": ["benchmark=blobs", "model=supervised"],
+    "full": ["benchmark=blobs_full", "model=supervised"],
+    "mean_teacher": ["benchmark=blobs", "model=mean_teacher", "model.predict_members=true"],
+    "cps": ["benchmark=blobs", "model=cross_pseudo_supervision", "model.predict_members=true"],
     "co_students": [*CPS, "model.weights.cps=0"],
     "co_cps": CPS,
     "co_cps_teacher": CPS_TEACHER,
     "co_mix": MIX,
-    "co_all": ["experiment=co_learning/blobs"],
-    "co_all_different": ["experiment=co_learning/blobs", "model.init=different"],
-    "gap_supervised": ["experiment=supervised_only/blobs", "data.gap=true"],
+    "co_all": ["benchmark=blobs", "model=co_learning"],
+    "co_all_different": ["benchmark=blobs", "model=co_learning", "model.init=different"],
+    "gap_supervised": ["benchmark=blobs", "model=supervised", "data.gap=true"],
     "gap_co_cps_teacher": [*CPS_TEACHER, "data.gap=true"],
-    "gap_co_all": ["experiment=co_learning/blobs", "data.gap=true"],
+    "gap_co_all": ["benchmark=blobs", "model=co_learning", "data.gap=true"],
 }
 
 
@@ -53,8 +55,10 @@ def run(folder: str, rows: str, seeds: str) -> None:
                 register()
                 overrides = [*ROWS[name], f"seed={seed}", f"runs={runs}", "threads=1", "callbacks.progress=null", "metrics.names=[dice]"]
                 with initialize_config_dir(str(CONF), version_base="1.3"):
-                    cfg = compose("config", overrides=quoted(overrides))
-                cfg.experiment_name = ROWS[name][0].partition("=")[2]
+                    cfg = compose("config", overrides=quoted(overrides), return_hydra_config=True)
+                with open_dict(cfg):
+                    choices = cfg.pop("hydra").runtime.choices
+                complete(cfg, choices)
                 os.environ.pop("LESIONBENCH_RUN_FOLDER", None)  # of the run before
                 run_job(cfg)
 

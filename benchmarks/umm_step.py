@@ -42,7 +42,7 @@ class Bench:
             device,
             UMM(TASK, branches=BRANCHES, loss=ClassBalancedCE(), inferer=Whole(), passes_at_once=passes_at_once).to(device),
         )
-        self.method.progress, self.method.log_terms = lambda: 1.0, lambda **_: None
+        self.method.ramp_progress, self.method.log_terms = lambda: 1.0, lambda **_: None
         self.batch = {"image": torch.randn(1, 4, *size, device=device), "label": torch.randint(0, 4, (1, 1, *size), device=device)}
 
     def cast(self) -> torch.autocast:

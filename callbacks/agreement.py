@@ -1,20 +1,21 @@
 """A picture of where raters agree, and of where a method says that they do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
+from callbacks.case_callback import CaseCallback
 from callbacks.figures import drawn_channel
-from callbacks.gather import gather
 from callbacks.overlays import BandView, band_figure, save
+from lesionbench.batch import Batch
 from lesionbench.prediction import CaseResult
 from lesionbench.raters import agreement
 from lesionbench.task import IGNORE, Task
 
 
-class AgreementFigure(pl.Callback):
+class AgreementFigure(CaseCallback):
     """Writes `<folder>/figures/agreement.png` after testing: the best, the median and the worst case by Q-Dice of the first region.
 
     Each row is one case, in the slice (along the task's slice axis) where the raters marked most: the image, the share of raters who
@@ -27,33 +28,22 @@ class AgreementFigure(pl.Callback):
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "figures" / "agreement.png"
-        self._views: list[BandView] = []
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._views = []
+    def empty(self, method: Any) -> list[BandView]:
+        return []
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: CaseResult | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        scores = [row["q_dice"] for row in outputs.rows if row["member"] == "" and "q_dice" in row] if outputs is not None else []
-        if not scores or outputs.prediction.regions is None:
-            return
-        raters = batch["native_raters" if outputs.native else "raters"][0]
-        self._views.append(band_view(outputs, raters, pl_module.task, float(scores[0])))
+    def add(self, result: CaseResult, batch: Batch, method: Any) -> None:
+        scores = [row["q_dice"] for row in result.rows if row["member"] == "" and "q_dice" in row]
+        if scores and result.prediction.regions is not None:
+            raters = batch["native_raters" if result.native else "raters"][0]
+            self.collected.append(band_view(result, raters, method.task, float(scores[0])))
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        views = sorted((v for rank in gather(self._views) for v in rank), key=lambda v: (-v.score, v.case))
-        self._views = []
-        if not views or not trainer.is_global_zero:
+    def write(self, ranks: Sequence[Sequence[BandView]], method: Any) -> None:
+        views = sorted((v for rank in ranks for v in rank), key=lambda v: (-v.score, v.case))
+        if not views:
             return
         chosen = {name: views[place] for name, place in (("best", 0), ("median", (len(views) - 1) // 2), ("worst", len(views) - 1))}
-        save(band_figure(chosen, pl_module.task.raters), self.path)
+        save(band_figure(chosen, method.task.raters), self.path)
 
 
 def band_view(result: CaseResult, raters: torch.Tensor, task: Task, score: float) -> BandView:

@@ -1,6 +1,6 @@
 """Predictions as NIfTI files on the grid and with the label values of the input."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from callbacks.gather import gather
+from callbacks.case_callback import CaseCallback
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
 from lesionbench.prediction import CaseResult, Prediction
@@ -18,7 +19,7 @@ from lesionbench.results import write_rows
 from lesionbench.task import Task
 
 
-class NiftiWriter(pl.Callback):
+class NiftiWriter(CaseCallback):
     """Writes `<case>.nii.gz` for every predicted case: label values on disk, native affine and shape.
 
     On request also `<case>_prob_<region>.nii.gz` and `<case>_uncertainty_<name>.nii.gz` (float32), and `<case>_<member>.nii.gz`.
@@ -46,9 +47,8 @@ class NiftiWriter(pl.Callback):
     ) -> None:
         self.folder = Path(folder) / "predictions"
         self.labels, self.probabilities, self.uncertainty, self.members = labels, probabilities, uncertainty, members
-        self.on_test = on_test
+        self.stages = ("test", "predict") if on_test else ("predict",)
         self.overwrite = overwrite
-        self._rows: list[dict[str, Any]] = []
 
     def refuse_existing(self, method: Any, data: Any) -> None:
         """Looks, before anything is prepared or predicted, for files that `job=predict` would replace.
@@ -62,55 +62,25 @@ class NiftiWriter(pl.Callback):
             self._refuse([*files, self.folder / "table.csv"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._rows = []
         if stage == "predict" and hasattr(trainer.datamodule, "predict_ids"):
             self.refuse_existing(pl_module, trainer.datamodule)
 
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: CaseResult | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._write(outputs, pl_module.task, self.overwrite)
+    def empty(self, method: Any) -> list[dict[str, Any]]:
+        return []
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: CaseResult | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self.on_test:
-            self._write(outputs, pl_module.task, overwrite=True)
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_table(trainer)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.on_test:
-            self._write_table(trainer)
-
-    def _write(self, result: CaseResult | None, task: Task, overwrite: bool) -> None:
-        if result is None:  # a case that only evens out the ranks
-            return
+    def add(self, result: CaseResult, batch: Batch, method: Any) -> None:
         prediction = result.prediction
         if not result.native:
             prediction = prediction.map(result.geometry.to_native, partial(result.geometry.to_native, discrete=True))
         if not self.members:
             prediction = replace(prediction, members={})
-        files = {self._path(result.case, suffix): array for suffix, array in self._arrays(prediction, task)}
-        if not overwrite:
+        files = {self._path(result.case, suffix): array for suffix, array in self._arrays(prediction, method.task)}
+        if not (self.overwrite or method.trainer.testing):
             self._refuse(files)
         for path, array in files.items():
             write_volume(path, array, np.asarray(result.geometry.affine))
         who = {"case": result.case, "patient": result.patient, "site": result.site, "region": ""}
-        self._rows += [{**who, "member": name, **part.table} for name, part in prediction.flat() if part.table]
+        self.collected += [{**who, "member": name, **part.table} for name, part in prediction.flat() if part.table]
 
     def _arrays(self, prediction: Prediction, task: Task) -> Iterator[tuple[str, np.ndarray]]:
         for name, part in prediction.flat():
@@ -132,9 +102,9 @@ class NiftiWriter(pl.Callback):
         if existing is not None:
             raise SuiteError(f"{existing} exists already; give another out=<folder>, or overwrite=true to replace it")
 
-    def _write_table(self, trainer: pl.Trainer) -> None:
-        rows = [row for rank in gather(self._rows) for row in rank]
-        if rows and trainer.is_global_zero:
+    def write(self, ranks: Sequence[Sequence[dict[str, Any]]], method: Any) -> None:
+        rows = [row for rank in ranks for row in rank]
+        if rows:
             write_rows(self.folder / "table.csv", sorted(rows, key=lambda row: row["case"]))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from callbacks.case_callback import summed
 from callbacks.gather import gather
 from lesionbench.task import IGNORE
 
@@ -99,7 +100,7 @@ class PseudoLabelQuality(pl.Callback):
         ranks = gather(counts)
         if not trainer.is_global_zero:
             return
-        total = {name: sum(rank[name] for rank in ranks if name in rank) for name in dict.fromkeys(n for rank in ranks for n in rank)}
+        total = summed(ranks)
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ from datamodules.sampling import Sampling
 from datamodules.split import Split
 from datamodules.transforms.augmentation import Chain
 from datamodules.whole_cases import WholeCases, WholeCaseSampler
+from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
@@ -314,7 +315,7 @@ class CaseDataModule(pl.LightningDataModule):
             cache.prepare([case], progress=False)
             return collate([WholeCases([case], cache, task, preprocessing, statistics=statistics)[(0, False)]])
 
-    def transfer_batch_to_device(self, batch: Mapping[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> dict[str, Any]:
         """Moves tensors (of every stream); lists, such as native labels and geometry, stay where they are."""
 
         def moved(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from datamodules.base import CaseDataModule
 from datamodules.preprocessing import Preprocessing
-from datamodules.readers.folder_files import find_images
+from datamodules.readers.folder_files import find_images, images_below
 from lesionbench.case import Case
 from lesionbench.task import Task
 
@@ -16,6 +16,8 @@ class Images(CaseDataModule):
     """Every case under `root`, named `<case>_<channel>.nii.gz` (see `find_images`); preprocessed as the checkpoint says.
 
     `labels` is a folder of masks `<case>.nii.gz`, for methods that work inside of a mask.
+
+    `unused` lists the files below `root` that belong to no case, such as masks that lie beside the images.
 
     The preprocessed copies live in a temporary folder that goes away with the object, so that nothing is left beside the user's files.
     """
@@ -43,7 +45,10 @@ class Images(CaseDataModule):
         return self._task
 
     def find_cases(self) -> list[Case]:
-        return find_images(self.root, list(self._task.channels), self.allow_missing)
+        cases = find_images(self.root, list(self._task.channels), self.allow_missing)
+        used = {path for case in cases for path in case.images.values()}
+        self.unused = [path for path in images_below(Path(self.root)) if path not in used]
+        return cases
 
     def findings(self, cases: Any = None, progress: bool = True) -> list:
         from datamodules.integrity import check_cases

@@ -31,7 +31,7 @@ SHAPE = "shape differs from the case's first image: resample to one grid"
 ORIENTATION = "orientation differs from the case's first image: reorient to one grid"
 AFFINE = "affine differs from the case's first image: resample to one grid, or repair the header"
 SINGULAR = "affine is not a voxel-to-world matrix: repair the header"
-NOT_INTEGER = "label holds values that are not integers: export it without interpolation"
+NOT_INTEGER = "label holds values that are not integers: export it without interpolation, and without a scale factor (scl_slope 1)"
 UNKNOWN_VALUE = "label holds values of no class: correct it, or declare them (data=folder: data.classes or data.ignore)"
 SAME_ID = "case id appears twice: rename or remove one"
 SAME_IMAGE = "same image content as another case: remove one"
@@ -221,7 +221,12 @@ def _label_faults(array: np.ndarray, task: Task) -> Iterator[tuple[str, str, str
 
 
 def _some(values: np.ndarray) -> str:
-    return ", ".join(f"{v:g}" for v in values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+    return ", ".join(_exactly(v) for v in values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def _exactly(value: float) -> str:
+    """Few digits where they say all: 1.0000001 is not 1."""
+    return f"{value:g}" if float(f"{value:g}") == float(value) else repr(float(value))
 
 
 def _duplicates(cases: Sequence[Case], reports: Sequence[_Report]) -> list[Finding]:

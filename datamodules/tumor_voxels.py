@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import CaseDataModule
 from datamodules.preprocessing import Preprocessing
 from datamodules.samples import KeyedSampler, collate
+from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import numpy_generator
@@ -46,7 +47,7 @@ def extract(cfg: DictConfig, folder: Path) -> Path:
     return folder
 
 
-def _store(store: VoxelStore, batch: Mapping[str, Any], task: Task, region: str | None) -> bool:
+def _store(store: VoxelStore, batch: Batch, task: Task, region: str | None) -> bool:
     case, missing = batch["case"][0], ~batch["channel_mask"][0]
     if missing.any():
         lost = ", ".join(c for c, m in zip(task.channels, missing.tolist(), strict=True) if m)

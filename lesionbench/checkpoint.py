@@ -1,9 +1,11 @@
 """Checkpoints: read them safely, build the method they hold, and start from the weights of another run."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from lesionbench.moved import current
 from lesionbench.task import Task
 
 _TRUSTED = ("lesionbench.target.", "lightning_modules.", "torch.optim.", "torch.nn.", "monai.networks.", "monai.losses.")
+_HOLDERS = ("state_dict", "model_state_dict", "model", "network_weights")  # entries under which programs keep a state_dict
+_WRAPPERS = ("module", "model", "network", "net", "_orig_mod")  # modules around a network, of which its names in a file tell
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -22,18 +26,31 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         SuiteError: missing, truncated, or a pickle that holds more than plain data.
     """
     path = Path(path).expanduser()
+    checkpoint = _loaded(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise SuiteError(f"{path}: not a checkpoint: it has no 'state_dict'")
+    return checkpoint
+
+
+def _loaded(path: Path) -> Any:
+    """What a file of `torch.save` or safetensors holds, as plain data."""
     if not path.is_file():
         raise SuiteError(f"{path}: no such checkpoint; a run writes checkpoints/best.ckpt and checkpoints/last.ckpt")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise SuiteError(f"{path}: to read it, install the package safetensors") from None
+        return load_file(path)
+    if is_zipfile(path) and any(name.endswith("/constants.pkl") for name in ZipFile(path).namelist()):
+        raise SuiteError(f"{path}: a TorchScript archive, which is a program; save the state_dict() of the network instead")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text begins with how to load the file all the same, by executing what is in it
         text = re.sub(r"(?s)^Weights only load failed.*?WeightsUnpickler error:\s*", "", str(error).strip())
         reason = text.splitlines()[0][:200] if text else type(error).__name__
         raise SuiteError(f"{path}: not a checkpoint that can be read as plain data; refused ({reason})") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise SuiteError(f"{path}: not a checkpoint: it has no 'state_dict'")
-    return checkpoint
 
 
 def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
@@ -106,27 +123,103 @@ def _refuse_stranger(target: str, path: str | Path, allowed: tuple[str, ...]) ->
         raise SuiteError(f"{path}: would build '{home}', which is not of this suite; if you trust it, say trust=[{home.split('.')[0]}]")
 
 
-def initialize_from(module: nn.Module, path: str | Path) -> str:
-    """Copies every weight of a checkpoint whose name and shape match; returns a report of what was loaded and what was not.
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint or of a file of weights alone, by name.
+
+    Taken are `.ckpt`, `.pt` and `.pth` files that hold a state_dict, bare or as one entry of a mapping, and `.safetensors`.
 
     Raises:
-        SuiteError: nothing matches.
+        SuiteError: missing, a program (TorchScript, a pickled network), or no named tensors in it.
     """
-    weights = read_checkpoint(path)["state_dict"]
-    own = module.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    other_shape = [f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in weights if k in own and k not in fitting]
-    absent = [k for k in own if k not in weights]
-    unused = [k for k in weights if k not in own]
+    path = Path(path).expanduser()
+    found = _loaded(path)
+    for key in _HOLDERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    weights = {str(k): v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, Mapping) else {}
+    if not weights:
+        raise SuiteError(f"{path}: holds no tensors by name; expected a state_dict, bare or under one of {', '.join(_HOLDERS)}")
+    return weights
+
+
+def initialize_from(module: nn.Module, path: str | Path, prefixes: Mapping[str, str] | None = None) -> str:
+    """Copies every tensor of a checkpoint or file of weights whose name and shape match; returns a report of what was loaded and what not.
+
+    Args:
+        prefixes: how names in the file begin -> how they begin here, in whole steps of their path; the empty one begins every name. None =
+            the prefix of a common wrapper (`module`, `model`, `network`, `net`, `_orig_mod`, or several) is dropped, and `network` is put
+            before names, where more tensors match that way; the report says so.
+
+    Raises:
+        SuiteError: nothing matches, or a prefix that begins no name.
+    """
+    theirs, own = read_weights(path), module.state_dict()
+    if prefixes is None:
+        options = [{drop: put} for drop in _wrappers(theirs) for put in ("", "network")]
+        weights, taken = max(((_renamed(theirs, o), o) for o in options), key=lambda pair: len(_fitting(pair[0], own)))
+    else:
+        for prefix in prefixes:
+            if not any(_begins(name, prefix) for name in theirs):
+                raise SuiteError(f"init_prefix: no name in {path} begins with '{prefix}'; its names are {', '.join(list(theirs)[:3])} ...")
+        weights, taken = _renamed(theirs, prefixes), dict(prefixes)
+    fitting = _fitting(weights, own)
     if not fitting:
-        raise SuiteError(f"init_from={path}: none of its {len(weights)} weights match this model's {len(own)}")
+        raise SuiteError(f"init_from={path}: none of its {len(theirs)} weights match this model's {len(own)}{_nearest(weights, own)}")
     module.load_state_dict(fitting, strict=False)
     lines = [f"init_from {path}: loaded {len(fitting)} of {len(own)} tensors"]
+    lines += [f"  names: '{_pattern(a)}' taken as '{_pattern(b)}'" for a, b in taken.items() if a != b]
     for title, names in [
-        ("other shape, kept as initialized", other_shape),
-        ("not in the checkpoint", absent),
-        ("only in the checkpoint", unused),
+        (
+            "other shape, kept as initialized",
+            [f"{k} {tuple(weights[k].shape)} -> {tuple(own[k].shape)}" for k in weights if k in own and k not in fitting],
+        ),
+        ("not in the checkpoint", [k for k in own if k not in weights]),
+        ("only in the checkpoint", [k for k in weights if k not in own]),
     ]:
         if names:
             lines.append(f"  {title} ({len(names)}): {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}")
     return "\n".join(lines)
+
+
+def _pattern(prefix: str) -> str:
+    return f"{prefix.rstrip('.')}.*" if prefix else "*"
+
+
+def _fitting(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+
+
+def _begins(name: str, prefix: str) -> bool:
+    return not prefix or name.startswith(f"{prefix.rstrip('.')}.")
+
+
+def _renamed(weights: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors under new names; the longest prefix that fits a name counts."""
+
+    def new(name: str) -> str:
+        for prefix in sorted(prefixes, key=len, reverse=True):
+            if _begins(name, prefix):
+                rest = name[len(prefix.rstrip(".")) :].lstrip(".")
+                return ".".join(step for step in (prefixes[prefix].rstrip("."), rest) if step)
+        return name
+
+    return {new(name): value for name, value in weights.items()}
+
+
+def _wrappers(names: Iterable[str]) -> list[str]:
+    """Prefixes of common wrappers that names begin with, the shortest first, the empty one before all."""
+    found = [""]
+    for prefix in found:  # grows meanwhile: wrappers lie inside each other
+        longer = [f"{prefix}.{wrapper}".lstrip(".") for wrapper in _WRAPPERS]
+        found += [p for p in longer if any(_begins(name, p) for name in names)]
+    return found
+
+
+def _nearest(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """The nearest of the model's names for the first few of the file, both with shapes."""
+    lines = []
+    for name in list(weights)[:3]:
+        for near in get_close_matches(name, own, n=1, cutoff=0.0):
+            lines.append(f"\n  {name} {tuple(weights[name].shape)}, nearest here: {near} {tuple(own[near].shape)}")
+    return "".join(lines) + "\n  init_prefix={theirs: ours} renames what they begin with"

@@ -83,7 +83,8 @@ class Geometry:
     def to_native(self, maps: torch.Tensor, discrete: bool = False, outside: float = 0) -> torch.Tensor:
         """Network grid (C, x, y, z) -> native grid (C, X, Y, Z): undo the crop (`outside` beyond it), the resampling, the reorientation."""
         full = maps.new_full((maps.shape[0], *self.resampled), outside)
-        full[(slice(None), *(slice(a, b) for a, b in self.crop))] = maps
+        inside = (slice(None), *(slice(a, b) for a, b in self.crop))
+        full[inside] = maps
         if self.resampled != self.canonical:
             full = resample(full, self.canonical, discrete)
         order = [int(row[0]) for row in self.orientation]
@@ -99,7 +100,8 @@ class Geometry:
     def from_dict(cls, data: dict[str, Any]) -> "Geometry":
         """The inverse of `to_dict` (also after JSON)."""
         nested = {"affine", "orientation", "crop"}
-        return cls(**{k: tuple(map(tuple, v)) if k in nested else tuple(v) for k, v in data.items()})
+        fields: dict[str, Any] = {k: tuple(map(tuple, v)) if k in nested else tuple(v) for k, v in data.items()}
+        return cls(**fields)
 
 
 def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -> torch.Tensor:
@@ -116,13 +118,20 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
     A trailing axis of length one is dropped. With `header_only` the array is None.
 
     Raises:
-        SuiteError: missing, unreadable, truncated or not three-dimensional; names the file.
+        SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers; names the file.
     """
     try:
         image = nib.load(path)
         shape = tuple(image.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
+        stored = image.get_data_dtype()
+        if stored.fields:
+            raise SuiteError(
+                f"{path}: holds colors ({'/'.join(stored.fields)} in every voxel), not intensities or labels; export gray values"
+            )
+        if stored.kind == "c":
+            raise SuiteError(f"{path}: holds complex numbers ({stored}), not intensities or labels; export the magnitude")
         if len(shape) != 3 or 0 in shape:
             raise SuiteError(f"{path}: expected one 3D volume, got shape {tuple(image.shape)}")
         if header_only:

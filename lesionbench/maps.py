@@ -8,8 +8,9 @@ version or the new one.
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -37,12 +38,13 @@ def read_box(array: np.ndarray, box: Box | None, fill: float = 0, dtype: type | 
         return np.array(array, dtype=dtype)
     sizes = array.shape[-3:]
     source = tuple(slice(max(a, 0), min(b, n)) for (a, b), n in zip(box, sizes, strict=True))
+    inside: Any = (..., *source)
     if all(a >= 0 and b <= n for (a, b), n in zip(box, sizes, strict=True)):
-        return np.array(array[(..., *source)], dtype=dtype)
+        return np.array(array[inside], dtype=dtype)
     out = np.full((*array.shape[:-3], *(b - a for a, b in box)), fill, dtype=dtype)
     if all(s.start < s.stop for s in source):
-        target = tuple(slice(s.start - a, s.stop - a) for s, (a, _) in zip(source, box, strict=True))
-        out[(..., *target)] = array[(..., *source)]
+        target: Any = (..., *(slice(s.start - a, s.stop - a) for s, (a, _) in zip(source, box, strict=True)))
+        out[target] = array[inside]
     return out
 
 
@@ -168,7 +170,7 @@ class MapStore:
             os.fsync(file.fileno())
         temporary.replace(current)
 
-    def _remove(self, name: str, unwanted) -> None:
+    def _remove(self, name: str, unwanted: Callable[[int], bool]) -> None:
         for number in filter(unwanted, self._versions(name)):
             shutil.rmtree(self._version(name, number), ignore_errors=True)
 

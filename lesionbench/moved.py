@@ -5,7 +5,11 @@ names under which runs were first hashed, so that a run keeps its folder.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lesionbench.errors import SuiteError
+from lesionbench.installation import CONF
 
 # dotted names: of a class or function, or of a module with everything in it (ends with a dot)
 TARGETS = {
@@ -30,8 +34,19 @@ TARGETS = {
 ARGUMENTS = {"window": "slab", "planting": "insertion", "readings": "decodings"}
 # values of an argument
 VALUES = {"view": {"window": "slab"}}
-# what `experiment=` names: the folder, or one file
+# methods of which the experiments on these benchmarks need no file any more, with the names of their folders
+_SEMI_SUPERVISED = {
+    "co_learning": "colearning", "copy_paste": "copy_paste", "cross_pseudo_supervision": "cps", "entropy_minimization": "entropy_minimization",
+    "mean_teacher": "mean_teacher", "pi_model": "pi_model", "pseudo_label": "pseudo_label", "temporal_ensembling": "temporal_ensembling",
+    "ua_mt": "ua_mt", "virtual_adversarial_training": "vat",
+}  # fmt: skip
+# what `experiment=` names: one file, or the folder
 EXPERIMENTS = {
+    **{f"{old}/simulated": f"{new}/simulated_few_labels" for new, old in _SEMI_SUPERVISED.items()},
+    "supervised_only/blobs": "supervised/blobs",
+    "supervised_only/simulated": "supervised/simulated_few_labels",
+    "full_supervision/blobs": "supervised/blobs_full",
+    "full_supervision/simulated": "supervised/simulated_few_labels_full",
     "agreement/": "multi_rater/",
     "colearning/": "co_learning/",
     "cps/": "cross_pseudo_supervision/",
@@ -40,6 +55,8 @@ EXPERIMENTS = {
     "reciprocal/": "reciprocal_adversarial/",
     "vat/": "virtual_adversarial_training/",
 }
+# experiments whose configuration said that there is no stream `default`, where today's does not name it
+_WITHOUT_DEFAULT_STREAM = {f"{old}/{benchmark}" for old in _SEMI_SUPERVISED.values() for benchmark in ("acdc", "left_atrium")}
 # other words of the command line, up to the equals sign or whole
 OPTIONS = {
     "model=colearning": "model=co_learning",
@@ -72,6 +89,8 @@ def recorded(config: Any) -> Any:
     config = _renamed(config, _inverse(TARGETS), _inverse(ARGUMENTS), values)
     if isinstance(config, dict) and isinstance(config.get("experiment_name"), str):
         config["experiment_name"] = recorded_experiment(config["experiment_name"])
+        if config["experiment_name"] in _WITHOUT_DEFAULT_STREAM and "unlabeled" in (config["data"].get("streams") or {}):
+            config["data"]["streams"]["default"] = None
     return config
 
 
@@ -80,21 +99,54 @@ def recorded_experiment(name: str) -> str:
     return _replaced(name, _inverse(EXPERIMENTS))
 
 
-def words(argument: str) -> str:
-    """One word of the command line, in today's names; the values of a sweep (`experiment=a,b`) each."""
+def words(argument: str, own: Path | None = None) -> list[str]:
+    """One word of the command line in today's names, which may be several words; the values of a sweep (`experiment=a,b`) each.
+
+    An experiment without a file that is named like a model and a benchmark (`mean_teacher/acdc`) is these two.
+
+    Args:
+        own: the user's own folder of configurations, beside the suite's.
+
+    Raises:
+        SuiteError: a sweep over experiments of which some are a model and a benchmark now, but not all on one benchmark or of one model.
+    """
     key, equals, value = argument.partition("=")
-    if key in ("experiment", "+experiment"):
-        return f"{key}=" + ",".join(_replaced(name, EXPERIMENTS) for name in value.split(","))
-    if argument in OPTIONS:
-        return OPTIONS[argument]
     name = key.lstrip("+~")
+    if name == "experiment":
+        return _experiments(key, value.split(","), own)
+    if argument in OPTIONS:
+        return [OPTIONS[argument]]
     for old, new in OPTIONS.items():
         if "=" not in old and (name == old or name.startswith(f"{old}.")):
-            return key.replace(old, new, 1) + equals + value
+            return [key.replace(old, new, 1) + equals + value]
         if "=" in old and name == old.partition("=")[0] and "," in value:
             pairs = {o.partition("=")[2]: n.partition("=")[2] for o, n in OPTIONS.items() if o.partition("=")[0] == name}
-            return f"{key}=" + ",".join(pairs.get(one, one) for one in value.split(","))
-    return argument
+            return [f"{key}=" + ",".join(pairs.get(one, one) for one in value.split(","))]
+    return [argument]
+
+
+def _experiments(key: str, names: list[str], own: Path | None) -> list[str]:
+    roots = [CONF] if own is None else [CONF, own]
+
+    def exists(group: str, name: str) -> bool:
+        return any((root / group / f"{name}.yaml").is_file() for root in roots)
+
+    names = [name if exists("experiment", name) else _replaced(name, EXPERIMENTS) for name in names]
+    pairs = []  # (model, benchmark) of those that have no file
+    for name in names:
+        model, _, benchmark = name.partition("/")
+        if not exists("experiment", name) and exists("model", model) and exists("benchmark", benchmark):
+            pairs.append((model, benchmark))
+    if not pairs:
+        return [f"{key}=" + ",".join(names)]
+    models, benchmarks = ([*dict.fromkeys(part)] for part in zip(*pairs, strict=True))
+    if len(pairs) < len(names) or len(models) > 1 < len(benchmarks):
+        rest = [name for name in names if tuple(name.split("/")) not in pairs]
+        commands = [f"experiment={','.join(rest)}"] if rest else []
+        for benchmark in benchmarks:
+            commands.append(f"benchmark={benchmark} model={','.join(m for m, b in pairs if b == benchmark)}")
+        raise SuiteError(f"{key}={','.join(names)} is no longer one sweep; run\n" + "\n".join(f"  {c}" for c in commands))
+    return [f"benchmark={','.join(benchmarks)}", f"model={','.join(models)}"]
 
 
 def _renamed(node: Any, targets: Mapping[str, str], arguments: Mapping[str, str], values: Mapping[str, Mapping[str, str]]) -> Any:

@@ -80,6 +80,15 @@ class CaseResult:
         """Voxel size along the axes of `prediction`."""
         return self.geometry.native_spacing if self.native else self.geometry.network_spacing
 
+    def to(self, device: torch.device | str) -> "CaseResult":
+        """The same with its maps on `device`. `Trainer.predict` calls it on every result that it returns, with the CPU."""
+
+        def moved(maps: torch.Tensor) -> torch.Tensor:
+            return maps.to(device)
+
+        truth = None if self.truth is None else moved(self.truth)
+        return replace(self, prediction=self.prediction.map(moved, moved), truth=truth, image=moved(self.image))
+
     def image_on_grid(self) -> torch.Tensor:
         """The image (M, X, Y, Z) on the grid of `prediction`; 0 outside the crop."""
         return self.geometry.to_native(self.image) if self.native else self.image

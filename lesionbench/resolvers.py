@@ -1,4 +1,4 @@
-"""What configuration files can compute: `${cap:sizes,limit}`, `${either:value,default}` and `${offline_without_key:}`."""
+"""What configuration files can compute: `${cap:sizes,limit}`, `${either:value,default}`, `${if_unlabeled:class,a,b}` and `${offline_without_key:}`."""
 
 import os
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ def register() -> None:
     """Makes the resolvers known to OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("cap", cap, replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
+    OmegaConf.register_new_resolver("if_unlabeled", if_unlabeled, replace=True)
     OmegaConf.register_new_resolver("offline_without_key", offline_without_key, replace=True)
 
 
@@ -25,6 +26,13 @@ def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
 def either(chosen: Any, default: Any) -> Any:
     """`chosen`, or `default` where it is null."""
     return default if chosen is None else chosen
+
+
+def if_unlabeled(target: str, then: Any, otherwise: Any) -> Any:
+    """`then` where the class of a method learns from unlabeled cases too, else `otherwise`."""
+    from hydra.utils import get_class
+
+    return then if "unlabeled" in getattr(get_class(target), "streams", ()) else otherwise
 
 
 def offline_without_key() -> bool:

@@ -61,8 +61,10 @@ class ScoreCounts:
         return Ranking(scores).counts(positive)
 
     def __add__(self, other: "ScoreCounts") -> "ScoreCounts":
-        joined = ScoreCounts(*(np.concatenate([getattr(c, n) for c in (self, other)]) for n in ("values", "positives", "negatives")))
-        return joined._binned(max(self.bits, other.bits))
+        values, positives, negatives = (
+            np.concatenate([getattr(c, n) for c in (self, other)]) for n in ("values", "positives", "negatives")
+        )
+        return ScoreCounts(values, positives, negatives)._binned(max(self.bits, other.bits))
 
     def limited(self, most: int) -> "ScoreCounts":
         """The counts in the finest bins of which at most `most` are filled. Scores must be float32 and no NaN.
@@ -79,8 +81,10 @@ class ScoreCounts:
 
     def _binned(self, bits: int) -> "ScoreCounts":
         keys, places = np.unique(_ordered(self.values) >> bits << bits, return_inverse=True)
-        sums = (np.bincount(places, weights=c, minlength=keys.size).astype(np.int64) for c in (self.positives, self.negatives))
-        return ScoreCounts(_scores(keys), *sums, bits)
+        positives, negatives = (
+            np.bincount(places, weights=c, minlength=keys.size).astype(np.int64) for c in (self.positives, self.negatives)
+        )
+        return ScoreCounts(_scores(keys), positives, negatives, bits)
 
     # measures
 
@@ -92,7 +96,8 @@ class ScoreCounts:
     @cached_property
     def _reached(self) -> tuple[np.ndarray, np.ndarray]:
         """Positives and all voxels with at least each score (K,)."""
-        return tuple(np.cumsum(c[::-1])[::-1] for c in (self.positives, self.positives + self.negatives))
+        hits, marked = (np.cumsum(c[::-1])[::-1] for c in (self.positives, self.positives + self.negatives))
+        return hits, marked
 
     def auroc(self) -> float:
         """Area under the ROC curve, in [0, 1]: the chance that a positive outscores a negative, ties counted half (Mann-Whitney).
@@ -126,7 +131,8 @@ class ScoreCounts:
     def above(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positives, and all voxels, with a score above each threshold."""
         places = self.values.searchsorted(thresholds, side="right")
-        return tuple(np.append(c, 0)[places] for c in self._reached)
+        hits, marked = (np.append(c, 0)[places] for c in self._reached)
+        return hits, marked
 
     def best_dice(self, thresholds: int | None = None) -> tuple[float, float]:
         """(Dice, threshold): the best Dice of all masks `score > threshold`; of equal ones the lowest threshold.
@@ -150,7 +156,7 @@ class ScoreCounts:
         return float(found[best]), float(tried[best])
 
 
-def dice(hits: np.ndarray, marked: np.ndarray, true: int) -> np.ndarray:
+def dice(hits: np.ndarray, marked: np.ndarray, true: int | np.ndarray) -> np.ndarray:
     """Dice from counts, 2 hits / (marked + true); 1 where nothing is marked and nothing true."""
     size = np.asarray(marked) + true
     return np.where(size == 0, 1.0, 2 * np.asarray(hits) / np.maximum(size, 1))

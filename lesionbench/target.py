@@ -9,15 +9,21 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 
 from lesionbench.errors import SuiteError
 from lesionbench.task import IGNORE, Task
 
 
 class Target(ABC):
-    """Base of all targets. `out_channels` is the number of logit channels K that the network must return; `kind` is that of its losses."""
+    """Base of all targets. `out_channels` is the number of logit channels K that the network must return.
 
-    kind = "sigmoid"
+    `kind` says what the channels are, and so which losses fit: `softmax`, exclusive classes, encoded as class indices (B, 1, *spatial);
+    `sigmoid`, channels of their own, encoded as maps (B, K, *spatial) in [0, 1]; -1 = ignore in both. A target of a third kind defines
+    `harden` and `as_maps` itself, and trains only with methods and losses that know its kind.
+    """
+
+    kind: str
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -41,6 +47,24 @@ class Target(ABC):
     @abstractmethod
     def labels(self, regions: torch.Tensor) -> torch.Tensor:
         """Region probabilities (B, R, *spatial) -> class indices (B, *spatial), int8."""
+
+    def harden(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, *spatial) -> what is decided, as the loss takes it: class indices (B, 1, *spatial), or masks (B, K, *spatial), int8."""
+        if self._exclusive("harden"):
+            return logits.argmax(dim=1, keepdim=True)
+        return (logits > 0).to(torch.int8)
+
+    def as_maps(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded labels -> maps (B, K, *spatial) that probabilities compare with, and which voxels count (float, broadcasts to them)."""
+        valid = (target != IGNORE).float()
+        if self._exclusive("as_maps"):
+            return one_hot(target[:, 0].long().clamp_min(0), self.out_channels).movedim(-1, 1).float(), valid
+        return target.clamp_min(0).float(), valid
+
+    def _exclusive(self, what: str) -> bool:
+        if self.kind not in ("softmax", "sigmoid"):
+            raise TypeError(f"{type(self).__name__} of kind '{self.kind}' must define {what}()")
+        return self.kind == "softmax"
 
 
 class ClassSoftmax(Target):
@@ -84,6 +108,8 @@ class ClassSoftmax(Target):
 
 class RegionSigmoid(Target):
     """Nested regions, each its own sigmoid (region-based training); voxels to ignore stay -1 in every region's target."""
+
+    kind = "sigmoid"
 
     def __init__(self, task: Task, threshold: float = 0.5) -> None:
         super().__init__(task)

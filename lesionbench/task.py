@@ -103,9 +103,14 @@ class Task:
         return labels
 
     def to_disk(self, labels: np.ndarray) -> np.ndarray:
-        """Class indices -> values on disk, uint8 (int16 where a value needs it)."""
+        """Class indices -> values on disk, in the smallest integer type that holds every value of the task and that NIfTI-1 readers know."""
         first = np.array([v[0] for v in self.classes.values()])
-        return first.astype(np.uint8 if first.min() >= 0 and first.max() < 256 else np.int16)[np.maximum(labels, 0)]
+        fitting = next(
+            t
+            for t in (np.uint8, np.int16, np.uint16, np.int32, np.int64)
+            if np.iinfo(t).min <= first.min() and first.max() <= np.iinfo(t).max
+        )
+        return first.astype(fitting)[np.maximum(labels, 0)]
 
     def narrowed(self, channels: Sequence[str] | None = None, regions: Sequence[str] | None = None) -> "Task":
         """The task with only these channels and regions. Classes that no remaining region tells apart become one class.

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
 from lesionbench.task import Task
-from lightning_modules.inferers import Mirrored
+from lightning_modules.freezing import freeze, rest
+from lightning_modules.inferers import Inferer, Mirrored
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
-
-Batch = Mapping[str, Any]
+from lightning_modules.ramps import batches
 
 
 class Method(pl.LightningModule):
@@ -36,10 +37,13 @@ class Method(pl.LightningModule):
         seed: of everything random in training.
         monitor: validation value that a plateau schedule watches.
         validation_metrics: names of what is measured on validation cases.
+        freeze: parts (see `networks.contract.parts_of`) of all `trained_networks` that stay as they are: their parameters get no gradient
+            and no optimizer, and they stay in evaluation mode, so that batch normalization keeps its running statistics.
 
     Attributes:
         streams: the data streams that `training_step` expects.
         writes_maps: per-case maps that training itself writes to the data module's map store.
+        map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
@@ -47,6 +51,8 @@ class Method(pl.LightningModule):
 
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
+    inferer: Inferer  # of a method that predicts with networks; others have none
+    map_interpolation: str = "nearest"
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Method(pl.LightningModule):
         seed: int = 0,
         monitor: str | None = "val/dice",
         validation_metrics: Sequence[str] = ("dice",),
+        freeze: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
@@ -68,6 +75,7 @@ class Method(pl.LightningModule):
         self.validation_metrics = CaseMetrics(names=list(validation_metrics))
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
         self.dataset_results = DatasetMetrics(self.metrics.dataset, self.metrics.thresholds)
+        self.frozen_parts = tuple(freeze or ())
         self.iteration = 0
         self.config: dict[str, Any] | None = None
         self.postprocessing: PostProcessing | None = None
@@ -75,9 +83,24 @@ class Method(pl.LightningModule):
 
     # what a method answers
 
+    @classmethod
+    def streams_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """`streams` of the method that these options (its configuration) would build, told without building it."""
+        return cls.streams
+
+    @classmethod
+    def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        """`writes_maps` of the method that these options would build -> interpolation, as `data.extra_maps` has it."""
+        return dict.fromkeys(cls.writes_maps, cls.map_interpolation)
+
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
         """Optimizer name -> the parameters it owns; one optimizer over everything trainable by default."""
         return {"main": [p for p in self.parameters() if p.requires_grad]}
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """The networks by name that `freeze` is about; those that learn to segment, not what only serves their training."""
+        network = getattr(self, "network", None)
+        return {} if network is None else {"the network": network}
 
     def predict_case(self, batch: Batch) -> Prediction:
         """What the method says about the one whole case of `batch`, on the network grid."""
@@ -125,10 +148,53 @@ class Method(pl.LightningModule):
                 if any(p.requires_grad for p in network.parameters()):
                     network.compile(*args, **kwargs)
 
+    # frozen parts
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self._freeze()
+
+    def on_train_start(self) -> None:
+        if self.frozen_parts:
+            self.train()  # Lightning, which warns of modules in evaluation mode, has looked by now
+
+    def _freeze(self) -> None:
+        if self.frozen_parts:
+            freeze(self.trained_networks(), self.frozen_parts)
+
+    def train(self, mode: bool = True) -> "Method":
+        """Lightning's and torch's switch; frozen parts, also those of teachers, stay in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen_parts:
+            for network in self.resting_networks():
+                rest(network, self.frozen_parts)
+        return self
+
+    def resting_networks(self) -> list[nn.Module]:
+        """The networks whose frozen parts stay in evaluation mode: those that are trained, and those that follow them."""
+        return list(self.trained_networks().values())
+
+    # clock
+
+    @property
+    def total_iterations(self) -> int:
+        """Batches of the whole run."""
+        return int(self.trainer.num_training_batches * self.trainer.max_epochs)
+
+    def progress(self, length: float | None = None) -> float:
+        """Share of the run's batches that are behind, or with `length` (see `ramps.batches`; above 0) of its first so many; may exceed 1."""
+        return self.iteration / (self.total_iterations if length is None else batches(length, self.total_iterations))
+
+    def warmup_factor(self, length: float) -> float:
+        """min(1, t / length) in batch t = 1, 2, ...; `length` as in `progress`, 0 = no warm-up."""
+        return min(1.0, (self.iteration + 1) / max(batches(length, self.total_iterations) if 0 < length < 1 else length, 1))
+
     # optimizers
 
     def configure_optimizers(self) -> Any:
-        groups = {name: params for name, params in self.optimizer_groups().items() if params}
+        trained = {name: [p for p in params if p.requires_grad] for name, params in self.optimizer_groups().items()}
+        groups = {name: params for name, params in trained.items() if params}
         if not groups:
             return None
         if self.optimizer is None:
@@ -225,8 +291,9 @@ class Method(pl.LightningModule):
         """Refuses a data module that the method cannot be trained on, before anything is prepared.
 
         Raises:
-            SuiteError: other streams than `streams`, or an extra map that nobody writes.
+            SuiteError: other streams than `streams`, an extra map that nobody writes, or parts that cannot be frozen.
         """
+        self._freeze()
         offered = tuple(getattr(data, "streams", self.streams))
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")
@@ -283,7 +350,7 @@ class Method(pl.LightningModule):
         result = CaseResult(
             batch["case"][0], batch["patient"][0], batch["site"][0], prediction, truth, batch["image"][0], geometry, native=native
         )
-        if metrics is not None:
+        if metrics is not None and results is not None:
             tuned = self.tuned_on(batch) or (rules is not None and result.patient in rules.chosen_on)
             who = {"case": result.case, "patient": result.patient, "site": result.site}
             rows = self.measure(prediction, truth, batch, metrics, result.spacing)
@@ -311,7 +378,7 @@ class Method(pl.LightningModule):
     # checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         checkpoint["lesionbench"] = {
             "format": 1,
             "method": f"{type(self).__module__}.{type(self).__qualname__}",

@@ -6,6 +6,7 @@ whole volume (B, K, X, Y, Z), every map blended in the same pass. Which inferer 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -14,6 +15,12 @@ from lesionbench.errors import SuiteError
 from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+class Inferer(Protocol):
+    """What runs a predictor over the image (B, M, X, Y, Z) of whole cases; `axis` is the one that slices are cut along."""
+
+    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]: ...
 
 
 class Whole:
@@ -55,12 +62,12 @@ class Window:
         total: dict[str, torch.Tensor] = {}
         norm = image.new_zeros(image.shape[2:], dtype=torch.float32)
         for boxes in self._batches(image.shape[2:]):
-            views = torch.cat([image[(..., *box)] for box in boxes])
+            views = torch.cat([image[:, :, x, y, z] for x, y, z in boxes])
             for name, maps in predictor(views).items():
                 if name not in total:
                     total[name] = maps.new_zeros((image.shape[0], maps.shape[1], *image.shape[2:]), dtype=torch.float32)
-                for box, part in zip(boxes, maps.float().split(image.shape[0]), strict=True):
-                    total[name][(..., *box)] += part * weight
+                for (x, y, z), part in zip(boxes, maps.float().split(image.shape[0]), strict=True):
+                    total[name][:, :, x, y, z] += part * weight
             for box in boxes:
                 norm[box] += weight
         crop = (..., *(slice(n, n + s) for n, s in zip(near, shape, strict=True)))
@@ -122,7 +129,7 @@ class Mirrored:
         SuiteError: no axis, or one that does not exist or stands twice.
     """
 
-    def __init__(self, inferer: Callable, axes: Sequence[int] = (0, 1, 2)) -> None:
+    def __init__(self, inferer: Inferer, axes: Sequence[int] = (0, 1, 2)) -> None:
         if not axes or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
             raise SuiteError(f"mirror={list(axes)}: expected some of the axes 0, 1 and 2, each once")
         self.inferer, self.axes = inferer, tuple(axes)
@@ -147,4 +154,5 @@ def padded(
     more = [-s % d for s, d in zip(size, divisors, strict=True)]
     margins = [0, 0] * (image.ndim - 2 - axes) + [m for extra in reversed(more) for m in (0, extra)]
     maps = predictor(pad(image, margins) if any(more) else image)
-    return {name: m[(slice(None), slice(None), *(slice(0, s) for s in size))] for name, m in maps.items()}
+    inside = (slice(None), slice(None), *(slice(0, s) for s in size))
+    return {name: m[inside] for name, m in maps.items()}

@@ -1,4 +1,4 @@
-"""Ramps: weights of loss terms that grow over training, by the share of it that is done."""
+"""Ramps: weights of loss terms that grow over training, by the share of it that is done; lengths in batches or as a share of a run."""
 
 import math
 
@@ -13,6 +13,16 @@ def gaussian_ramp(progress: float) -> float:
 def linear_ramp(progress: float) -> float:
     """progress, clipped to [0, 1]."""
     return min(max(progress, 0.0), 1.0)
+
+
+def batches(length: float, total: int) -> float:
+    """A length that is given in batches, or below 1 as a share of all `total` of them -> batches, not rounded."""
+    return length * total if length < 1 else length
+
+
+def whole_batches(length: float, total: int) -> int:
+    """The same, in whole batches."""
+    return round(length * total) if length < 1 else int(length)
 
 
 SHAPES = {"none": lambda progress: 1.0, "linear": linear_ramp, "gaussian": gaussian_ramp}
@@ -38,5 +48,5 @@ class Ramp:
 
     def __call__(self, done: int, total: int) -> float:
         """The weight in a batch before which `done` of `total` batches were trained on."""
-        length = self.length * total if self.length < 1 else self.length
+        length = batches(self.length, total)
         return SHAPES[self.shape](done / length if length else 1.0)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from lesionbench.errors import SuiteError
+from lightning_modules.ramps import whole_batches
 
 
 def poly(optimizer: Optimizer, total_iterations: int, power: float = 0.9, warmup_iterations: float = 0) -> LambdaLR:
@@ -35,7 +36,7 @@ def warmup_poly(
         SuiteError: more epochs than iterations, or a warm-up that leaves none.
     """
     epochs = total_iterations if epochs is None else epochs
-    count = round(warmup_epochs * epochs) if 0 < warmup_epochs < 1 else int(warmup_epochs)
+    count = whole_batches(warmup_epochs, epochs)
     if not 0 <= count < epochs <= total_iterations:
         raise SuiteError(
             f"scheduler: epochs={epochs} warmup_epochs={warmup_epochs} do not fit total_iterations={total_iterations}: "
@@ -91,7 +92,7 @@ def _per_iteration(optimizer: Optimizer, total_iterations: int, warmup_iteration
     Raises:
         SuiteError: no iterations, or a warm-up that leaves none.
     """
-    count = round(warmup_iterations * total_iterations) if 0 < warmup_iterations < 1 else int(warmup_iterations)
+    count = whole_batches(warmup_iterations, total_iterations)
     if not 0 <= count < total_iterations:
         raise SuiteError(f"scheduler: warmup_iterations={warmup_iterations} of total_iterations={total_iterations} leaves none to train")
 

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, Target
 from lesionbench.task import Task
-from lightning_modules.base import Batch, Method
+from lightning_modules.base import Method
+from lightning_modules.inferers import Inferer
 from lightning_modules.losses import DeepSupervision
+from lightning_modules.networks.contract import Output, logits_of, with_own_loss
 
 
 class SegmentationMethod(Method):
@@ -31,7 +34,7 @@ class SegmentationMethod(Method):
         *,
         network: Callable[..., nn.Module],
         loss: nn.Module,
-        inferer: Callable,
+        inferer: Inferer,
         target: Callable = ClassSoftmax,
         **training: Any,
     ) -> None:
@@ -44,10 +47,11 @@ class SegmentationMethod(Method):
             )
         self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
         self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
-        self.inferer = inferer
         if getattr(inferer, "divisor", 0) is None:
-            self.inferer = copy(inferer)
-            self.inferer.divisor = getattr(self.network, "divisor", 1)
+            fitted: Any = copy(inferer)
+            fitted.divisor = getattr(self.network, "divisor", 1)
+            inferer = fitted
+        self.inferer = inferer
 
     def check(self, data: Any) -> None:
         super().check(data)
@@ -66,7 +70,7 @@ class SegmentationMethod(Method):
             needs = self.network.fixed_size or f"at least {self.network.min_size}, each side divisible by {self.network.divisor}"
             raise SuiteError(f"patch={list(patch)} does not fit {type(self.network).__name__}, which needs {needs}")
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> Output:
         """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""
         return self.network(image)
 
@@ -74,11 +78,13 @@ class SegmentationMethod(Method):
         """What the loss compares the logits of a batch with."""
         return self.target.encode(batch["label"])
 
+    def supervised(self, output: Output, batch: Batch) -> torch.Tensor:
+        """The loss of a network's output on a labeled batch; the network's own loss is added."""
+        return with_own_loss(self.loss(output, self.training_target(batch)), output)
+
     def compute_loss(self, batch: Batch) -> torch.Tensor:
-        """The loss of a batch; a network's own extra loss is added."""
-        output = self(batch["image"])
-        loss = self.loss(output, self.training_target(batch))
-        return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
+        """The loss of a batch."""
+        return self.supervised(self(batch["image"]), batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.compute_loss(batch)
@@ -87,8 +93,7 @@ class SegmentationMethod(Method):
 
     def predict_maps(self, view: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps of one view that may be averaged: `probabilities` (B, K, *spatial) for the target, and any further ones by name."""
-        output = self(view)
-        return {"probabilities": self.target.activate(output["logits"] if isinstance(output, dict) else output)}
+        return {"probabilities": self.target.activate(logits_of(self(view)))}
 
     def predict_case(self, batch: Batch) -> Prediction:
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from lesionbench.jobs.command_line import CONF, quoted
+from lesionbench.jobs.composition import complete
 from lesionbench.jobs.main import run_job
 from lesionbench.resolvers import register
 
@@ -27,10 +28,13 @@ def composed(*overrides: str, hydra: bool = False) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=quoted(overrides), return_hydra_config=hydra)
-    cfg.experiment_name = cfg.experiment_name or next(
-        (o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "supervised/simulated"
-    )
+        cfg = compose("config", overrides=quoted(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        own = cfg.pop("hydra")
+    complete(cfg, own.runtime.choices)
+    if hydra:
+        with open_dict(cfg):
+            cfg.hydra = own
     return cfg
 
 

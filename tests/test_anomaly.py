@@ -270,6 +270,8 @@ def test_the_search_looks_at_unfiltered_maps(folder, tmp_path):
 
     cases = made.data.parts["train"] + made.data.parts["val"]
     scored = Scored(made, cases)
+    with pytest.raises(ValueError, match="no cases"):
+        Scored(made, []).counts()
     plain, threshold = scored.counts().best_dice(20)
     filtered, other = scored.best_filtered(20)
     maps = [(s, y.numpy() == 1) for s, y in scored.maps()]

@@ -4,12 +4,13 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
 from torch import nn
 
-from lesionbench.checkpoint import _refuse_strangers, build_method, initialize_from, load_method, read_checkpoint
+from lesionbench.checkpoint import _refuse_strangers, build_method, initialize_from, load_method, read_checkpoint, read_weights
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.command_line import CONF
 from lesionbench.task import Task
@@ -195,3 +196,107 @@ def test_initialization_from_a_stranger_is_an_error(tmp_path):
     torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, tmp_path / "x.ckpt")
     with pytest.raises(SuiteError, match="none of its 2 weights match this model's 3"):
         initialize_from(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.PReLU()}), tmp_path / "x.ckpt")
+
+
+# weights from elsewhere
+
+
+class Method(nn.Module):
+    """Holds a network as methods do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+def unet(out_channels: int = 3) -> nn.Module:
+    from lightning_modules.networks import basic_unet
+
+    return basic_unet(1, out_channels, dimensions=2, features=(2, 2, 2, 4, 4, 2))
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "model.", "network.", "_orig_mod.", "net.", "module._orig_mod.", "model.network."])
+def test_prefixes_of_common_wrappers_are_found(wrapped, tmp_path):
+    source, model = unet(), Method(unet())
+    torch.save({f"{wrapped}{k}": v for k, v in source.state_dict().items()}, tmp_path / "x.pth")
+    report = initialize_from(model, tmp_path / "x.pth").splitlines()
+    count = len(source.state_dict())
+    assert report[0] == f"init_from {tmp_path / 'x.pth'}: loaded {count} of {count} tensors"
+    shown = {"network.": [], "model.network.": ["  names: 'model.*' taken as '*'"]}
+    assert report[1:] == shown.get(wrapped, [f"  names: '{wrapped}*' taken as 'network.*'"])
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.network.state_dict().items())
+
+
+def test_the_weights_of_a_monai_bundle_fit_the_network_of_the_same_configuration(tmp_path):
+    """A bundle keeps the plain state_dict of MONAI's own network in models/model.pt."""
+    from monai.networks.nets import BasicUNet
+
+    bundle = tmp_path / "bundle"
+    (bundle / "models").mkdir(parents=True)
+    (bundle / "configs").mkdir()
+    (bundle / "configs" / "metadata.json").write_text("{}")
+    theirs = BasicUNet(2, 1, 2, features=(2, 2, 2, 4, 4, 2), norm=("instance", {"affine": True}))
+    torch.save(theirs.state_dict(), bundle / "models" / "model.pt")
+    model = Method(unet())
+    report = initialize_from(model, bundle / "models" / "model.pt").splitlines()
+    own = model.state_dict()
+    assert report[0].endswith(f"loaded {len(own) - 2} of {len(own)} tensors")
+    assert report[1:] == [
+        "  names: '*' taken as 'network.*'",
+        "  other shape, kept as initialized (2): network.final_conv.weight (2, 2, 1, 1) -> (3, 2, 1, 1), network.final_conv.bias (2,) -> (3,)",
+    ]
+    assert all(torch.equal(own[f"network.{k}"], v) for k, v in theirs.state_dict().items() if "final_conv" not in k)
+
+
+@pytest.mark.parametrize("holder", ["state_dict", "model_state_dict", "model", "network_weights"])
+def test_a_state_dict_lies_bare_or_in_an_entry(holder, tmp_path):
+    torch.save({"epoch": 3, holder: unet().state_dict()}, tmp_path / "x.pt")
+    assert "loaded" in initialize_from(Method(unet()), tmp_path / "x.pt")
+
+
+def test_a_prefix_is_renamed_in_whole_steps(tmp_path):
+    source = nn.ModuleDict({"enc": nn.Linear(2, 3), "encoder": nn.Linear(2, 3)})
+    torch.save(source.state_dict(), tmp_path / "x.pt")
+    model = nn.ModuleDict({"stem": nn.Linear(2, 3), "encoder": nn.Linear(2, 3)})
+    report = initialize_from(model, tmp_path / "x.pt", {"enc": "stem"}).splitlines()
+    assert report == [f"init_from {tmp_path / 'x.pt'}: loaded 4 of 4 tensors", "  names: 'enc.*' taken as 'stem.*'"]
+    assert torch.equal(model["stem"].weight, source["enc"].weight)
+    whole = Method(nn.ModuleDict({"enc": nn.Linear(2, 3), "encoder": nn.Linear(2, 3)}))
+    assert "loaded 4 of 4" in initialize_from(whole, tmp_path / "x.pt", {"": "network"})
+    with pytest.raises(SuiteError, match=r"no name in .* begins with 'encodr'; its names are enc\.weight"):
+        initialize_from(model, tmp_path / "x.pt", {"encodr": "encoder"})
+
+
+def test_programs_are_refused_by_what_they_are(tmp_path):
+    with ZipFile(tmp_path / "script.pt", "w") as archive:  # the members by which torch tells a TorchScript archive
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"script/{name}", "")
+    with pytest.raises(SuiteError, match="a TorchScript archive, which is a program"):
+        read_weights(tmp_path / "script.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(SuiteError, match=r"refused \(.*Linear"):
+        read_weights(tmp_path / "whole.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    with pytest.raises(SuiteError, match="no tensors by name; expected a state_dict"):
+        read_weights(tmp_path / "none.pt")
+
+
+def test_nothing_that_matches_is_told_with_the_nearest_names(tmp_path):
+    torch.save({"stem.weight": torch.zeros(5, 2)}, tmp_path / "x.pt")
+    model = Method(nn.ModuleDict({"stem": nn.Linear(2, 3)}))
+    with pytest.raises(
+        SuiteError, match=r"(?s)none of its 1 weights match this model's 2.*\(5, 2\), nearest here: network\.stem\.weight \(3, 2\)"
+    ):
+        initialize_from(model, tmp_path / "x.pt")
+
+
+def test_safetensors_where_the_package_is_there(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        with pytest.raises(SuiteError, match="install the package safetensors"):
+            read_weights(tmp_path / "x.safetensors")
+        return
+    save_file(unet().state_dict(), tmp_path / "x.safetensors")
+    assert "loaded" in initialize_from(Method(unet()), tmp_path / "x.safetensors")

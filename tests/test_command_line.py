@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException
 
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.catalog import families
-from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, named, options, own_folder, quoted
+from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, named, options, own_folder, quoted, runs_of
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,18 @@ def test_help_lists_jobs_groups_and_options_without_heavy_imports():
     code = "import sys; sys.argv=['run.py','--help']; import run; run.main(); assert not {'torch','hydra','monai'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in [*JOBS, "model/loss", "supervised/simulated", "dice_ce", "resume=true", "sweep=", "tpe", "submitit_slurm"]:
+    for word in [
+        *JOBS,
+        "model/loss",
+        "umm/simulated",
+        "dice_ce",
+        "benchmark=NAME",
+        "left_atrium_full",
+        "resume=true",
+        "sweep=",
+        "tpe",
+        "submitit_slurm",
+    ]:
         assert word in done.stdout
 
 
@@ -63,7 +74,9 @@ def test_jobs_of_help_are_the_jobs_that_exist():
 @pytest.mark.parametrize(
     ("mistake", "hint"),
     [
-        ("experiment=supervised/simulatd", "did you mean 'supervised/simulated'"),
+        ("experiment=spin/simulated_strok", "did you mean 'spin/simulated_stroke'"),
+        ("benchmark=acdcc", "There is no benchmark=acdcc; did you mean 'acdc'"),
+        ("benchmark=acdc model=fae", "model=fae does not run on benchmark=acdc, which chooses a model/network: the method has none"),
         ("model/loss=dice_c", "did you mean 'dice_ce'"),
         ("data.batchsize=3", "data.batch_size"),
         ("modle.seed=3", "did you mean model"),
@@ -99,10 +112,11 @@ def test_the_error_of_a_sweep_names_the_job():
     ("overrides", "message"),
     [
         (["job=fitt"], "did you mean 'fit'"),
+        (["benchmark=blobs", "model=multi_rater"], "rater targets need a data set with raters"),
         (["job=predict"], "needs ckpt="),
         (["job=predict", "ckpt=/nowhere.ckpt"], "no such checkpoint"),
         (["job=simulate"], "needs out="),
-        (["experiment=supervised/brats2020", "trainer=cpu", "data.root=/nowhere"], "/nowhere"),
+        (["benchmark=brats2020", "model=supervised", "trainer=cpu", "data.root=/nowhere"], "/nowhere"),
         (["data.view=pach"], "did you mean 'patch'"),
         (["data.sampling.name=forground"], "did you mean 'foreground'"),
         (["model/loss=region_bce"], "change one of them"),
@@ -128,6 +142,13 @@ def test_errors_say_what_and_how(overrides, message, tmp_path):
     with pytest.raises((SuiteError, InstantiationException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
     assert message in str(_suite_error(caught.value))
+
+
+def test_runs_of_a_method():
+    assert runs_of("co_learning") == [f"benchmark={b} model=co_learning" for b in ("acdc", "blobs", "left_atrium", "simulated_few_labels")]
+    assert runs_of("flair_threshold") == [f"experiment={name}" for name in options("experiment") if name.startswith("flair_threshold/")]
+    assert {"experiment=supervised/ibsr", "benchmark=blobs_full model=supervised"} <= {*runs_of("supervised")}
+    assert "benchmark=ibsr model=supervised" not in runs_of("supervised")
 
 
 def test_without_a_gpu_the_error_says_what_to_write(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The documentation: its commands compose and build, its examples run, its links lead somewhere."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import re
 import shlex
@@ -100,7 +102,7 @@ def test_command_composes_and_builds(call, tmp_path):
 
 def test_there_are_commands_on_every_page_that_should_have_some():
     bare = {page.stem for page in PAGES if not commands(page)}
-    assert bare == {"adding_a_method", "adding_a_dataset"}
+    assert bare == {"adding_a_method", "adding_a_dataset", "tutorial"}
 
 
 def keys(node, prefix: str = "") -> set[str]:
@@ -112,9 +114,9 @@ def keys(node, prefix: str = "") -> set[str]:
 
 def test_keys_and_choices_in_the_text_exist():
     variants = [
-        [], ["debug=profile"], ["experiment=supervised/brats2020"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
+        [], ["debug=profile"], ["benchmark=brats2020", "model=supervised"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
         ["experiment=multi_rater/qubiq_kidney", "model/target=level_k"], ["experiment=multi_rater/simulated", "model/target=simple"],
-        ["experiment=supervised/brats2020", "model/network=slab"], ["experiment=supervised/brats2020", "model/network=dynunet", "model/scheduler=warmup"],
+        ["benchmark=brats2020", "model=supervised", "model/network=slab"], ["benchmark=brats2020", "model=supervised", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal_adversarial/toy2d"],
         ["experiment=modality_pairing/toy_missing"],
         ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
@@ -122,7 +124,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
         ["experiment=blur_residual/simulated"],
-        ["experiment=pseudo_label/blobs", "callbacks=[default,pseudo_label_quality]"], ["experiment=co_learning/blobs"],
+        ["benchmark=blobs", "model=pseudo_label", "callbacks=[default,pseudo_label_quality]"], ["benchmark=blobs", "model=co_learning"],
         ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
     ]  # fmt: skip
@@ -247,6 +249,28 @@ def test_example_without_hydra(examples, tmp_path, monkeypatch):
     assert [c[0] for c in calls] == ["fit", "test"]
     assert calls[0][1].network(torch.zeros(1, 4, 48, 48, 48)).shape == (1, 4, 48, 48, 48)
     assert names["rows"] == []
+
+
+def test_tutorial(tmp_path, monkeypatch):
+    """One program from top to bottom: what its blocks print and draw is what the page shows, decimals within 0.1."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "tutorial.md"
+    names, printed, shown = {}, [], []
+    for code, text in re.findall(r"^```python\n(.*?)^```\n+(?:```text\n(.*?)^```)?", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, page.name, "exec"), names)
+        printed.append(out.getvalue())
+        shown.append(text)
+    decimal = r"\d+\.\d+"
+    assert [re.sub(decimal, "<decimal>", text) for text in printed] == [re.sub(decimal, "<decimal>", text) for text in shown]
+    measured, stated = ([float(x) for x in re.findall(decimal, "".join(texts))] for texts in (printed, shown))
+    assert measured == pytest.approx(stated, abs=0.1)
+    drawn, committed = imread("tutorial.png"), imread(page.parent / "images" / "tutorial.png")
+    assert drawn.shape == committed.shape
+    assert np.abs(drawn - committed).mean() < 0.05
 
 
 def test_example_of_a_data_set(examples, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datamodules.readers.brats_files import brats_task, detect_layout, find_brats
-from datamodules.readers.folder_files import find_folder, find_images
+from datamodules.readers.folder_files import find_folder, find_images, images_below
 from datamodules.readers.ibsr_files import find_ibsr
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
@@ -338,3 +338,55 @@ def test_real_brats_2018(real_data):
     cases = find_brats(real_data / "brats18")
     assert len(cases) == 6
     assert {c.site for c in cases} == {"2013", "CBICA", "TCIA01", "TCIA02", "TCIA03", "TCIA13"}
+
+
+def test_prediction_input_of_all_depths_and_what_is_not_used(tmp_path):
+    touch(
+        tmp_path,
+        "a_t1.nii.gz",
+        "a_seg.nii.gz",
+        "x/b_t1.nii.gz",
+        "x/y/z/c_t1.nii.gz",
+        ".hidden/d_t1.nii.gz",
+        "n/e_0000.nii.gz",
+        "x/b_0001.nii.gz",
+    )
+    assert [c.id for c in find_images(tmp_path, ["t1"])] == ["a", "b", "c", "e"]
+    used = {path for case in find_images(tmp_path, ["t1"]) for path in case.images.values()}
+    assert {str(p.relative_to(tmp_path)) for p in set(images_below(tmp_path)) - used} == {"a_seg.nii.gz", "x/b_0001.nii.gz"}
+    touch(tmp_path, "x/y/a_t1.nii.gz")
+    with pytest.raises(SuiteError, match=r"two files for one channel: .*a_t1.nii.gz and .*y/a_t1.nii.gz"):
+        find_images(tmp_path, ["t1"])
+
+
+def test_rows_of_attributes_that_belong_to_no_case_are_refused(tmp_path):
+    touch(tmp_path, "images/sub0_ses0_t1.nii.gz", "images/sub0_ses1_t1.nii.gz")
+    (tmp_path / "attributes.csv").write_text("case,patient\nsub0_ses0,sub0\nsub0-ses1,sub0\n")
+    with pytest.raises(SuiteError, match=r"1 row\(s\) belong to no case.*\n  sub0-ses1 \(did you mean sub0_ses1\?\)"):
+        find_folder(tmp_path, ["t1"])
+
+
+@pytest.mark.parametrize(("encoding", "separator"), [("utf-8", ","), ("utf-8-sig", ";"), ("utf-16", ","), ("utf-16", "\t")])
+def test_tables_as_spreadsheets_write_them(tmp_path, encoding, separator):
+    touch(tmp_path, "images/a_t1.nii.gz")
+    text = "case,site,code,age,left\na,Köln,1_5,51,infinity\n".replace(",", separator)
+    (tmp_path / "attributes.csv").write_bytes(text.encode(encoding))
+    (case,) = find_folder(tmp_path, ["t1"])
+    assert (case.site, case.attributes) == ("Köln", {"code": "1_5", "age": 51, "left": "infinity"})
+
+
+@pytest.mark.parametrize(("name", "number"), [("attributes.csv", 3), ("list.json", 2)])
+def test_a_table_in_another_encoding_is_refused_with_its_line(tmp_path, name, number):
+    touch(tmp_path, "images/a_t1.nii.gz", "images/b_t1.nii.gz")
+    text = "case,site\na,Ulm\nb,Köln\n" if name.endswith("csv") else '[{"case": "a", "t1": "images/a_t1.nii.gz",\n"site": "Köln"}]'
+    (tmp_path / name).write_bytes(text.encode("cp1252"))
+    with pytest.raises(SuiteError, match=rf"{name}, line {number}: byte 0xf6 is not UTF-8"):
+        find_folder(tmp_path, ["t1"], list_file=None if name.endswith("csv") else tmp_path / name)
+
+
+def test_a_survival_table_in_another_encoding_is_refused_with_its_line(tmp_path):
+    root = write_fake_brats(tmp_path, "2020", count=2, shape=TINY)
+    table = next(root.rglob("survival_info.csv"))
+    table.write_bytes(table.read_bytes() + "\nBraTS20_Training_009,1,2,Größe\n".encode("cp1252"))
+    with pytest.raises(SuiteError, match=r"survival_info.csv, line \d+: byte 0xf6"):
+        find_brats(root)

@@ -283,3 +283,30 @@ def test_a_case_result_knows_the_spacing_and_image_of_its_grid():
     network = replace(result, native=False)
     assert network.spacing == pytest.approx(tuple(s / 2 for s in geometry.spacing))
     assert network.image_on_grid() is image
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "complex64"])
+@pytest.mark.parametrize("header_only", [False, True])
+def test_colors_and_complex_numbers_are_named_for_what_they_are(tmp_path, kind, header_only):
+    fields = [(name, "u1") for name in "RGBA"[: len(kind)]]
+    array = np.zeros((2, 2, 2), np.complex64 if kind == "complex64" else fields)
+    nib.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "x.nii.gz")
+    said = (
+        "complex numbers.*export the magnitude" if kind == "complex64" else f"colors .{'/'.join('RGBA'[: len(kind)])}.*export gray values"
+    )
+    with pytest.raises(SuiteError, match=rf"x\.nii\.gz: holds {said}"):
+        read_volume(tmp_path / "x.nii.gz", header_only)
+
+
+def test_a_case_result_moves_with_all_its_maps():
+    """`Trainer.predict` moves what it returns with `.to`; without it Lightning refuses the frozen geometry inside."""
+    maps = torch.rand(2, 3, 3, 3)
+    members = {"a": Prediction(regions=maps)}
+    prediction = Prediction(maps, maps[0].to(torch.int8), maps[1], {"entropy": maps[0]}, members, {"risk": 0.5})
+    result = CaseResult("c", "p", "s", prediction, maps[0].to(torch.int8), maps, Geometry.of(AFFINES["SPR"], SHAPE), [{"dice": 1.0}])
+    moved = result.to("meta")
+    whole = moved.prediction
+    parts = [moved.image, moved.truth, whole.regions, whole.labels, whole.scores, whole.uncertainty["entropy"], whole.members["a"].regions]
+    assert {part.device.type for part in parts} == {"meta"}
+    assert (moved.case, moved.geometry, moved.rows, whole.table) == (result.case, result.geometry, result.rows, {"risk": 0.5})
+    assert result.image.device.type == "cpu"

@@ -165,6 +165,7 @@ DEFECTS = {
     "unknown value": (planted(label, with_value(7, np.int16)), integrity.UNKNOWN_VALUE, "7; known [0, 1, 2]"),
     "rater's unknown value": (planted(second_rater, with_value(-1, np.int16)), integrity.UNKNOWN_VALUE, "-1; known"),
     "interpolated label": (planted(label, with_value(0.5)), integrity.NOT_INTEGER, "0.5"),
+    "almost an integer": (planted(label, with_value(1.0000001)), integrity.NOT_INTEGER, repr(float(np.float32(1.0000001)))),
 }
 
 

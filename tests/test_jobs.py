@@ -267,7 +267,7 @@ def test_check_names_everything_at_once_and_training_refuses(tmp_path):
     values = image.get_fdata().astype(np.float32)
     values[0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(values, image.affine), broken[1])
-    common = ["experiment=supervised/brats2020", "trainer=cpu", f"data.root={root}", "debug=tiny", f"runs={tmp_path / 'runs'}"]
+    common = ["benchmark=brats2020", "model=supervised", "trainer=cpu", f"data.root={root}", "debug=tiny", f"runs={tmp_path / 'runs'}"]
     with pytest.raises(SuiteError, match=r"2 error"):
         run(*common, "job=check")
     with pytest.raises(SuiteError) as caught:
@@ -310,9 +310,10 @@ def test_simulated_cases_in_brats_layout_train_through_the_real_path(tmp_path):
     run("job=simulate", f"out={out}", "simulate.count=4", "simulate.spacing=6", "simulate.layout=2021")
     with pytest.raises(SuiteError):
         run("job=simulate", f"out={out}", "simulate.count=1", "simulate.spacing=6")
-    run("job=check", "experiment=supervised/brats2021", "trainer=cpu", f"data.root={out}", "debug=tiny")
+    run("job=check", "benchmark=brats2021", "model=supervised", "trainer=cpu", f"data.root={out}", "debug=tiny")
     run(
-        "experiment=supervised/brats2021",
+        "benchmark=brats2021",
+        "model=supervised",
         "trainer=cpu",
         f"data.root={out}",
         "debug=tiny",
@@ -326,7 +327,8 @@ def test_simulated_cases_in_brats_layout_train_through_the_real_path(tmp_path):
 def test_resampled_network_grid_and_narrowed_task(tmp_path):
     root = write_fake_brats(tmp_path / "data", "2018", 4)
     common = [
-        "experiment=supervised/brats2018",
+        "benchmark=brats2018",
+        "model=supervised",
         "trainer=cpu",
         f"data.root={root}",
         "debug=tiny",
@@ -463,7 +465,8 @@ def test_early_stopping_stops(folder, tmp_path):
 def test_missing_modality_trains_when_allowed(tmp_path):
     root = write_fake_brats(tmp_path / "data", "2021", 5, missing=[(0, "t2")])
     common = [
-        "experiment=supervised/brats2021",
+        "benchmark=brats2021",
+        "model=supervised",
         "trainer=cpu",
         f"data.root={root}",
         "debug=tiny",

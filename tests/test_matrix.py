@@ -1,19 +1,24 @@
-"""Every experiment file: composes at full size, builds its networks, then fits, tests and predicts with debug=tiny on fake data.
+"""Every experiment file, every benchmark, every method that learns from unlabeled cases on every benchmark that has some.
 
-A new file under conf/experiment/ is covered without touching this test; a new data set needs a writer in tests/fake_data.py.
+Each composes at full size and builds its networks, then fits, tests and predicts with debug=tiny on fake data. A new experiment, benchmark or
+method is covered without touching this test; a new data set needs a writer in tests/fake_data.py.
 """
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from lesionbench.checkpoint import build_method
-from lesionbench.jobs.command_line import options
+from lesionbench.jobs.command_line import CONF, options, runs_of
 from tests.fake_data import WRITERS
 from tests.harness import composed, rows, run, run_folders
 
-EXPERIMENTS = options("experiment")
+COMBINATIONS = sorted({f"experiment={e}" for e in options("experiment") if e != "none"}.union(*(runs_of(m) for m in options("model"))))
+SEMI_SUPERVISED = (
+    "co_learning", "copy_paste", "cross_pseudo_supervision", "entropy_minimization", "mean_teacher", "pi_model", "pseudo_label",
+    "temporal_ensembling", "ua_mt", "virtual_adversarial_training",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -35,23 +40,25 @@ def data_set(cfg) -> str:
     return f"brats{cfg.data.layout}" if "layout" in cfg.data else cfg.data._target_.rsplit(".", 1)[-1].lower()
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_full_size_builds_on_meta(experiment, tmp_path):
-    cfg = composed(f"experiment={experiment}", f"run_folder={tmp_path}")
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_full_size_builds_on_meta(combination, tmp_path):
+    cfg = composed(*combination.split(), f"run_folder={tmp_path}")
     assert OmegaConf.to_container(cfg, resolve=True)
     data = instantiate(cfg.data, _convert_="all")
     with torch.device("meta"):
         method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
-    assert not any(stage.run == "fit" for stage in cfg.stages) or sum(p.numel() for p in method.parameters()) > 0
+    if any(stage.run == "fit" for stage in cfg.stages):
+        assert sum(p.numel() for p in method.parameters()) > 0
+        method.check(data)
     for callback in cfg.callbacks.values():
         instantiate(callback, _convert_="all")
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_runs_tiny(experiment, roots, tmp_path):
-    root = roots(data_set(composed(f"experiment={experiment}")))
-    more = ["data.channels=[t1,flair]"] if experiment.endswith("/folder") else []
-    common = [f"experiment={experiment}", "debug=tiny", "trainer=cpu", f"data.root={root}", f"runs={tmp_path}", "threads=1"]
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_runs_tiny(combination, roots, tmp_path):
+    root = roots(data_set(composed(*combination.split())))
+    more = ["data.channels=[t1,flair]"] if combination.endswith("/folder") else []
+    common = [*combination.split(), "debug=tiny", "trainer=cpu", f"data.root={root}", f"runs={tmp_path}", "threads=1"]
     run(*common, *more)
     (folder,) = run_folders(tmp_path)
     assert rows(folder)
@@ -59,3 +66,20 @@ def test_runs_tiny(experiment, roots, tmp_path):
     checkpoint = next((p for p in (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.exists()), None)
     run("job=predict", *common, *more, *([f"ckpt={checkpoint}"] if fits else []), f"out={tmp_path / 'out'}")
     assert list((tmp_path / "out" / "predictions").glob("*.nii.gz"))
+
+
+def test_what_had_an_experiment_file_once_is_still_run():
+    """The pairs of commit 0c4dcb1 that have no file any more, every benchmark with the supervised method; and no more runs than there were."""
+    for benchmark in ("acdc", "blobs", "left_atrium", "simulated_few_labels"):
+        assert {f"benchmark={benchmark} model={model}" for model in SEMI_SUPERVISED} <= {*COMBINATIONS}
+    for benchmark in options("benchmark"):
+        one = f"benchmark={benchmark} model=supervised" in COMBINATIONS
+        assert one or f"experiment=supervised/{benchmark}" in COMBINATIONS or benchmark == "none"
+    assert len(COMBINATIONS) <= 106
+
+
+def test_every_model_that_needs_unlabeled_cases_runs_where_labels_are_few():
+    for model in options("model"):
+        cfg = OmegaConf.load(CONF / "model" / f"{model}.yaml")
+        if "unlabeled" in getattr(get_class(cfg.get("_target_", "builtins.object")), "streams", ()):
+            assert any(run.startswith("benchmark=") for run in runs_of(model)), model

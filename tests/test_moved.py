@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lesionbench.checkpoint import build_method, load_method
+from lesionbench.errors import SuiteError
 from lesionbench.jobs.command_line import renamed
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.moved import ARGUMENTS, EXPERIMENTS, OPTIONS, TARGETS, current, recorded, words
@@ -79,7 +80,7 @@ def test_names_in_the_state_are_those_of_the_recorded_checkpoints(family):
 
 @pytest.mark.parametrize("experiment", RECORDED)
 def test_runs_keep_their_folder(experiment):
-    cfg = composed(words(f"experiment={experiment}"))
+    cfg = composed(*words(f"experiment={experiment}"))
     assert variant_hash(cfg) == RECORDED[experiment]
 
 
@@ -92,17 +93,41 @@ def test_there_and_back():
 
 
 def test_words_of_the_command_line():
-    assert words("experiment=cps/acdc") == "experiment=cross_pseudo_supervision/acdc"
-    assert words("data.window=7") == "data.slab=7"
-    assert words("model/network=unet,branched_unet") == "model/network=unet,multi_head_unet"
-    assert words("model/network@model.network.network=unet") == "model/network@model.network.network=unet"
-    for untouched in ("seed=1", "-m", "data.windows=3", "model=supervised", "runs=cps/acdc"):
-        assert words(untouched) == untouched
+    assert words("experiment=agreement/ellipses") == ["experiment=multi_rater/ellipses"]
+    assert words("data.window=7") == ["data.slab=7"]
+    assert words("model/network=unet,branched_unet") == ["model/network=unet,multi_head_unet"]
+    for untouched in (
+        "seed=1", "-m", "data.windows=3", "model=supervised", "runs=cps/acdc", "model/network@model.network.network=unet",
+        "experiment=coranet/acdc", "experiment=supervised/nothing", "experiment=none",
+    ):  # fmt: skip
+        assert words(untouched) == [untouched]
+
+
+def test_experiments_that_are_a_benchmark_and_a_model(tmp_path):
+    assert words("experiment=cps/acdc") == ["benchmark=acdc", "model=cross_pseudo_supervision"]
+    assert words("experiment=vat/simulated") == ["benchmark=simulated_few_labels", "model=virtual_adversarial_training"]
+    assert words("experiment=full_supervision/blobs") == ["benchmark=blobs_full", "model=supervised"]
+    assert words("experiment=mean_teacher/blobs,ua_mt/blobs") == ["benchmark=blobs", "model=mean_teacher,ua_mt"]
+    assert words("experiment=supervised/brats2018,supervised/brats2020") == ["benchmark=brats2018,brats2020", "model=supervised"]
+    (tmp_path / "experiment" / "mean_teacher").mkdir(parents=True)
+    (tmp_path / "experiment" / "mean_teacher" / "acdc.yaml").touch()  # one's own goes first
+    assert words("experiment=mean_teacher/acdc", tmp_path) == ["experiment=mean_teacher/acdc"]
+
+
+def test_a_sweep_that_is_several_now_says_which():
+    with pytest.raises(SuiteError) as caught:
+        words("experiment=supervised_only/blobs,full_supervision/blobs,cps/blobs,coranet/blobs")
+    assert str(caught.value).splitlines()[1:] == [
+        "  experiment=coranet/blobs",
+        "  benchmark=blobs model=supervised,cross_pseudo_supervision",
+        "  benchmark=blobs_full model=supervised",
+    ]
 
 
 def test_what_was_renamed_is_said(capsys):
     assert renamed(["-m", "model=vat", "seed=1"]) == ["-m", "model=virtual_adversarial_training", "seed=1"]
     assert capsys.readouterr().err == "model=vat is now called model=virtual_adversarial_training\n"
+    assert renamed(["experiment=supervised/acdc", "model=ua_mt"]) == ["benchmark=acdc", "model=ua_mt"]  # the one that is named wins
 
 
 def test_a_run_begun_under_the_old_name_is_resumed(tmp_path, monkeypatch):

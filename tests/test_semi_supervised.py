@@ -19,7 +19,7 @@ from lesionbench.geometry import read_volume, write_volume
 from lesionbench.maps import MapStore
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
-from lightning_modules import MeanTeacher, PseudoLabel, SemiSupervised, TemporalEnsembling
+from lightning_modules import CopyPaste, CrossPseudoSupervision, MeanTeacher, PseudoLabel, SemiSupervised, TemporalEnsembling
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import SoftDice
 from lightning_modules.ramps import Ramp
@@ -181,11 +181,31 @@ def test_hard_answers_and_maps_of_them():
     hard = module.hard(logits)
     assert hard.tolist() == [[[1, 0, 0]]]
     assert not hard.requires_grad
-    maps, valid = module.as_maps(torch.tensor([[[1, 0, -1]]]))
+    maps, valid = module.target.as_maps(torch.tensor([[[1, 0, -1]]]))
     assert maps.tolist() == [[[0, 1, 1], [1, 0, 0]]]
     assert valid.tolist() == [[[1, 1, 0]]]
     regions = method(target=RegionSigmoid, loss=nn.Identity())
     assert regions.hard(torch.tensor([[[0.5, -0.5]]])).tolist() == [[[1, 0]]]
+
+
+class OwnLoss(nn.Module):
+    """A network with a loss of its own, as one that also reconstructs the image has."""
+
+    def __init__(self, in_channels: int = 1, out_channels: int = 2) -> None:
+        super().__init__()
+        self.net = net(in_channels, out_channels)
+
+    def forward(self, image):
+        return {"logits": self.net(image), "loss": 100 + 0 * image.sum()}
+
+
+@pytest.mark.parametrize(("kind", "students"), [(CopyPaste, 1), (CrossPseudoSupervision, 2), (MeanTeacher, 1), (PseudoLabel, 1)])
+def test_the_loss_of_the_network_itself_is_added_once_per_student(kind, students):
+    module = timed(method(kind, network=OwnLoss), 0)
+    labeled, unlabeled = batch(seed=1), {"image": batch(seed=2)["image"]}
+    for terms in (module.losses(labeled, unlabeled), module.warm_losses(labeled)):
+        assert 100 * students < float(terms["supervised"]) < 100 * students + 10
+        assert all(float(term) < 10 for name, term in terms.items() if name != "supervised")
 
 
 def test_noise_is_keyed_and_bounded():
@@ -227,10 +247,10 @@ def test_evaluating_restores_every_mode():
 # whole runs on tiny blobs
 
 RUN = [
-    "experiment=mean_teacher/blobs", "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=3", "data.samples_per_epoch=8",
+    "benchmark=blobs", "model=mean_teacher", "data.count=14", "data.split.test=2", "data.split.val=2", "data.split.labeled=3", "epochs=3", "data.samples_per_epoch=8",
     "data.batch_size=2", "model.network.features=[4,8]", "threads=1", "callbacks.calibration=null", "augmentation=flip_in_plane",
 ]  # fmt: skip
-STORED = ["experiment=pseudo_label/blobs", *RUN[1:], "model.labels=stored", "data.extra_maps={pseudo_label: nearest}", "model.warm_start=0"]
+STORED = ["benchmark=blobs", "model=pseudo_label", *RUN[2:], "model.labels=stored", "model.warm_start=0"]
 
 
 def test_the_teacher_follows_once_per_optimizer_step_and_is_saved(tmp_path):
@@ -360,8 +380,8 @@ def test_the_same_cases_are_labeled_for_every_method(tmp_path):
     from tests.harness import composed
 
     parts = []
-    for name in ("mean_teacher", "cps", "colearning", "supervised_only", "full_supervision"):
-        data = instantiate(composed(f"experiment={name}/blobs", *RUN[1:5], f"data.root={tmp_path}", "seed=3").data, _convert_="all")
+    for name in ("mean_teacher", "cross_pseudo_supervision", "co_learning", "supervised"):
+        data = instantiate(composed("benchmark=blobs", f"model={name}", *RUN[2:6], f"data.root={tmp_path}", "seed=3").data, _convert_="all")
         data.materialize()
         data.setup("fit")
         parts.append([c.id for c in data.parts["labeled"]])

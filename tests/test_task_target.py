@@ -3,13 +3,17 @@
 import json
 from itertools import product
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from lesionbench.errors import SuiteError
+from lesionbench.geometry import read_volume, write_volume
 from lesionbench.target import ClassSoftmax, RegionSigmoid, atoms, nesting
 from lesionbench.task import IGNORE, Task
+from lightning_modules.raters.rater_targets import AgreementClasses, AtLeast
 
 BRATS = Task(
     ("t1", "t1ce", "t2", "flair"),
@@ -90,6 +94,20 @@ def test_large_and_negative_disk_values_keep_their_value():
     written = task.to_disk(np.array([0, 1, 2], np.int8))
     assert written.tolist() == [0, -3, 1000]
     assert task.from_disk(written).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(255, "uint8"), (256, "int16"), (32767, "int16"), (40000, "uint16"), (70000, "int32"), (-40000, "int32"), (2**24 + 1, "int32")],
+)
+def test_label_values_survive_a_file_in_the_smallest_type_that_holds_them(value, kind, tmp_path):
+    task = Task(("t1",), {"background": 0, "a": value})
+    written = task.to_disk(np.array([[[0, 1]]], np.int8))
+    assert written.dtype == kind
+    path = write_volume(tmp_path / "label.nii.gz", written, np.eye(4))
+    assert nib.load(path).get_data_dtype() == kind
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).ravel().tolist() == [0, value]
+    assert task.from_disk(read_volume(path)[0]).ravel().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("strange", "named"), [(7, "7"), (1.5, "1.5"), (-1, "-1"), (np.nan, "nan")])
@@ -242,3 +260,38 @@ def test_activation_is_float32_under_autocast_and_differentiable():
         assert maps.dtype == torch.float32
         maps[:, 0].sum().backward()
         assert logits.grad.abs().sum() > 0
+
+
+def test_hard_answers_and_maps_have_the_form_of_the_kind():
+    logits = torch.tensor([[0.5, -1.0], [2.0, -0.5], [-3.0, 0.0], [1.0, -2.0]])[None]  # (1, K=4, 2 voxels)
+    classes, regions = ClassSoftmax(BRATS), RegionSigmoid(BRATS)
+    assert classes.harden(logits).tolist() == [[[1, 2]]]
+    assert regions.harden(logits[:, :3]).tolist() == [[[1, 0], [1, 0], [0, 0]]]
+    label = torch.tensor([3, IGNORE]).reshape(1, 1, 2)
+    maps, valid = classes.as_maps(classes.encode(label))
+    assert maps[..., 0].tolist() == [[0, 0, 0, 1]]
+    assert valid.tolist() == [[[1, 0]]]
+    maps, valid = regions.as_maps(regions.encode(label))
+    assert maps.tolist() == [[[1, 0], [1, 0], [1, 0]]]
+    assert valid[0].tolist() == [[1, 0]] * 3
+    for target, encoded in ((classes, classes.encode(label)), (regions, regions.encode(label))):
+        assert target.harden(logits[:, : target.out_channels]).shape == encoded.shape
+
+
+def test_rater_targets_answer_by_their_kind_too():
+    task = Task(("t1",), {"background": 0, "lesion": 1}, {"L": ["lesion"]}, raters=3)
+    levels, most = AgreementClasses(task), AtLeast(task, level="majority")
+    assert levels.harden(torch.tensor([0.0, 3.0, 1.0, 2.0]).reshape(1, 4, 1)).tolist() == [[[1]]]
+    assert levels.as_maps(torch.tensor([[[2]]]))[0].flatten().tolist() == [0, 0, 1, 0]
+    assert most.harden(torch.tensor([[[0.1]]])).tolist() == [[[1]]]
+    assert most.as_maps(torch.tensor([[[0.25]]]))[0].tolist() == [[[0.25]]]
+
+
+def test_a_target_of_a_third_kind_says_what_it_must_define():
+    class Distances(RegionSigmoid):
+        kind = "distance"
+
+    with pytest.raises(TypeError, match=r"Distances of kind 'distance' must define harden\(\)"):
+        Distances(BRATS).harden(torch.zeros(1, 3, 2))
+    with pytest.raises(TypeError, match=r"must define as_maps\(\)"):
+        Distances(BRATS).as_maps(torch.zeros(1, 3, 2))

@@ -9,7 +9,7 @@ import torch
 
 from callbacks import UncertaintyCalibration
 from lesionbench.calibration import calibration_counts
-from lesionbench.prediction import Prediction
+from lesionbench.prediction import CaseResult, Prediction
 
 
 def test_bins_by_hand():
@@ -28,14 +28,14 @@ def test_a_calibrated_map_lies_on_the_diagonal():
 
 def test_cases_are_pooled_and_ignored_voxels_left_out(tmp_path):
     callback, trainer = UncertaintyCalibration(str(tmp_path), bins=2), SimpleNamespace(is_global_zero=True)
-    callback.on_test_start(trainer, None)
+    callback.on_test_epoch_start(trainer, None)
     truth = torch.tensor([[[0, 1, 1, -1]]])
     prediction = Prediction(
         labels=torch.tensor([[[0, 1, 0, 0]]]),
         uncertainty={"critic": torch.tensor([[[0.1, 0.2, 0.9, 0.0]]]), "variance": torch.tensor([[[0.0, 2.0, 0.0, 0.0]]])},
     )
     for _ in range(2):
-        callback.on_test_batch_end(trainer, None, SimpleNamespace(truth=truth, prediction=prediction), None, 0)
+        callback.on_test_batch_end(trainer, None, CaseResult("c", "c", "", prediction, truth, None, None, native=False), None, 0)
     callback.on_test_batch_end(trainer, None, None, None, 0)
     callback.on_test_epoch_end(trainer, None)
     with (tmp_path / "test" / "uncertainty_calibration.csv").open() as file:

@@ -1,12 +1,12 @@
 """Finds the cases of the BraTS glioma data sets (2018 to 2021, 2023) on disk, under the names that they were published with."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.readers.tables import ABSENT, read_table
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task
@@ -25,7 +25,6 @@ _NAMES = {
 }
 _MISNAMED_LABELS = {"BraTS20_Training_355": "W39_1998.09.19_Segm"}  # published under this name in the 2020 training set
 _SURVIVAL_TABLES = ("survival_data.csv", "survival_info.csv", "survival_evaluation.csv")
-ABSENT = ("", "na", "nan", "n/a")  # table cells that hold nothing, in lower case
 
 
 def brats_task(layout: str) -> Task:
@@ -180,11 +179,8 @@ def _site(name: str) -> str:
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with lower-case column names and stripped values."""
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        return [
-            {(k or "").strip().lower(): (v or "").strip() for k, v in row.items() if isinstance(v, str)} for row in csv.DictReader(file)
-        ]
+    """Rows of a CSV file with lower-case column names."""
+    return [{k.lower(): v for k, v in row.items()} for row in read_table(table)]
 
 
 def _add_survival(table: Path, cases: dict[str, Case]) -> None:

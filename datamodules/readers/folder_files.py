@@ -4,14 +4,15 @@ Folder: `images/<case>_<channel>.nii.gz`, `labels/<case>.nii.gz`, optional `labe
 List: a CSV or JSON file with one row per case. `.nii` is as good as `.nii.gz` everywhere.
 """
 
-import csv
-import json
+import difflib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.brats_files import ABSENT, EXTENSIONS, SUFFIXES_2023, require_channels, require_root
+from datamodules.readers.brats_files import EXTENSIONS, SUFFIXES_2023, require_channels, require_root
+from datamodules.readers.tables import ABSENT, parsed, read_json, read_table
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 
@@ -35,7 +36,8 @@ def find_folder(
         allow_missing: accept cases that lack channels, as long as one is there.
 
     Raises:
-        SuiteError: missing folder or files, no cases, missing channels, labels that belong to no case; each names all at once.
+        SuiteError: missing folder or files, no cases, missing channels, labels or rows of attributes that belong to no case; each names
+            all at once.
     """
     if list_file is not None:
         return _from_list(_located(Path(list_file), Path(root)), channels, allow_missing)
@@ -57,31 +59,43 @@ def find_folder(
 def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False) -> list[Case]:
     """The cases to predict, sorted by id, without labels.
 
-    Accepted, under `root/images`, `root`, or up to two folders below it: `<case>_<channel>.nii.gz`, the suffixes of BraTS 2023
-    (`<case>-t1n.nii.gz` ...), and channels numbered in the order of `channels` (`<case>_0000.nii.gz` ...).
+    Accepted, under `root/images` if there is one, else `root`, in folders of any depth: `<case>_<channel>.nii.gz`, the suffixes of BraTS
+    2023 (`<case>-t1n.nii.gz` ...), and channels numbered in the order of `channels` (`<case>_0000.nii.gz` ...).
 
     Raises:
-        SuiteError: missing folder, nothing that fits, missing channels, or more numbered channels than `channels`.
+        SuiteError: missing folder, nothing that fits, missing channels, two files for one channel of a case, or more numbered channels
+            than `channels`.
     """
     root = require_root(root, "of images to predict", "input")
-    start = root / "images" if (root / "images").is_dir() else root
+    files = images_below(root)
     suffixes = {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in SUFFIXES_2023.items() if c in channels}
     numbered = {f"_{i:04d}": c for i, c in enumerate(channels)}
-    seen: list[Path] = []
-    for depth in ("", "*", "*/*"):
-        files = _niftis(start, depth)
-        seen += files
-        cases = _cases(files, channels, suffixes)
-        if not cases and (cases := _cases(files, channels, numbered)):
-            _refuse_more_numbers(files, channels)
-        if cases:
-            return require_channels(cases, channels, allow_missing)
-    raise SuiteError(f"{root}: nothing to predict for channels {list(channels)} among {_listed(seen)}; {_expected(channels)}")
+    named = [file for file in files if _stem(file).endswith(tuple(suffixes))]
+    beside = {file.parent for file in named}  # where channels have names, a number belongs to the case
+    by_number = [file for file in files if file.parent not in beside]
+    if any(_stem(file).endswith(tuple(numbered)) for file in by_number):
+        _refuse_more_numbers(by_number, channels)
+    cases = _cases([*named, *by_number], channels, {**suffixes, **numbered})
+    if not cases:
+        raise SuiteError(f"{root}: nothing to predict for channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
+    return require_channels(cases, channels, allow_missing)
 
 
-def _niftis(folder: Path, depth: str = "") -> list[Path]:
-    folders = [folder] if not depth else sorted(p for p in folder.glob(depth) if p.is_dir())
-    files = sorted(p for f in folders for p in f.iterdir() if p.name.endswith(EXTENSIONS) and p.is_file())
+def images_below(root: Path) -> list[Path]:
+    """Every NIfTI file that `find_images` looks at, in folders of any depth, hidden ones left out."""
+    start = root / "images" if (root / "images").is_dir() else root
+    found = (Path(folder) / name for folder, folders, names in _walked(start) for name in names)
+    return sorted(path for path in found if path.name.endswith(EXTENSIONS) and not path.name.startswith("."))
+
+
+def _walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(start, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield folder, folders, names
+
+
+def _niftis(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(EXTENSIONS) and p.is_file())
     return [p for p in files if not p.name.startswith(".")]  # also the ._ files that macOS leaves
 
 
@@ -151,24 +165,28 @@ def _add_labels(folder: Path, cases: list[Case]) -> None:
 
 def _add_attributes(table: Path, cases: list[Case]) -> None:
     by_id = {case.id: case for case in cases}
-    for row in _rows(table) if table.is_file() else []:
-        case = by_id.get(row.pop("case"))
-        if case:
-            case.patient = row.pop("patient", "") or case.id
-            case.site = row.pop("site", "")
-            case.attributes = _attributes(row)
+    rows = _rows(table) if table.is_file() else []
+    strangers = [row["case"] for row in rows if row["case"] not in by_id]
+    if strangers:  # its patient, left unsaid, could stand in training and test
+        raise SuiteError(
+            f"{table}: {len(strangers)} row(s) belong to no case; mend the names, or remove the rows:\n"
+            + "\n".join(f"  {name}{_meant(name, by_id)}" for name in strangers[:10])
+        )
+    for row in rows:
+        case = by_id[row.pop("case")]
+        case.patient = row.pop("patient", "") or case.id
+        case.site = row.pop("site", "")
+        case.attributes = _attributes(row)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
     """Rows of a CSV file, or of a JSON array of objects; each has a non-empty `case`."""
-    if table.suffix == ".json":
-        try:
-            rows = json.loads(table.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SuiteError(f"{table}: not valid JSON ({error})") from None
-    else:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
+    rows = read_json(table) if table.suffix == ".json" else read_table(table)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if not isinstance(row, dict) or row.get("case") in ("", None):
             raise SuiteError(
@@ -179,19 +197,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
 
 
 def _attributes(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: _parsed(v) for k, v in row.items() if v is not None and str(v).lower() not in ABSENT}
-
-
-def _parsed(value: Any) -> Any:
-    """A number where the text is one."""
-    if not isinstance(value, str):
-        return value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
+    return {k: parsed(v) for k, v in row.items() if v is not None and str(v).lower() not in ABSENT}
 
 
 def _located(list_file: Path, root: Path) -> Path:

@@ -118,11 +118,12 @@ class OptunaSearch(Sweeper):
 
     def _identity(self, space: dict[str, Override]) -> str:
         """`<experiment>-<hash>`: the same for the same search, wherever it runs."""
+        from lesionbench.jobs.composition import run_name
         from lesionbench.jobs.run_folder import config_hash
 
         cfg = self.config.copy()
         with open_dict(cfg):
-            experiment = cfg.hydra.runtime.choices.experiment
+            experiment = run_name(cfg.hydra.runtime.choices)
             del cfg["hydra"]
         lines = sorted(o.input_line for o in space.values())
         text = json.dumps([config_hash(cfg), cfg.seed, self.seed, lines])

@@ -25,7 +25,9 @@ JOBS = {
     "methods": "every method and network: paper, needs, experiments, what was measured; one in full with name=...",
 }
 OPTIONS = {
-    "experiment=NAME": "what to run (job=methods lists them); default supervised/simulated",
+    "benchmark=NAME": "data, network, budget and metrics; default simulated",
+    "model=NAME": "the method that is run on it (job=methods lists them); default supervised",
+    "experiment=NAME": "a paper's own settings instead (job=methods lists them)",
     "data.root=DIR": "where the data set is; default $LESIONBENCH_DATA/<name> or data/<name>",
     "trainer=NAME": "cpu, gpu, ddp, ddp_sim, multinode",
     "seed=N": "seed of training; -m seed=0,1,2 runs three",
@@ -70,7 +72,7 @@ def help_text(own: Path | None = None) -> str:
     lines = [
         "lesionbench: experiments in brain-lesion and medical-MRI segmentation",
         "",
-        f"  {program} [job=JOB] [experiment=NAME] [key=value ...]",
+        f"  {program} [job=JOB] [benchmark=NAME model=NAME | experiment=NAME] [key=value ...]",
         "",
     ]
     lines += ["Jobs", *_columns(JOBS), "", "Options people change", *_columns(OPTIONS), ""]
@@ -85,6 +87,7 @@ def help_text(own: Path | None = None) -> str:
         for e in (
             "",
             "-m seed=0,1,2 model/loss=dice_ce,focal",
+            "-m benchmark=blobs model=supervised,mean_teacher,ua_mt",
             "sweep=supervised hydra.sweeper.trials=30",
             "job=compare compare.group_by=[model.loss._target_]",
         )
@@ -93,12 +96,18 @@ def help_text(own: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def renamed(arguments: Sequence[str]) -> list[str]:
-    """The arguments in today's names; what had another one in an earlier release is said on stderr."""
-    today = [words(argument) for argument in arguments]
-    for old, new in zip(arguments, today, strict=True):
-        if old != new:
-            print(f"{old} is now called {new}", file=sys.stderr)
+def renamed(arguments: Sequence[str], own: Path | None = None) -> list[str]:
+    """The arguments in today's names; what had another one in an earlier release is said on stderr.
+
+    Where an experiment became a benchmark and a model, a model or benchmark that is named besides goes on to win.
+    """
+    named = {argument.partition("=")[0] for argument in arguments}
+    today = []
+    for argument in arguments:
+        new = words(argument, own)
+        if new != [argument]:
+            print(f"{argument} is now called {' '.join(new)}", file=sys.stderr)
+        today += new if len(new) == 1 else [word for word in new if word.partition("=")[0] not in named]
     return today
 
 
@@ -118,7 +127,8 @@ def named(arguments: Sequence[str]) -> list[str]:
     """The arguments, with the bare words of `job=methods coranet` as `name=coranet`; Hydra takes no bare words."""
     if "job=methods" not in arguments:
         return list(arguments)
-    others, bare = [], []
+    others: list[str] = []
+    bare: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         value_of_flag = before.startswith("-") and "=" not in before and before not in ("-m", "--multirun")
         (others if "=" in argument or argument.startswith(("-", "~")) or value_of_flag else bare).append(argument)
@@ -129,6 +139,32 @@ def options(group: str, own: Path | None = None) -> list[str]:
     """Names that a configuration group offers, in the suite and in the user's own folder."""
     found = [(root / group, p) for root in _roots(own) for p in (root / group).rglob("*.yaml") if not p.name.startswith("_")]
     return sorted({p.relative_to(root).with_suffix("").as_posix() for root, p in found if group == "experiment" or p.parent == root})
+
+
+def runs_of(model: str, own: Path | None = None) -> list[str]:
+    """Commands that run a method, without the program: its experiments, then the benchmarks that it has no experiment for.
+
+    A method that stands on `_semi_supervised` runs where labels are few, `supervised` everywhere; all others have their experiments.
+    """
+    experiments = options("experiment", own)
+    found = [f"experiment={name}" for name in experiments if name.startswith(f"{model}/")]
+    parts = _built_on("model", model, own)
+    for benchmark in options("benchmark", own):
+        few = "_few_labels" in _built_on("benchmark", benchmark, own) and not benchmark.endswith("_full")
+        fits = benchmark != "none" if model == "supervised" else few and "_semi_supervised" in parts
+        if fits and f"{model}/{benchmark}" not in experiments:
+            found.append(f"benchmark={benchmark} model={model}")
+    return found
+
+
+def _built_on(group: str, name: str, own: Path | None) -> set[str]:
+    """Names of the files of its own group that a configuration stands on."""
+    import yaml
+
+    file = next((f for f in (root / group / f"{name}.yaml" for root in reversed(_roots(own))) if f.is_file()), None)
+    entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", []) if file else []
+    direct = {entry for entry in entries if isinstance(entry, str) and entry != "_self_"}
+    return direct.union(*(_built_on(group, entry, own) for entry in direct))
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
@@ -146,7 +182,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
         or re.search(r"Key '([^']+)' is not in struct", text)
     )
     if key and "/" in key.group(1):
-        return SuiteError(_unused_group(key.group(1), own))
+        return SuiteError(_unused_group(key.group(1), own, arguments))
     if key:
         return SuiteError(_unknown_key(key.group(1), arguments, own))
     missing = re.search(r"Could not find '([^']+)'", text)
@@ -166,11 +202,17 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     return SuiteError(text)
 
 
-def _unused_group(name: str, own: Path | None) -> str:
+def _unused_group(name: str, own: Path | None, arguments: Sequence[str]) -> str:
     """A group that is overridden, but that nothing in the composed configuration has."""
     group, groups = name.partition("@")[0], _groups(own)
     if group not in groups:
         return f"There is no group '{group}'{nearest(group, groups)}"
+    chosen = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    model = chosen.get("model")
+    if model and "experiment" not in chosen and not any(key.partition("@")[0] == group for key in chosen):
+        known = "\n".join(f"  {run}" for run in runs_of(model, own)) or "  (none)"
+        benchmark = chosen.get("benchmark", "simulated")
+        return f"model={model} does not run on benchmark={benchmark}, which chooses a {group}: the method has none. It is run with\n{known}"
     return f"{name}=...: the chosen model and data have no {name} that could be replaced; leave it out, or choose those that have"
 
 
@@ -214,10 +256,10 @@ def _roots(own: Path | None) -> list[Path]:
 
 
 def _groups(own: Path | None) -> list[str]:
-    """Names of the groups; what lies below `experiment/` is part of an experiment's name."""
+    """Names of the groups that a user chooses from; what lies below `experiment/` is part of an experiment's name."""
     folders = ((root, d) for root in _roots(own) for d in root.rglob("*") if d.is_dir() and any(d.iterdir()))
     names = {d.relative_to(root).as_posix() for root, d in folders}
-    return sorted(name for name in names if not name.startswith("experiment/"))
+    return sorted(name for name in names if not name.startswith(("experiment/", "settings")))
 
 
 def _columns(rows: dict[str, str]) -> list[str]:

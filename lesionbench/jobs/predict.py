@@ -26,12 +26,25 @@ def predict(cfg: DictConfig) -> None:
         cfg.callbacks = {"writer": {**cfg.writer, "overwrite": cfg.overwrite}}
     run = Assembled(cfg, method=method, data=data, callbacks=[progress_bar()])
     run.configure_inference(cfg)
+    if cfg.input:
+        say(_found(data))
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
     run.prepare()
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
     say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
+
+
+def _found(data: Any) -> str:
+    """What of the files under `input` will be predicted, and what of them is not used."""
+    lines = [
+        f"{len(data.predict_cases)} case(s) found under {data.root}: {', '.join(data.predict_ids()[:5])}{', ...' if len(data.predict_cases) > 5 else ''}"
+    ]
+    if data.unused:
+        names = ", ".join(str(path.relative_to(data.root)) for path in data.unused[:5])
+        lines.append(f"not used, {len(data.unused)} file(s): {names}{', ...' if len(data.unused) > 5 else ''}")
+    return "\n".join(lines)
 
 
 def _from_checkpoint(cfg: DictConfig) -> tuple[Any, Any]:

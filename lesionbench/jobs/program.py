@@ -16,7 +16,8 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # methods of the user's own; last, so that they hide nothing
     try:
-        own, arguments = own_folder(quoted(renamed(named(sys.argv[1:]))))
+        own, arguments = own_folder(named(sys.argv[1:]))
+        arguments = quoted(renamed(arguments, own))
         if "--help" in arguments or "-h" in arguments:
             print(help_text(own))
         else:
@@ -66,7 +67,7 @@ def _suite_error(error: BaseException | None) -> BaseException | None:
 def _hydra() -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, open_dict
+    from omegaconf import DictConfig
 
     from lesionbench.installation import CONF
     from lesionbench.resolvers import register
@@ -75,11 +76,11 @@ def _hydra() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(cfg: DictConfig) -> float | None:
+        from lesionbench.jobs.composition import complete
         from lesionbench.jobs.main import run_job
 
         register()  # a launcher may have started another process
-        with open_dict(cfg):
-            cfg.experiment_name = cfg.experiment_name or HydraConfig.get().runtime.choices.experiment
+        complete(cfg, HydraConfig.get().runtime.choices)
         return run_job(cfg)
 
     job()

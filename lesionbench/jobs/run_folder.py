@@ -25,11 +25,14 @@ _INCIDENTAL = (
     "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "trust", "hydra", "compare", "report", "dashboard", "show", "name", "tune", "model.checkpoints",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
+    "warm_start",  # the model's own warm_start has it
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
     *(f"callbacks.{c}" for c in (
         "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
     )),
 )  # fmt: skip
+# options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
+_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None}
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins
@@ -42,12 +45,13 @@ def config_hash(cfg: DictConfig) -> str:
     with open_dict(cfg):
         cfg.seed = 0  # data and model refer to it
     data = OmegaConf.to_container(cfg, resolve=True)
-    for dotted in _INCIDENTAL:
+    for dotted in (*_INCIDENTAL, *_NEUTRAL):
         *parents, last = dotted.split(".")
         node = data
         for parent in parents:
             node = node.get(parent) or {}
-        node.pop(last, None)
+        if dotted in _INCIDENTAL or node.get(last) == _NEUTRAL[dotted]:
+            node.pop(last, None)
     return hashlib.sha256(json.dumps(recorded(data), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -102,9 +106,12 @@ class RunFolder:
         return all(p.is_dir() or p.relative_to(self.path).parts[0] in _NO_RESULT for p in self.path.rglob("*"))
 
     def discard(self) -> None:
-        """Removes an empty folder, and those above it that this command made and that hold nothing else."""
+        """Removes an empty folder that this command made, and those above it that it made too and that hold nothing else."""
+        if self._made is None:
+            return
+        made = self._made
         shutil.rmtree(self.path)
-        for above in (p for p in self.path.parents if p.is_relative_to(self._made)):
+        for above in (p for p in self.path.parents if p.is_relative_to(made)):
             try:
                 above.rmdir()
             except OSError:  # other runs are in it
@@ -152,7 +159,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line of this process."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("lesionbench", "torch", "pytorch-lightning", "monai", "torchio", "hydra-core", "numpy", "nibabel"):
         try:
             packages[name] = version(name)

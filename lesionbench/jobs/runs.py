@@ -34,7 +34,7 @@ def compare(cfg: DictConfig) -> None:
 
     console = Console()
     console.print(result.table(console.width))
-    if cfg.report:
+    if cfg.report and out:
         from lesionbench.reports.html_report import write_html
 
         say(f"open {write_html(result, out / 'report.html')}")

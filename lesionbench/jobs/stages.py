@@ -141,12 +141,12 @@ def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> Non
 
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
-    from lesionbench.checkpoint import read_checkpoint
+    from lesionbench.checkpoint import initialize_from, read_checkpoint, read_weights
 
     run = Assembled(cfg)
     run.method.check(run.data)
     if cfg.init_from:
-        read_checkpoint(cfg.init_from)  # one that cannot be read is refused before hours of caching
+        read_weights(cfg.init_from)  # one that cannot be read is refused before hours of caching
     run.prepare()
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
@@ -155,9 +155,7 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
         say(f"continuing {cfg.run_folder} after iteration {iteration}")
     elif cfg.init_from:
-        from lesionbench.checkpoint import initialize_from
-
-        say(initialize_from(run.method, cfg.init_from))
+        say(initialize_from(run.method, cfg.init_from, cfg.init_prefix))
     for logger in run.trainer.loggers:
         if hasattr(logger, "truncate_after"):
             logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
@@ -187,7 +185,7 @@ def _stopped_between_batches() -> Iterator[None]:
     """
     number = getattr(signal, "SIGUSR2", None)  # not on Windows
     queue_again, caught = number and signal.getsignal(number), []
-    if not callable(queue_again):
+    if number is None or not callable(queue_again):
         yield
         return
 

@@ -325,7 +325,21 @@ def _check_names(cells: Iterable[Cell], metrics: Sequence[str], regions: Sequenc
 # --- summing up ------------------------------------------------------------------------------------------------------------------
 
 
-_CELL_COLUMNS = ("group", "member", "region", "metric", "mean", "std", "median", "q25", "q75", "n_seeds", "n_folds", "n_cases", "missing")
+_CELL_COLUMNS: tuple[str, ...] = (
+    "group",
+    "member",
+    "region",
+    "metric",
+    "mean",
+    "std",
+    "median",
+    "q25",
+    "q75",
+    "n_seeds",
+    "n_folds",
+    "n_cases",
+    "missing",
+)
 _CELL_COLUMNS += ("std_cases", "oracle", *COST, "note")
 
 

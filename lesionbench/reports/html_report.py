@@ -111,7 +111,7 @@ def _boxes(comparison: Comparison) -> Iterable[tuple[str, "Figure"]]:
 
 def _differences(comparison: Comparison) -> str:
     """Mean paired difference to the baseline with its bootstrap interval, one panel per metric."""
-    if not comparison.tests:
+    if comparison.baseline is None or not comparison.tests:
         return "<p class=note>Give compare.baseline=&lt;a group&gt; for paired tests.</p>"
     metrics = list(dict.fromkeys(test["metric"] for test in comparison.tests))
     names = list(dict.fromkeys((t["group"], t["member"], t["region"]) for t in comparison.tests))
@@ -177,7 +177,7 @@ def _band(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def _calibration(comparison: Comparison) -> str:
     """Share of true voxels against predicted probability, per region, over the test cases of all runs of a group."""
-    pooled: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+    pooled: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for group, folders in comparison.folders.items():
         for folder in folders:
             for (region, place), counts in _calibration_counts(Path(folder) / "test" / "calibration.csv").items():

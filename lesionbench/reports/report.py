@@ -66,7 +66,7 @@ def _results(member: str, regions: dict[str, Any]) -> Any:
     rows = [[region or "case", *(_cell(values.get(m)) for m in metrics), count[region]] for region, values in regions.items()]
     columns = ["region", *(m + TUNED * tuned[m] for m in metrics), "cases"]
     if len(metrics) > 8:
-        columns, *rows = zip(columns, *rows, strict=True)
+        columns, *rows = (list(line) for line in zip(columns, *rows, strict=True))
     for column in columns:
         table.add_column(column, justify="left" if column == "region" else "right")
     for row in rows:

@@ -94,13 +94,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         SuiteError: a file that cannot be read; names it.
     """
-    summary = _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
+    summary: dict[str, Any] = (
+        _parsed(folder / "summary.json", json.loads) if (folder / "summary.json").exists() else {"status": "no summary.json"}
+    )
     config = read_config(folder)
     status = str(summary.get("status"))
     table = folder / "test" / "cases.csv"
     if status == "finished" and not table.exists():
         status = "finished without test/cases.csv"
-    settings = {**config, **{key: summary[key] for key in ("experiment", "seed") if key in summary}}
+    settings: Record = {**config, **{key: summary[key] for key in ("experiment", "seed") if key in summary}}
     whole = folder / "test" / "dataset.json"
     run = Run(folder, settings, status, summary.get("cost") or {})
     if status == "finished":
@@ -273,5 +275,5 @@ def shortened(names: Iterable[str], limit: int = 5) -> str:
 
 def indented(items: Iterable[object], limit: int = 10) -> str:
     """One item a line, those beyond `limit` only counted."""
-    items = [f"  {item}" for item in items]
-    return "\n".join(items[:limit] + ([f"  and {len(items) - limit} more"] if len(items) > limit else []))
+    lines = [f"  {item}" for item in items]
+    return "\n".join(lines[:limit] + ([f"  and {len(lines) - limit} more"] if len(lines) > limit else []))

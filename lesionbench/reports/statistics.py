@@ -8,6 +8,8 @@ from scipy import stats
 
 from lesionbench.keyed import numpy_generator
 
+Numbers = Sequence[float] | np.ndarray
+
 MIN_PAIRS = 6  # with fewer, the exact two-sided Wilcoxon test cannot fall below 0.05
 
 
@@ -36,7 +38,7 @@ class PairedTests:
     p_ttest: float
 
 
-def differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+def differences(a: Numbers, b: Numbers) -> np.ndarray:
     """`a - b` (n,) without the pairs that hold a NaN; values that are equal but for rounding differ by exactly 0."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     known = ~(np.isnan(a) | np.isnan(b))
@@ -45,7 +47,7 @@ def differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     return np.subtract(a, b, out=np.zeros_like(a), where=~same)
 
 
-def paired_tests(a: Sequence[float], b: Sequence[float]) -> PairedTests:
+def paired_tests(a: Numbers, b: Numbers) -> PairedTests:
     """Compares values `a` (n,) and `b` (n,) of the same cases, in the same order.
 
     Where all differences are 0 nothing speaks against equality: both p-values are 1 and `dz` is 0.
@@ -78,7 +80,7 @@ def _p_values(difference: np.ndarray, constant: bool) -> tuple[float, float]:
     return float(stats.wilcoxon(difference).pvalue), p_ttest
 
 
-def holm(pvalues: Sequence[float]) -> np.ndarray:
+def holm(pvalues: Numbers) -> np.ndarray:
     """Holm's step-down adjusted p-values (n,), in the given order (Holm 1979, Scand. J. Statist. 6).
 
     The i-th smallest of m p-values is multiplied by m - i + 1; no adjusted value is below that of a smaller p, or above 1. NaN is no
@@ -92,7 +94,7 @@ def holm(pvalues: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def bootstrap_interval(x: Sequence[float], seed: object, level: float = 0.95, draws: int = 5000) -> tuple[float, float]:
+def bootstrap_interval(x: Numbers, seed: object, level: float = 0.95, draws: int = 5000) -> tuple[float, float]:
     """Percentile-bootstrap interval of the mean of `x` (n,), (nan, nan) under two values (Efron 1979, Ann. Statist. 7).
 
     Args:

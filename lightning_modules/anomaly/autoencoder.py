@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
-from lightning_modules.base import Batch
 
 
 class Autoencoder(AnomalyMethod):

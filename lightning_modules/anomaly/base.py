@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.score_counts import ScoreCounts, dice
 from lesionbench.target import nesting
 from lesionbench.task import IGNORE, Task
-from lightning_modules.base import Batch, Method
+from lightning_modules.base import Method
 from lightning_modules.components import without_small_components
 
 
@@ -76,7 +77,8 @@ class AnomalyMethod(Method):
     def _within(self, shape: Sequence[int]) -> np.ndarray:
         """Bool, broadcast to `shape`: the slices that count."""
         numbers = np.arange(shape[self.task.slice_axis])
-        inside = (numbers >= self.slice_range[0]) & (numbers < self.slice_range[1])
+        first, end = self.slice_range or (0, numbers.size)
+        inside = (numbers >= first) & (numbers < end)
         return inside.reshape([-1 if axis == self.task.slice_axis else 1 for axis in range(3)])
 
     def truth(self, batch: Batch) -> torch.Tensor:
@@ -127,13 +129,19 @@ class Scored:
                 yield self.method.score_map(batch), self.method.truth(batch)
 
     def counts(self, most: int = 2**17) -> ScoreCounts:
-        """Counts per score over the voxels of all cases, in at most `most` bins."""
+        """Counts per score over the voxels of all cases, in at most `most` bins.
+
+        Raises:
+            ValueError: no cases.
+        """
         total: ScoreCounts | None = None
         for scores, truth in self.maps():
             counted = truth != IGNORE
             positive = self.method.task.region_masks(truth)[0][counted]
             counts = ScoreCounts.of(scores[counted].cpu().numpy(), positive.cpu().numpy()).limited(most)
             total = counts if total is None else (total + counts).limited(most)
+        if total is None:
+            raise ValueError("no cases to count the scores of")
         return total
 
     def best_filtered(self, thresholds: int | None) -> tuple[float, float]:
@@ -152,5 +160,6 @@ class Scored:
             for place, threshold in enumerate(tried):
                 marked = self.method.mask(scores, threshold)
                 sizes[:, place] += [np.count_nonzero(m) for m in (marked & positive, marked, positive)]
-        found = dice(*sizes[:2], sizes[2])
+        hits, marked, true = sizes
+        found = dice(hits, marked, true)
         return float(found.max()), float(tried[int(found.argmax())])

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from lesionbench.batch import Batch
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
 from lightning_modules.anomaly.flair_threshold import minmax
-from lightning_modules.base import Batch
 
 
 class BlurResidual(AnomalyMethod):

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import unknown
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
-from lightning_modules.base import Batch
 
 EQUALIZATIONS = ("brain", "whole_image", "minmax", "none")
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
 from lesionbench.task import Task
-from lightning_modules.base import Batch, Method
+from lightning_modules.base import Method
 from lightning_modules.raters.fusion import FUSIONS, Fused, Mean, Staple
 
 

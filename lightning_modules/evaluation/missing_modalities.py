@@ -1,11 +1,12 @@
 """How a trained method answers when some of the modalities are missing at test time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
@@ -44,7 +45,7 @@ class MissingModalities(Method):
         self.subsets = {"+".join(c for c in task.channels if c in subset): set(subset) for subset in subsets}
         self.method = load_method(checkpoint, trust)[0].requires_grad_(False)
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         prediction = self.method.predict_case(batch)
         for name, subset in self.subsets.items():
             there = torch.tensor([c in subset for c in self.task.channels], device=batch["image"].device)

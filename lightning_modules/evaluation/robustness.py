@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
-from lesionbench.target import RegionSigmoid
-from lesionbench.task import IGNORE, Task
+from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slices
 from lightning_modules.base import Method
 from lightning_modules.evaluation.attacks import perturb
 from lightning_modules.inferers import padded
 from lightning_modules.losses.vat import divergence
+from lightning_modules.networks.contract import logits_of
 from lightning_modules.segmentation import SegmentationMethod
 
 
@@ -54,7 +55,7 @@ class Robustness(Method):
         self.method = _loaded(checkpoint, trust)
         self.source = self.method if transfer_from is None else _loaded(transfer_from, trust)
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         prediction = self.method.predict_case(batch)
         if "label" not in batch:
             return prediction
@@ -110,16 +111,11 @@ def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: tor
     axis, flat = method.task.slice_axis, getattr(method.network, "dimensions", 3) == 2
 
     def predictor(view: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = method.network(view)
-        return {"logits": output["logits"] if isinstance(output, dict) else output}
+        return {"logits": logits_of(method.network(view))}
 
     views = to_slices(images, axis) if flat else images
     logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None)["logits"]
     logits = from_slices(logits, axis, len(images)) if flat else logits
-    valid = (target != IGNORE).float()
-    if isinstance(method.target, RegionSigmoid):
-        values = divergence(logits, target.clamp_min(0).float().expand_as(logits), "sigmoid")
-    else:
-        hot = torch.nn.functional.one_hot(target[:, 0].clamp_min(0), logits.shape[1]).movedim(-1, 1)
-        values = divergence(logits, hot.float().expand_as(logits), "softmax")
+    maps, valid = method.target.as_maps(target)
+    values = divergence(logits, maps.expand_as(logits), method.target.kind)
     return (values * valid).flatten(1).sum(dim=1) / valid.expand_as(values[:1]).sum().clamp_min(1)

@@ -1,11 +1,11 @@
 """The feature-enhanced auto-encoder, trained on voxel vectors (Li, Li, Wei, Price, Schönlieb, Chen, BrainLes 2021)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
@@ -53,6 +53,9 @@ class FAE(Method):
         for name in ("low", "high", "shift", "scale"):
             self.register_buffer(name, torch.full((len(task.channels),), float("nan")))
 
+    def trained_networks(self) -> dict[str, nn.Module]:
+        return {}  # its losses name the parameters that they train: there are no parts to freeze
+
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
         names = ("joint",) if self.update == "joint" and len(self.network.turns) > 1 else self.network.turns
         return {name: self.network.trained_by(name) for name in names}
@@ -77,7 +80,7 @@ class FAE(Method):
         kept = voxels[((voxels >= self.low) & (voxels <= self.high)).all(dim=1)]
         return (kept - self.shift) / self.scale
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         x = self.inliers(batch["image"])
         if not len(x):
             raise SuiteError(f"no voxel of a batch is left at quantile {self.outliers.quantile:g}; raise habitats.encoder.quantile")
@@ -87,7 +90,7 @@ class FAE(Method):
                 step(loss)
             self.log_terms(**{name: loss})
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         """An encoder alone draws no map.
 
         Raises:

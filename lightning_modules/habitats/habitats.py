@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
@@ -45,7 +46,7 @@ class Habitats(Method):
         if state:
             self.fill(HabitatModel.from_state(state))
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         if self.fitted is None:
             raise SuiteError("no fitted habitats: give ckpt=<run folder>/checkpoints/best.ckpt")
         if "label" not in batch:
@@ -60,7 +61,7 @@ class Habitats(Method):
         labels[mask] = torch.from_numpy(found.labels)
         return Prediction(labels=labels, table=case_table(found, int(mask.sum()), self.fitted.theta.clusters))
 
-    def measure(self, prediction: Prediction, truth: Any, batch: Mapping[str, Any], *_: Any) -> list[dict]:
+    def measure(self, prediction: Prediction, truth: Any, batch: Batch, *_: Any) -> list[dict]:
         days, died = survival_time(batch["case"][0], batch["attributes"][0], self.time, self.event)
         survival = {"days": days, "died": float(died)} if days == days else {}
         return [{"member": "", "region": "", **prediction.table, **survival}]

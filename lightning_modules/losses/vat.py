@@ -6,6 +6,7 @@ from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
 from lightning_modules.losses.cross_entropy import weighted_mean
+from lightning_modules.networks.contract import logits_of
 from lightning_modules.networks.stateless import stateless
 
 KINDS = ("sigmoid", "softmax")
@@ -128,5 +129,4 @@ class VAT(nn.Module):
 
 
 def _logits(network: nn.Module, image: torch.Tensor, seed: int) -> torch.Tensor:
-    output = stateless(network, image, seed=seed)
-    return (output["logits"] if isinstance(output, dict) else output).float()
+    return logits_of(stateless(network, image, seed=seed)).float()

@@ -47,7 +47,7 @@ class SpatialAutoencoder(nn.Module):
         self.encoder = nn.Sequential(*encoder, down(features[-1], latent * (1 + variational), 1))
         self.decoder = nn.Sequential(*decoder, down(features[0], out_channels, 3, padding=1))
         self.variational = variational
-        describe(self, dimensions, divisor=2 ** len(features))
+        describe(self, dimensions, divisor=2 ** len(features), parts={"encoder": ("encoder",), "decoder": ("decoder",)})
 
     def forward(self, image: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """`generator` draws the latent vectors in training."""

@@ -45,7 +45,14 @@ def transbts(
     if features % GROUPS or hidden_size % heads:
         raise SuiteError(f"transbts: features={features} must be divisible by {GROUPS}, hidden_size={hidden_size} by heads={heads}")
     size = per_axis(image_size, dimensions)
-    return describe(TransBTS(in_channels, out_channels, size, features, hidden_size, mlp_size, layers, heads, dropout), 3, 1)
+    parts = {
+        "encoder": ("stem", "encoder", "downs"),
+        "bottleneck": ("to_tokens", "position", "transformer", "from_tokens"),
+        "decoder": ("ups", "decoder"),
+        "heads": ("head",),
+    }
+    network = TransBTS(in_channels, out_channels, size, features, hidden_size, mlp_size, layers, heads, dropout)
+    return describe(network, 3, 1, parts=parts)
 
 
 class TransBTS(nn.Module):

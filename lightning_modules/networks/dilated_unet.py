@@ -32,7 +32,13 @@ class DilatedUNet(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise unknown("network.norm", norm, NORMS)
-        describe(self, dimensions, 8, 16)  # one voxel at the bottom is too few to normalize by
+        parts = {
+            "encoder": ("encoder1", "encoder2", "encoder3", "encoder4"),
+            "bottleneck": ("bottom", "bottom2"),
+            "decoder": ("decoder3", "decoder2", "decoder1"),
+            "heads": ("out",),
+        }
+        describe(self, dimensions, 8, 16, parts=parts)  # one voxel at the bottom is too few to normalize by
         self._convolution = (nn.Conv2d, nn.Conv3d)[dimensions - 2]
         self._pool = (F.max_pool2d, F.max_pool3d)[dimensions - 2]
         self._mode = ("bilinear", "trilinear")[dimensions - 2]

@@ -138,7 +138,16 @@ def dynunet(
         )
 
     network = OwnDecoders([built(1) for _ in range(out_channels)]) if own_decoders else built(out_channels)
-    return describe(network, dimensions, divisor, smallest(divisor, norm))
+    first, every = ("networks.0.", [f"networks.{k}." for k in range(out_channels)]) if own_decoders else ("", [""])
+    parts = {
+        "encoder": [f"{first}input_block", f"{first}downsamples"],
+        "bottleneck": [f"{first}bottleneck"],
+        "decoder": [f"{path}upsamples" for path in every],
+        "heads": [
+            f"{path}{name}" for path in every for name in ("output_block", *(["deep_supervision_heads"] if deep_supervision else []))
+        ],
+    }
+    return describe(network, dimensions, divisor, smallest(divisor, norm), parts=parts)
 
 
 def nnunet(

@@ -9,7 +9,7 @@ from monai.networks.nets import (
 )
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks.contract import describe, per_axis
+from lightning_modules.networks.contract import describe, numbered, per_axis
 
 
 def segresnet(
@@ -40,7 +40,16 @@ def segresnet(
         blocks_down=tuple(blocks_down),
         blocks_up=tuple(blocks_up),
     )
-    return describe(network, dimensions, per_axis(2 ** (len(blocks_down) - 1), dimensions))
+    return describe(network, dimensions, per_axis(2 ** (len(blocks_down) - 1), dimensions), parts=_parts(len(blocks_down)))
+
+
+def _parts(levels: int) -> dict[str, tuple[str, ...]]:
+    return {
+        "encoder": ("convInit", *numbered("down_layers", levels - 1)),
+        "bottleneck": (f"down_layers.{levels - 1}",),
+        "decoder": ("up_layers", "up_samples"),
+        "heads": ("conv_final",),
+    }
 
 
 class WeightedSegResNetVAE(SegResNetVAE):
@@ -100,4 +109,5 @@ def segresnet_vae(
         blocks_up=tuple(blocks_up),
     )
     network.vae_weight = vae_weight
-    return describe(network, dimensions, half)
+    vae = tuple(name for name, _ in network.named_children() if name.startswith("vae_"))
+    return describe(network, dimensions, half, parts={**_parts(len(blocks_down)), "vae": vae})

@@ -67,7 +67,12 @@ def unetr(
     )
     for block in network.vit.blocks:
         block.norm_cross_attn = nn.Identity()  # of a cross-attention that is not there
-    return describe(network, dimensions, divisor=size, fixed_size=size)
+    parts = {
+        "encoder": ("vit", "encoder1", "encoder2", "encoder3", "encoder4"),
+        "decoder": ("decoder5", "decoder4", "decoder3", "decoder2"),
+        "heads": ("out",),
+    }
+    return describe(network, dimensions, divisor=size, fixed_size=size, parts=parts)
 
 
 class LinspaceOnCPU(TorchFunctionMode):
@@ -115,4 +120,10 @@ def swin_unetr(
             use_checkpoint=gradient_checkpointing,
             spatial_dims=dimensions,
         )
-    return describe(network, dimensions, 32, 64)
+    parts = {
+        "encoder": ("swinViT", "encoder1", "encoder2", "encoder3", "encoder4"),
+        "bottleneck": ("encoder10",),
+        "decoder": ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1"),
+        "heads": ("out",),
+    }
+    return describe(network, dimensions, 32, 64, parts=parts)

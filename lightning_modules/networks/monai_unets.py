@@ -66,7 +66,13 @@ def basic_unet(
     """
     divisor = per_axis(16, dimensions)
     network = BasicUNet(dimensions, in_channels, out_channels, tuple(features), norm=normalization(norm), dropout=dropout)
-    return describe(network, dimensions, divisor, smallest(divisor, norm))
+    parts = {
+        "encoder": ("conv_0", "down_1", "down_2", "down_3"),
+        "bottleneck": ("down_4",),
+        "decoder": ("upcat_4", "upcat_3", "upcat_2", "upcat_1"),
+        "heads": ("final_conv",),
+    }
+    return describe(network, dimensions, divisor, smallest(divisor, norm), parts=parts)
 
 
 def unet(
@@ -102,7 +108,15 @@ def unet(
         norm=normalization(norm),
         dropout=dropout,
     )
-    return describe(network, dimensions, divisor, smallest(divisor, norm))
+    # every level lies inside the one above it: down, the rest, up; the finest way up ends in the logits
+    inside = ["model" + ".1.submodule" * level for level in range(levels)]
+    parts = {
+        "encoder": [f"{path}.0" for path in inside[:-1]],
+        "bottleneck": inside[-1:],
+        "decoder": [f"{path}.2" for path in inside[1:-1]],
+        "heads": ["model.2"],
+    }
+    return describe(network, dimensions, divisor, smallest(divisor, norm), parts=parts)
 
 
 def attention_unet(
@@ -124,7 +138,18 @@ def attention_unet(
     levels = len(channels)
     divisor = per_axis(2 ** (levels - 1), dimensions)
     network = AttentionUnet(dimensions, in_channels, out_channels, tuple(channels), (2,) * (levels - 1), dropout=dropout)
-    return describe(network, dimensions, divisor, smallest(divisor, "batch"))
+    return describe(network, dimensions, divisor, smallest(divisor, "batch"), parts=attention_parts(levels))
+
+
+def attention_parts(levels: int) -> dict[str, list[str]]:
+    """The parts of MONAI's AttentionUnet, whose levels lie inside each other."""
+    gates = ["model.1" + ".submodule.1" * level for level in range(levels - 1)]
+    return {
+        "encoder": ["model.0", *(f"{path}.submodule.0" for path in gates[:-1])],
+        "bottleneck": [f"{gates[-1]}.submodule"],
+        "decoder": [f"{path}.{name}" for path in gates for name in ("attention", "upconv", "merge")],
+        "heads": ["model.2"],
+    }
 
 
 class AnyChannels(InputTransition):
@@ -159,7 +184,13 @@ def vnet(in_channels: int, out_channels: int, *, dimensions: int = 3, dropout: f
         for name, child in list(block.named_children()):
             if isinstance(child, nn.Dropout3d):
                 setattr(block, name, kind(dropout))
-    return describe(network, dimensions, divisor, smallest(divisor, "batch"))
+    parts = {
+        "encoder": ("in_tr", "down_tr32", "down_tr64", "down_tr128"),
+        "bottleneck": ("down_tr256",),
+        "decoder": ("up_tr256", "up_tr128", "up_tr64", "up_tr32"),
+        "heads": ("out_tr",),
+    }
+    return describe(network, dimensions, divisor, smallest(divisor, "batch"), parts=parts)
 
 
 class NestedUNet(BasicUNetPlusPlus):
@@ -203,4 +234,10 @@ def unet_plus_plus(
     )
     if not deep_supervision:  # MONAI computes the unused heads all the same
         network.final_conv_0_1 = network.final_conv_0_2 = network.final_conv_0_3 = nn.Identity()
-    return describe(network, dimensions, divisor, smallest(divisor, norm))
+    parts = {
+        "encoder": [f"conv_{level}_0" for level in range(4)],
+        "bottleneck": ["conv_4_0"],
+        "decoder": [f"upcat_{level}_{step}" for step in range(1, 5) for level in range(5 - step)],
+        "heads": [f"final_conv_0_{step}" for step in range(1, 5)],
+    }
+    return describe(network, dimensions, divisor, smallest(divisor, norm), parts=parts)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, normalization, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
 
@@ -79,7 +79,13 @@ class MultiHeadResNet(nn.Module):
     ) -> None:
         super().__init__()
         double = 2 if norm in ("batch", "instance") else 1
-        describe(self, 3, (32, 32, 16), (32 * double, 32 * double, 16 * double))
+        parts = {
+            "encoder": ("stem", *numbered("stages", 3)),
+            "bottleneck": ("stages.3",),
+            "decoder": ("ups", "reduce"),
+            "heads": ("branches",),
+        }
+        describe(self, 3, (32, 32, 16), (32 * double, 32 * double, 16 * double), parts=parts)
         stem = nn.Conv3d(in_channels, width, (7, 7, 3), stride=(2, 2, 1), padding=(3, 3, 1), bias=False)
         self.stem = nn.Sequential(stem, normalization(norm, width, 3), nn.ReLU(inplace=True))
         self.pool = nn.MaxPool3d(3, stride=2, padding=1)

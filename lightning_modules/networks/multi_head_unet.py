@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
 from lightning_modules.networks.multi_head import upsampling as upsample
@@ -45,7 +45,14 @@ class MultiHeadUNet(nn.Module):
     ) -> None:
         super().__init__()
         divisor = 2 ** (len(features) - 1)
-        describe(self, dimensions, divisor, divisor * (2 if norm in ("batch", "instance") else 1))
+        coarsest = len(features) - 1
+        parts = {
+            "encoder": numbered("encoder", coarsest),
+            "bottleneck": (f"encoder.{coarsest}",),
+            "decoder": ("ups", "decoder"),
+            "heads": ("branches",),
+        }
+        describe(self, dimensions, divisor, divisor * (2 if norm in ("batch", "instance") else 1), parts=parts)
         widths = list(features)
         self.pool = (nn.MaxPool2d, nn.MaxPool3d)[dimensions - 2](2)
         self.encoder = nn.ModuleList(units(i, o, dimensions, norm, 2) for i, o in zip([in_channels, *widths], widths, strict=False))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, normalization, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
 from lightning_modules.networks.multi_head import upsampling as upsample
@@ -49,7 +49,14 @@ class MultiHeadVNet(nn.Module):
     ) -> None:
         super().__init__()
         divisor = 2 ** (len(features) - 1)
-        describe(self, dimensions, divisor, divisor * (2 if norm in ("batch", "instance") else 1))
+        coarsest = len(features) - 1
+        parts = {
+            "encoder": (*numbered("encoder", coarsest), *numbered("downs", coarsest - 1)),
+            "bottleneck": (f"encoder.{coarsest}", f"downs.{coarsest - 1}"),
+            "decoder": ("ups", "decoder"),
+            "heads": ("branches",),
+        }
+        describe(self, dimensions, divisor, divisor * (2 if norm in ("batch", "instance") else 1), parts=parts)
         convolution = (nn.Conv2d, nn.Conv3d)[dimensions - 2]
         levels = list(zip(features, convolutions, strict=True))
         steps = list(pairwise(features))

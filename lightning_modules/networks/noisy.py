@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, parts_of, within
 
 
 class NoisyInput(nn.Module):
@@ -23,7 +23,8 @@ class NoisyInput(nn.Module):
         super().__init__()
         self.network, self.sigma = network(in_channels, out_channels), sigma
         inner = self.network
-        describe(self, inner.dimensions, inner.divisor, inner.min_size, inner.fixed_size, inner.slab)
+        parts = within(parts_of(inner), "network")
+        describe(self, inner.dimensions, inner.divisor, inner.min_size, inner.fixed_size, inner.slab, parts)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict:
         return self.network(image + self.sigma * torch.randn_like(image))

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, numbered, parts_of, within
 
 
 class PackUNet(nn.Module):
@@ -57,7 +57,14 @@ class PackUNet(nn.Module):
         self.narrow = nn.ModuleList(nn.Conv3d(leaving[i + 1], narrowed[i], 1) for i in range(len(narrowed)))
         self.decoder = nn.ModuleList(_double(widths[i] + narrowed[i], leaving[i], depths[i], dropout) for i in range(len(narrowed)))
         self.head = nn.Conv3d(last, out_channels, 1)
-        describe(self, 2, 2 ** (len(widths) - 1), slab=slab)
+        coarsest = len(widths) - 1
+        parts = {
+            "encoder": numbered("encoder", coarsest),
+            "bottleneck": (f"encoder.{coarsest}",),
+            "decoder": ("narrow", "decoder"),
+            "heads": ("head",),
+        }
+        describe(self, 2, 2**coarsest, slab=slab, parts=parts)
 
     def forward(self, pack: torch.Tensor) -> torch.Tensor:
         require_pack(pack, self.slab)
@@ -86,7 +93,7 @@ class MiddleSlice(nn.Module):
     def __init__(self, network: nn.Module, divisor: int, slab: int) -> None:
         super().__init__()
         self.network, self.middle = network, middle_of(slab)
-        describe(self, 2, divisor, slab=slab)
+        describe(self, 2, divisor, slab=slab, parts=within(parts_of(network), "network"))
 
     def forward(self, pack: torch.Tensor) -> torch.Tensor:
         require_pack(pack, self.slab)
@@ -107,8 +114,11 @@ def pack_attention_unet(
     """
     from monai.networks.nets import AttentionUnet
 
+    from lightning_modules.networks.monai_unets import attention_parts
+
     steps = len(channels) - 1
     network = AttentionUnet(3, in_channels, out_channels, tuple(channels), ((2, 2, 1),) * steps, dropout=dropout)
+    network.parts = attention_parts(len(channels))
     return MiddleSlice(network, 2**steps, slab)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
-from lightning_modules.networks.contract import describe, per_axis
+from lightning_modules.networks.contract import describe, numbered, per_axis
 
 FUSIONS = ("paired", "late", "early")
 GRANULARITIES = ("block", "conv")
@@ -129,7 +129,14 @@ class PairedUNet(nn.Module):
         self.head = head(0)
         self.deep_heads = nn.ModuleList(head(i) for i in (levels[1:-2] if deep_supervision else ()))
         divisor = per_axis(2 ** (len(widths) - 1), dimensions)
-        describe(self, dimensions, divisor, [d * (1 if norm == "group" else 2) for d in divisor])
+        coarsest = len(widths) - 1
+        parts = {
+            "encoder": [path for branch in range(branches) for path in numbered(f"encoders.{branch}", coarsest)],
+            "bottleneck": [f"encoders.{branch}.{coarsest}" for branch in range(branches)],
+            "decoder": ["ups", "decoders"],
+            "heads": ["head", "deep_heads"],
+        }
+        describe(self, dimensions, divisor, [d * (1 if norm == "group" else 2) for d in divisor], parts=parts)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict[str, Any]:
         skips = self._encode([image[:, group] for group in self.groups])

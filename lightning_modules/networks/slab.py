@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, parts_of, within
 
 
 class SlabChannels(nn.Module):
@@ -32,7 +32,8 @@ class SlabChannels(nn.Module):
         self.network = network(in_channels * slab, out_channels)
         if self.network.dimensions != 2:
             raise SuiteError(f"network.network.dimensions={self.network.dimensions}: SlabChannels needs a 2D network, set it to 2")
-        describe(self, 2, self.network.divisor, self.network.min_size, self.network.fixed_size, slab)
+        inner = self.network
+        describe(self, 2, inner.divisor, inner.min_size, inner.fixed_size, slab, within(parts_of(inner), "network"))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | dict:
         if image.dim() != 5 or image.shape[-1] != self.slab:

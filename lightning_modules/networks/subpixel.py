@@ -254,7 +254,9 @@ class SubpixelNet(nn.Module):
             seen = out_channels if ld_input == "latent_and_logits" else 0
             self.downsampler = LearnedDownsampler(decoder_widths[-1], seen, downsampler_width)
         self.keeps_subpixels = downsampler == "none"
-        describe(self, 2, 1, 2 ** len(widths) + 1, slab=slab)
+        parts = {"encoder": ["encoder"], "decoder": ["decoder"], "heads": ["head"]}
+        parts |= {name: [name] for name in ("guidance", "downsampler") if getattr(self, name) is not None}
+        describe(self, 2, 1, 2 ** len(widths) + 1, slab=slab, parts=parts)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         if image.dim() != 5 or image.shape[-1] != self.slab:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
-from lightning_modules.networks.contract import describe
+from lightning_modules.networks.contract import describe, numbered
 
 
 def swin_unet(
@@ -48,7 +48,14 @@ def swin_unet(
     if wrong := [h for stage, h in enumerate(heads) if features * 2**stage % h]:
         raise SuiteError(f"swin_unet: {wrong[0]} heads do not divide the width of their stage (features={features}, doubled at each stage)")
     network = SwinUnet(in_channels, out_channels, features, depths, decoder_depths, heads, attention_window, dropout)
-    return describe(network, 2, 1)
+    coarsest = len(depths) - 1
+    parts = {
+        "encoder": ("embed", "embed_norm", *numbered("encoder", coarsest), *numbered("merges", coarsest - 1)),
+        "bottleneck": (f"merges.{coarsest - 1}", f"encoder.{coarsest}", "bottleneck_norm"),
+        "decoder": ("expands", "joins", "decoder", "decoder_norm", "to_pixels"),
+        "heads": ("head",),
+    }
+    return describe(network, 2, 1, parts=parts)
 
 
 class SwinUnet(nn.Module):

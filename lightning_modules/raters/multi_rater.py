@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.task import Task
-from lightning_modules.base import Batch
 from lightning_modules.raters.rater_targets import AgreementClasses, DecoderPerRater, RaterTarget
 from lightning_modules.segmentation import SegmentationMethod
 

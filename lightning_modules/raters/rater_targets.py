@@ -60,6 +60,7 @@ class RaterTarget(Target):
         SuiteError: several regions, no raters, an unknown decoding.
     """
 
+    kind = "sigmoid"
     decodings: tuple[str, ...] = ("probability", "binary")
     loss_terms = 1  # the loss is multiplied by it, where a paper sums what the losses of the suite average
 

@@ -8,18 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
-from lesionbench.target import RegionSigmoid
-from lesionbench.task import IGNORE, Task
+from lesionbench.task import Task
+from lightning_modules.networks.contract import Output, logits_of
 from lightning_modules.networks.stateless import stateless
-from lightning_modules.ramps import Ramp
+from lightning_modules.ramps import Ramp, whole_batches
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.semi_supervised.teachers import Teacher
-
-Batch = Mapping[str, Any]
-Output = torch.Tensor | dict[str, Any]
 
 
 class SemiSupervised(SegmentationMethod):
@@ -41,7 +39,6 @@ class SemiSupervised(SegmentationMethod):
 
     Attributes:
         terms: name of each term besides `supervised` -> its default weight.
-        map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
 
     Raises:
         SuiteError: an unknown term, network to predict with, or a number out of range; in training, a warm start that leaves nothing.
@@ -49,7 +46,6 @@ class SemiSupervised(SegmentationMethod):
 
     streams = ("labeled", "unlabeled")
     terms: ClassVar[Mapping[str, float]] = {}
-    map_interpolation: ClassVar[str] = "nearest"  # of the maps that it writes
 
     def __init__(
         self,
@@ -87,6 +83,12 @@ class SemiSupervised(SegmentationMethod):
         """The networks that learn, by name."""
         return {"student": self.network}
 
+    def trained_networks(self) -> dict[str, nn.Module]:
+        return self.students()
+
+    def resting_networks(self) -> list[nn.Module]:
+        return [*self.students().values(), *(child.network for child in self.children() if isinstance(child, Teacher))]
+
     def predictors(self) -> dict[str, nn.Module]:
         """The networks that can predict, by name, the default first: students, then teachers (attribute name)."""
         return {**self.students(), **{name: child for name, child in self.named_children() if isinstance(child, Teacher)}}
@@ -96,19 +98,17 @@ class SemiSupervised(SegmentationMethod):
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Maps (C, X, Y, Z) of one whole unlabeled case for the map store, one for each of `writes_maps`; default `pseudo_label`."""
-        return {"pseudo_label": self.predict_case(batch).labels[None].to(torch.int8)}
+        labels = self.predict_case(batch).labels
+        if labels is None:
+            raise TypeError(f"{type(self).__name__} must define case_maps(): its predictions have no labels")
+        return {"pseudo_label": labels[None].to(torch.int8)}
 
     # clock
 
     @property
-    def total_iterations(self) -> int:
-        """Batches of the whole run."""
-        return int(self.trainer.num_training_batches * self.trainer.max_epochs)
-
-    @property
     def warm_iterations(self) -> int:
         """Batches of the warm start: `warm_start`, for methods that write maps rounded up to whole epochs."""
-        count = round(self.warm_start * self.total_iterations) if 0 < self.warm_start < 1 else int(self.warm_start)
+        count = whole_batches(self.warm_start, self.total_iterations)
         epoch = int(self.trainer.num_training_batches) if self.writes_maps else 1
         return -(-count // epoch) * epoch
 
@@ -124,7 +124,7 @@ class SemiSupervised(SegmentationMethod):
     def check(self, data: Any) -> None:
         super().check(data)
         known = [*self.predictors(), "mean"]
-        if self.predict_with not in (None, *known):
+        if self.predict_with is not None and self.predict_with not in known:
             raise unknown("model.predict_with", self.predict_with, known)
         missing = [name for name in self.writes_maps if name not in getattr(data, "extra_maps", {})]
         if missing:
@@ -157,11 +157,6 @@ class SemiSupervised(SegmentationMethod):
         """Weighted sum of the terms of this batch."""
         return sum(self.weight(name) * term for name, term in terms.items())
 
-    def supervised(self, output: Output, labeled: Batch) -> torch.Tensor:
-        """The loss of a student's output on a labeled batch; a network's own extra loss is added."""
-        loss = self.loss(output, self.training_target(labeled))
-        return loss + output["loss"] if isinstance(output, dict) and "loss" in output else loss
-
     def together(self, network: nn.Module, *images: torch.Tensor) -> list[Output]:
         """Outputs for several batches of images from one pass over all of them, as batch normalization needs it (and faster besides)."""
         return list(parted(network(torch.cat(images)), [len(image) for image in images]))
@@ -184,18 +179,8 @@ class SemiSupervised(SegmentationMethod):
         return self.target.activate(logits_of(output))
 
     def hard(self, output: Output) -> torch.Tensor:
-        """Output -> pseudo labels without gradient, in the form that the loss takes: class indices (B, 1, *spatial) or masks (B, R, *spatial)."""
-        logits = logits_of(output)
-        if isinstance(self.target, RegionSigmoid):
-            return (logits > 0).to(torch.int8)
-        return logits.argmax(dim=1, keepdim=True)
-
-    def as_maps(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training target -> maps (B, K, *spatial) in {0, 1} that probabilities compare with, and which voxels count (float, broadcasts)."""
-        valid = (target != IGNORE).float()
-        if isinstance(self.target, RegionSigmoid):
-            return target.clamp_min(0).float(), valid
-        return nn.functional.one_hot(target[:, 0].long().clamp_min(0), self.target.out_channels).movedim(-1, 1).float(), valid
+        """Output -> pseudo labels without gradient, in the form that the loss takes (see `Target.harden`)."""
+        return self.target.harden(logits_of(output))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -261,11 +246,6 @@ class SemiSupervised(SegmentationMethod):
         return replace(self.decode(maps.pop("probabilities")), members={name: self.decode(m) for name, m in maps.items()})
 
 
-def logits_of(output: Output) -> torch.Tensor:
-    """The logits of a network's output."""
-    return output["logits"] if isinstance(output, Mapping) else output
-
-
 def parted(output: Any, sizes: list[int]) -> Iterator[Any]:
     """The output of a joint pass -> one output for each of the batches that were joined, of the given sizes.
 
@@ -279,8 +259,8 @@ def parted(output: Any, sizes: list[int]) -> Iterator[Any]:
         for number in range(len(sizes)):
             yield {**{k: v[number] for k, v in parts.items()}, **(whole if number == 0 else {})}
     else:
-        parts = [list(parted(v, sizes)) for v in output]
-        yield from ([part[number] for part in parts] for number in range(len(sizes)))
+        entries = [list(parted(v, sizes)) for v in output]
+        yield from ([entry[number] for entry in entries] for number in range(len(sizes)))
 
 
 @contextmanager

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.mixing import box_mask, halves, mix
 from lightning_modules.semi_supervised.teachers import Teacher
 
@@ -108,7 +109,7 @@ class CoLearning(SemiSupervised):
         if self.weights["teacher"]:
             terms["teacher"] = sum(self.loss(output, self.hard(teacher)) for output in others)
         if mixing:
-            truth, valid = self.as_maps(self.training_target(labeled))
+            truth, valid = self.target.as_maps(self.training_target(labeled))
             pseudo = self._pseudo_maps(unlabeled["image"], teacher, others, mask)
             targets = [self.mixed(truth, maps, mask)[number] for number, maps in enumerate(pseudo)]
             known = torch.full((len(unlabeled["image"]), *valid.shape[1:]), float(self.mix == "both"), device=valid.device)
@@ -146,7 +147,7 @@ class CoLearning(SemiSupervised):
         return first, second
 
     def _answer(self, output: Any) -> torch.Tensor:
-        return self.probabilities(output).detach() if self.soft_target else self.as_maps(self.hard(output))[0]
+        return self.probabilities(output).detach() if self.soft_target else self.target.as_maps(self.hard(output))[0]
 
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:
         brain = labeled["brain_mask"][:count].bool() if self.box_in_brain and "brain_mask" in labeled else None

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
-from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
 from lightning_modules.components import largest_component
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.networks.contract import with_own_loss
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.mixing import box_mask, halves, mix
 from lightning_modules.semi_supervised.teachers import Teacher
 
@@ -57,7 +58,7 @@ class CopyPaste(SemiSupervised):
         image, target = labeled["image"], self.training_target(labeled)
         mask = self._masks(labeled, len(image))
         output = self.network(mix(image, image.roll(1, 0), mask))
-        return {"supervised": self.loss(output, mix(target, target.roll(1, 0), mask))}
+        return {"supervised": with_own_loss(self.loss(output, mix(target, target.roll(1, 0), mask)), output)}
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
         truth = self.training_target(labeled)
@@ -66,7 +67,8 @@ class CopyPaste(SemiSupervised):
         mask = self._masks(labeled, len(image1[0]))
         into, out = self.together(self.network, mix(*image1, mask), mix(*reversed(image2), mask))
         nowhere = torch.full_like(truth1[0], IGNORE)
-        terms = {"supervised": self.loss(into, mix(truth1[0], nowhere, mask)) + self.loss(out, mix(nowhere, truth2[0], mask))}
+        supervised = self.loss(into, mix(truth1[0], nowhere, mask)) + self.loss(out, mix(nowhere, truth2[0], mask))
+        terms = {"supervised": with_own_loss(supervised, into)}  # that of the joint pass stays with its first part
         if self.weights["pseudo"]:
             terms["pseudo"] = self.loss(into, mix(nowhere, truth1[1], mask)) + self.loss(out, mix(truth2[1], nowhere, mask))
         return terms
@@ -74,7 +76,7 @@ class CopyPaste(SemiSupervised):
     def pseudo_labels(self, image: torch.Tensor) -> torch.Tensor:
         """The teacher's hard answer in the form that the loss takes, of every class the largest component if so asked."""
         hard = self.hard(self.no_grad_logits(self.teacher, image, "teacher"))
-        return largest_components(hard, isinstance(self.target, RegionSigmoid)) if self.largest else hard
+        return largest_components(hard, self.target.kind == "sigmoid") if self.largest else hard
 
     def _masks(self, labeled: Batch, count: int) -> torch.Tensor:
         brain = labeled["brain_mask"][:count].bool() if self.box_in_brain and "brain_mask" in labeled else None

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
 from lesionbench.task import IGNORE, Task
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy, masked_consistency
-from lightning_modules.semi_supervised.base import Batch, Output, SemiSupervised, logits_of
+from lightning_modules.networks.contract import Output, logits_of
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.semi_supervised.certainty_masks import CertaintyMask, ConservativeRadical, DropoutMask, with_heads
 from lightning_modules.semi_supervised.teachers import Teacher
 from lightning_modules.uncertainty import active_dropout
@@ -153,7 +155,7 @@ class CoraNet(SemiSupervised):
         activate, kind = self.target.activate, self.target.kind
         return sum(masked_consistency(activate(s), activate(t), mask, kind, self.norm) for s, t in pairs) / len(pairs)
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> torch.Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor | None:
         if self.update == "joint":
             return super().training_step(batch, batch_idx)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.task import Task
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 
 class CrossPseudoSupervision(SemiSupervised):

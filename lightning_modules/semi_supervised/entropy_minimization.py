@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from lesionbench.target import RegionSigmoid
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lesionbench.batch import Batch
+from lightning_modules.semi_supervised.base import SemiSupervised
 from lightning_modules.uncertainty import entropy
 
 
@@ -24,7 +24,7 @@ class EntropyMinimization(SemiSupervised):
         terms = {"supervised": self.supervised(mine, labeled)}
         if self.weights["entropy"]:
             p = self.probabilities(others)
-            if isinstance(self.target, RegionSigmoid):
+            if self.target.kind == "sigmoid":
                 p = torch.stack([p, 1 - p], dim=1)
             terms["entropy"] = entropy(p).mean() / math.log(p.shape[1])
         return terms

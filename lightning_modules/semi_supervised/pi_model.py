@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lesionbench.batch import Batch
 from lesionbench.task import Task
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 
 class PiModel(SemiSupervised):

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
-from lightning_modules.semi_supervised.base import Batch, Output, SemiSupervised
+from lightning_modules.networks.contract import Output
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 LABELS = ("online", "stored")
 
@@ -29,6 +30,10 @@ class PseudoLabel(SemiSupervised):
 
     terms: Mapping[str, float] = {"pseudo": 1.0}
 
+    @classmethod
+    def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        return {"pseudo_label": cls.map_interpolation} if options.get("labels") == "stored" else {}
+
     def __init__(self, task: Task, *, labels: str = "online", threshold: float = 0.0, **options: Any) -> None:
         super().__init__(task, **options)
         if labels not in LABELS:
@@ -36,7 +41,7 @@ class PseudoLabel(SemiSupervised):
         if not 0 <= threshold < 1:
             raise SuiteError(f"model.threshold={threshold}: at least 0 and below 1")
         self.labels, self.threshold = labels, threshold
-        self.writes_maps = ("pseudo_label",) if labels == "stored" else ()
+        self.writes_maps = tuple(self.maps_of({"labels": labels}))
 
     def losses(self, labeled: Batch, unlabeled: Batch) -> dict[str, torch.Tensor]:
         mine, others = self.together(self.network, labeled["image"], unlabeled["image"])
@@ -54,7 +59,7 @@ class PseudoLabel(SemiSupervised):
 
     def _sure(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Where the answer is at least as probable as the threshold: (B, 1, *spatial), or (B, R, *spatial) for regions."""
-        if isinstance(self.target, RegionSigmoid):
+        if self.target.kind == "sigmoid":
             return torch.maximum(probabilities, 1 - probabilities) >= self.threshold
         return probabilities.amax(dim=1, keepdim=True) >= self.threshold
 

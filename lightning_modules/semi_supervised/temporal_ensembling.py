@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 
 class TemporalEnsembling(SemiSupervised):
@@ -16,7 +17,7 @@ class TemporalEnsembling(SemiSupervised):
 
     Z <- alpha Z + (1 - alpha) z and z~ = Z / (1 - alpha^t) after the t-th labeling. For images that are cut and moved, z is the answer for
     the whole unlabeled case at the end of an epoch, and z~ lies in the map store (`ensemble`, half precision), cut and augmented with the
-    image: set `data.extra_maps={ensemble: linear}`. Unlike in the paper the labeled images, which have their labels, are not averaged.
+    image (`data.extra_maps={ensemble: linear}`). Unlike in the paper the labeled images, which have their labels, are not averaged.
 
     Args:
         alpha: momentum of the average, in [0, 1).

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from lesionbench.errors import SuiteError
-from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import RisingShare
 from lightning_modules.semi_supervised.mean_teacher import MeanTeacher
@@ -40,8 +39,8 @@ class UAMT(MeanTeacher):
         for number in range(self.passes):
             noisy = self.noisy(image, f"teacher, pass {number}", self.noise, 2 * self.noise)
             moments.update(self.target.activate(self.no_grad_logits(self.teacher, noisy, f"teacher, pass {number}")))
-        progress = self.iteration / self.total_iterations
-        if not isinstance(self.target, RegionSigmoid):
+        progress = self.progress()
+        if self.target.kind == "softmax":
             return self.gate(moments.entropy, moments.mean.shape[1], progress)
         both = torch.stack([moments.mean, 1 - moments.mean], dim=1)
         return self.gate(entropy(both).squeeze(1).mean(dim=1, keepdim=True), 2, progress)

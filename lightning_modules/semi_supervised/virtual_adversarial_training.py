@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from lesionbench.batch import Batch
 from lesionbench.task import Task
 from lightning_modules.losses.vat import VAT
-from lightning_modules.semi_supervised.base import Batch, SemiSupervised
+from lightning_modules.semi_supervised.base import SemiSupervised
 
 
 class VirtualAdversarialTraining(SemiSupervised):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
-from lightning_modules.base import Batch
 from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.segmentation import SegmentationMethod
 
@@ -55,7 +55,7 @@ class ModalityPairing(SegmentationMethod):
             raise SuiteError(
                 f"ModalityPairing needs a network that returns features by branch (networks.PairedUNet), not {type(self.network).__name__}"
             )
-        total = supervised = self.loss(output, self.training_target(batch))
+        total = supervised = self.supervised(output, batch)
         terms = {"supervised": supervised}
         if len(output["features"]) > 1:
             with torch.no_grad():
@@ -68,7 +68,4 @@ class ModalityPairing(SegmentationMethod):
 
     def weight(self) -> float:
         """Weight of the pairing loss in this batch."""
-        length = self.mp_warmup
-        if 0 < length < 1:
-            length *= self.trainer.num_training_batches * self.trainer.max_epochs
-        return self.mp_weight * min(1.0, (self.iteration + 1) / max(length, 1))
+        return self.mp_weight * self.warmup_factor(self.mp_warmup)

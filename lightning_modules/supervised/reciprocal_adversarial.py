@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
-from lesionbench.target import RegionSigmoid, nesting
-from lesionbench.task import IGNORE, Task
+from lesionbench.target import nesting
+from lesionbench.task import Task
 from lightning_modules.losses.adversarial import KINDS, critic_loss, fooling_loss, gradient_penalty
 from lightning_modules.losses.vat import VAT
+from lightning_modules.networks.contract import logits_of, with_own_loss
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.segmentation import SegmentationMethod
 
@@ -52,6 +54,10 @@ class ReciprocalAdversarial(SegmentationMethod):
         SuiteError: an unknown option or one out of range, or several critic steps per batch together with accumulation.
     """
 
+    @classmethod
+    def streams_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("labeled", "unlabeled") if options.get("unlabeled") else cls.streams
+
     def __init__(
         self,
         task: Task,
@@ -90,13 +96,12 @@ class ReciprocalAdversarial(SegmentationMethod):
         if critic_steps > 1 and self.accumulate > 1:
             raise SuiteError(f"model.critic_steps={critic_steps} does not go with accumulate={self.accumulate}: one of them must be 1")
         self.automatic_optimization = False
-        self.streams = ("labeled", "unlabeled") if unlabeled else ("default",)
+        self.streams = self.streams_of({"unlabeled": unlabeled})
         self.weights = {name: float(weights.get(name, 0)) for name in WEIGHTS}
         self.warmup = {name: int((warmup or {}).get(name, 0)) for name in WEIGHTS}
         dimensions = getattr(self.network, "dimensions", 3)
         self.critic = critic(channels=self.target.out_channels, image_channels=len(task.channels), dimensions=dimensions)
-        self.kind = "sigmoid" if isinstance(self.target, RegionSigmoid) else "softmax"
-        self.vat = vat(kind=self.kind)
+        self.vat = vat(kind=self.target.kind)
         self.vat_target, self.vat_brain, self.adversary, self.penalty = vat_target, vat_brain, adversary, penalty
         self.instance_noise, self.critic_steps, self.gradients = instance_noise, critic_steps, gradients
         self.register_buffer("image_sd", torch.tensor(1.0))
@@ -127,18 +132,16 @@ class ReciprocalAdversarial(SegmentationMethod):
             raise SuiteError("the brain voxels of the training images are all alike: VAT has no scale to count its change in")
         return (squares / count) ** 0.5
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         labeled, unlabeled = (batch["labeled"], batch["unlabeled"]) if len(self.streams) == 2 else (batch, None)
         target = self.target.encode(labeled["label"])
-        truth, valid = self._truth(target)
+        truth, valid = self.target.as_maps(target)
         with self.optimizing("network") as step:
             output = self(labeled["image"])
-            terms = {"supervised": self.loss(output, target)}
-            if isinstance(output, dict):
-                terms["supervised"] = terms["supervised"] + output.get("loss", 0.0)
-            judged = [(_logits(output), labeled["image"], valid)]
+            terms = {"supervised": with_own_loss(self.loss(output, target), output)}
+            judged = [(logits_of(output), labeled["image"], valid)]
             if unlabeled is not None and self.weights["critic"]:
-                judged.append((_logits(self(unlabeled["image"])), unlabeled["image"], torch.ones_like(valid[:1])))
+                judged.append((logits_of(self(unlabeled["image"])), unlabeled["image"], torch.ones_like(valid[:1])))
             if self.weights["vat"]:
                 terms["vat"] = self._vat(labeled, truth, valid, unlabeled)
             if self.weights["critic"]:
@@ -156,21 +159,12 @@ class ReciprocalAdversarial(SegmentationMethod):
 
     def _weight(self, name: str) -> float:
         """Weight of a term in this batch."""
-        return self.weights[name] * min(1.0, (self.iteration + 1) / max(self.warmup[name], 1))
+        return self.weights[name] * self.warmup_factor(self.warmup[name])
 
-    def _truth(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoded labels -> true maps (B, K, *spatial) in {0, 1}, and which of their voxels count (float, broadcasts to them)."""
-        valid = (target != IGNORE).float()
-        if self.kind == "sigmoid":
-            return target.clamp_min(0).float(), valid
-        return nn.functional.one_hot(target[:, 0].clamp_min(0), self.target.out_channels).movedim(-1, 1).float(), valid
-
-    def _vat(
-        self, labeled: Mapping[str, Any], truth: torch.Tensor, valid: torch.Tensor, unlabeled: Mapping[str, Any] | None
-    ) -> torch.Tensor:
+    def _vat(self, labeled: Batch, truth: torch.Tensor, valid: torch.Tensor, unlabeled: Batch | None) -> torch.Tensor:
         """The VAT term (eq. 4): against the truth or the clean prediction, for unlabeled images always the latter."""
         if self.gradients == "published":
-            noise = VAT(self.kind, self.vat.eps, self.vat.xi, iterations=0)
+            noise = VAT(self.target.kind, self.vat.eps, self.vat.xi, iterations=0)
             with torch.no_grad():
                 return noise(self.network, labeled["image"], truth, valid=valid, **self._vat_options(labeled))
         reference = truth if self.vat_target == "truth" else None
@@ -180,7 +174,7 @@ class ReciprocalAdversarial(SegmentationMethod):
         more = self.vat(self.network, unlabeled["image"], **self._vat_options(unlabeled))
         return (len(labeled["image"]) * loss + len(unlabeled["image"]) * more) / (len(labeled["image"]) + len(unlabeled["image"]))
 
-    def _vat_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _vat_options(self, batch: Batch) -> dict[str, Any]:
         mask = None
         if "channel_mask" in batch:
             mask = batch["channel_mask"].reshape(*batch["channel_mask"].shape, *[1] * (batch["image"].dim() - 2))
@@ -223,7 +217,7 @@ class ReciprocalAdversarial(SegmentationMethod):
             maps["confidence"] = self.critic(maps["probabilities"], view).float().sigmoid().mean(dim=1, keepdim=True)
         return maps
 
-    def predict_case(self, batch: Mapping[str, Any]) -> Prediction:
+    def predict_case(self, batch: Batch) -> Prediction:
         """Regions and labels; `uncertainty`: `entropy` of the probabilities (bits, mean over mask channels) and `critic` (1 - confidence);
         `table`: `nesting_violations`, voxels per 1000 that are in a region but not in the one that holds it, on the network grid."""
         maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
@@ -233,16 +227,12 @@ class ReciprocalAdversarial(SegmentationMethod):
         return replace(self.decode(maps["probabilities"]), uncertainty=uncertainty, table=dict(self._violations(maps["probabilities"])))
 
     def _entropy(self, maps: torch.Tensor) -> torch.Tensor:
-        if self.kind == "softmax":
+        if self.target.kind == "softmax":
             return -torch.xlogy(maps, maps).sum(dim=1) / torch.log(torch.tensor(2.0))
         return -(torch.xlogy(maps, maps) + torch.xlogy(1 - maps, 1 - maps)).mean(dim=1) / torch.log(torch.tensor(2.0))
 
     def _violations(self, maps: torch.Tensor) -> Iterator[tuple[str, float]]:
-        if self.kind == "sigmoid":
+        if self.target.kind == "sigmoid":
             reached = maps[0] > self.target.threshold
             wrong = [(reached[r] & ~reached[parent]).sum() for r, parent, _ in nesting(self.task) if parent is not None]
             yield "nesting_violations", 1000 * float(sum(wrong)) / reached[0].numel()
-
-
-def _logits(output: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return output["logits"] if isinstance(output, Mapping) else output

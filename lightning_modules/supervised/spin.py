@@ -1,11 +1,9 @@
 """SPiN: segmentation of small lesions with subpixel embedding (Wong et al., BrainLes 2021)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch.nn.functional import avg_pool2d
 
+from lesionbench.batch import Batch
 from lightning_modules.losses.deep_supervision import resized
 from lightning_modules.segmentation import SegmentationMethod
 
@@ -15,7 +13,7 @@ class SPiN(SegmentationMethod):
     trained against labels repeated by nearest neighbor, and the probabilities of the four subpixels are averaged for prediction.
     """
 
-    def compute_loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def compute_loss(self, batch: Batch) -> torch.Tensor:
         """The loss on the grid of the logits, 1x or 2x."""
         logits = self(batch["image"])
         return self.loss(logits, resized(self.target.encode(batch["label"]), logits.shape[2:]))

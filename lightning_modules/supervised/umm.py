@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
-from lesionbench.target import ClassSoftmax
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
-from lightning_modules.base import Batch
 from lightning_modules.inferers import padded
 from lightning_modules.losses.gated_consistency import RelativeMax, gated_consistency
-from lightning_modules.networks import describe
+from lightning_modules.networks.contract import describe, parts_of, within
 from lightning_modules.ramps import gaussian_ramp
 from lightning_modules.segmentation import SegmentationMethod
 from lightning_modules.uncertainty import RunningMoments, active_dropout, entropy, mc_dropout
@@ -95,7 +94,7 @@ class UMM(SegmentationMethod):
         if max_weight < 0 or (ramp_epochs is not None and ramp_epochs < 1):
             raise SuiteError(f"model.max_weight={max_weight} is at least 0, model.ramp_epochs={ramp_epochs} at least 1 (null = all epochs)")
         super().__init__(task, network=partial(Branches, factories=factories, axis=task.slice_axis, seed=seed), seed=seed, **options)
-        if not isinstance(self.target, ClassSoftmax):
+        if self.target.kind != "softmax":
             raise SuiteError(f"UMM needs a softmax over classes (model/target=softmax); got {type(self.target).__name__}")
         self.mutual, self.gate = mutual, gate or RelativeMax()
         self.mc_samples, self.passes_at_once = mc_samples, passes_at_once
@@ -113,9 +112,9 @@ class UMM(SegmentationMethod):
             if patch is not None and not branch.takes(patch):
                 raise SuiteError(f"patch={list(patch)} is too small for model.branches.{name}, which needs {branch.needs}")
 
-    def progress(self) -> float:
+    def ramp_progress(self) -> float:
         """Share of the ramp that is behind, m / Gamma of Eq. 6 in batches."""
-        return self.iteration / (self.trainer.num_training_batches * (self.ramp_epochs or self.trainer.max_epochs))
+        return self.progress(None if self.ramp_epochs is None else self.ramp_epochs * self.trainer.num_training_batches)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         image, target = batch["image"], self.target.encode(batch["label"])
@@ -127,7 +126,7 @@ class UMM(SegmentationMethod):
         terms = {f"supervised_{name}": loss for name, loss in supervised.items()}
         total = sum(supervised.values())
         if self.mutual != "none":
-            progress = self.progress()
+            progress = self.ramp_progress()
             uncertainty = {name: self._uncertainty(m, probabilities[name]) for name, m in moments.items()}
             certain = {name: self.gate(u, self.target.out_channels, progress) for name, u in uncertainty.items()}
             consistency = {name: self._consistency(name, probabilities, certain) for name in probabilities}
@@ -238,7 +237,11 @@ class Branches(nn.ModuleDict):
         for name, factory in factories.items():
             with torch_seeded(seed, "initialization", name):
                 self[name] = VolumeWise(factory(in_channels, out_channels), axis).apply(xavier)
-        describe(self, 3, 1)  # branches pad to what they need by themselves
+        parts: dict[str, tuple[str, ...]] = {name: (name,) for name in factories}  # a branch, or the encoders (...) of all of them
+        for name, branch in self.items():
+            for part, paths in within(parts_of(branch.network), f"{name}.network").items():
+                parts[part] = parts.get(part, ()) + paths
+        describe(self, 3, 1, parts=parts)  # branches pad to what they need by themselves
 
     def forward(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
         """Branch -> its logits."""

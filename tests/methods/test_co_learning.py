@@ -214,7 +214,7 @@ def test_each_student_learns_from_its_own_mix_only(labeled, unlabeled):
 
 
 def test_learning_rate_of_the_left_atrium_experiment():
-    cfg = composed("experiment=co_learning/left_atrium")
+    cfg = composed("benchmark=left_atrium", "model=co_learning")
     assert cfg.epochs * cfg.data.samples_per_epoch // cfg.data.batch_size == 6000
     stairs = cfg.model.scheduler.stairs
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.model.optimizer.lr)
@@ -304,7 +304,7 @@ def test_students_start_alike_and_differ_in_what_has_no_parameters():
 
 
 def test_the_left_atrium_students_can_be_averaged():
-    cfg = composed("experiment=co_learning/left_atrium")
+    cfg = composed("benchmark=left_atrium", "model=co_learning")
     assert cfg.model.network.norm == "instance"
     assert [v.upsampling for v in cfg.model.variants] == ["linear", "nearest"]
 
@@ -329,7 +329,8 @@ TINY = [
 
 def test_a_run_predicts_with_every_network(tmp_path):
     run(
-        "experiment=co_learning/blobs",
+        "benchmark=blobs",
+        "model=co_learning",
         *TINY,
         "epochs=1",
         "model.warm_start=1",
@@ -343,10 +344,10 @@ def test_a_run_predicts_with_every_network(tmp_path):
     assert any(not torch.equal(state[k], state[k.replace("second", "network", 1)]) for k in state if k.startswith("second"))
 
 
-@pytest.mark.parametrize("name", ["colearning", "temporal_ensembling"])
+@pytest.mark.parametrize("name", ["co_learning", "temporal_ensembling"])
 def test_kill_and_resume_is_bit_identical(name, tmp_path):
     """The teacher's average, its warm-up, the students, and for stored labels their number and versions: all of it is in the checkpoint."""
-    common = [f"experiment={name}/blobs", *TINY, "model.warm_start=1", f"data.root={tmp_path / 'data'}"]
+    common = ["benchmark=blobs", f"model={name}", *TINY, "model.warm_start=1", f"data.root={tmp_path / 'data'}"]
     run(*common, f"runs={tmp_path / 'whole'}")
     killed = [*common, f"runs={tmp_path / 'killed'}", "callbacks.checkpoint.every_n_batches=1"]
     stop = ["callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=10"]

@@ -65,8 +65,8 @@ def test_co_learning_helps_and_needs_equal_first_weights(tmp_path):
                 found.setdefault(row["member"], []).append(float(row["dice"]))
         return {member: statistics.mean(values) for member, values in found.items()}
 
-    supervised = means("supervised", "experiment=supervised_only/blobs")
-    full = means("full", "experiment=co_learning/blobs")
-    different = means("different", "experiment=co_learning/blobs", "model.init=different")
+    supervised = means("supervised", "benchmark=blobs", "model=supervised")
+    full = means("full", "benchmark=blobs", "model=co_learning")
+    different = means("different", "benchmark=blobs", "model=co_learning", "model.init=different")
     assert full[""] > supervised[""]
     assert full["teacher"] > different["teacher"] + 0.05

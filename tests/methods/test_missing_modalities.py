@@ -157,7 +157,7 @@ def test_ablation_is_one_sweep_over_all_subsets():
     assert cfg.hydra.mode == "MULTIRUN"
     ((key, values),) = cfg.hydra.sweeper.params.items()
     swept = list(OverridesParser.create().parse_override(f"{key}={values}").sweep_string_iterator())
-    tried = [list(composed("experiment=supervised/brats2020", f"{key}={value}").data.task.channels) for value in swept[::5]]
+    tried = [list(composed("benchmark=brats2020", "model=supervised", f"{key}={value}").data.task.channels) for value in swept[::5]]
     assert tried == [["t1"], ["t1", "t2"], ["t1", "t1ce", "t2"]]
     subsets = [frozenset(value.strip("[]").split(",")) for value in swept]
     assert len(subsets) == 15

@@ -510,7 +510,7 @@ def test_change_has_its_size_in_deviations_and_stays_in_the_brain_and_the_channe
     batch["channel_mask"] = torch.tensor([[True, True], [True, False]])
     seen = []
     method.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    method._vat(batch, *method._truth(method.target.encode(batch["label"])), None)
+    method._vat(batch, *method.target.as_maps(method.target.encode(batch["label"])), None)
     allowed = batch["channel_mask"][:, :, None, None] & (batch["brain_mask"] if brain else torch.tensor(True))
     for view, size in zip(seen, (0.5 * 1e-3, 0.5 * 0.3), strict=True):  # the probe, then the change itself
         for r, inside in zip(view - batch["image"], allowed.expand_as(view), strict=True):
@@ -534,7 +534,7 @@ class Asked(nn.Module):
 def test_what_vat_compares_with_and_that_images_count_alike(target):
     method, (labeled,), (unlabeled,) = built(vat_target=target, unlabeled=True), batches(1), batches(1, seed=1, labeled=False)
     method.vat = Asked()
-    truth, valid = method._truth(method.target.encode(labeled["label"]))
+    truth, valid = method.target.as_maps(method.target.encode(labeled["label"]))
     loss = method._vat(labeled, truth, valid, {name: torch.cat([value, value[:1]]) for name, value in unlabeled.items()})
     (first, counted), (second, everywhere) = method.vat.calls
     assert first is (truth if target == "truth" else None)

@@ -45,7 +45,7 @@ POINTWISE = {"s": partial(Pointwise, dimensions=2), "p": partial(Pointwise, dime
 
 def method(task=TASK, branches=POINTWISE, loss=None, **options):
     made = UMM(task, branches=branches, loss=loss or ClassBalancedCE(), inferer=Window((8, 8, 4)), **options)
-    made.progress = lambda: 1.0  # the weight of the consistency term is then max_weight
+    made.ramp_progress = lambda: 1.0  # the weight of the consistency term is then max_weight
     return made
 
 
@@ -281,14 +281,14 @@ def test_the_ramp_counts_batches_of_all_epochs_or_of_its_own(ramp_epochs, shares
     umm.__dict__["_trainer"] = type("Trainer", (), {"num_training_batches": 5, "max_epochs": 4})()
     for epoch, share in enumerate(shares):
         umm.iteration = 5 * epoch
-        assert umm.progress() == pytest.approx(share)
+        assert umm.ramp_progress() == pytest.approx(share)
 
 
 def test_the_weight_follows_the_ramp():
     umm, batch = fixed(mutual="plain")
     logged = {}
     umm.log_terms = lambda **terms: logged.update({k: v.item() for k, v in terms.items()})
-    umm.progress = lambda: 0.5
+    umm.ramp_progress = lambda: 0.5
     umm.training_step(batch, 0)
     assert logged["weight"] == pytest.approx(0.2865048)
     assert logged["loss"] == pytest.approx(
