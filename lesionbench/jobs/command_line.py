@@ -162,8 +162,9 @@ def _built_on(group: str, name: str, own: Path | None) -> set[str]:
     """Names of the files of its own group that a configuration stands on."""
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
     file = next((f for f in (root / group / f"{name}.yaml" for root in reversed(_roots(own))) if f.is_file()), None)
-    entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", []) if file else []
+    entries = (yaml.load(file.read_text(), Loader=loader) or {}).get("defaults", []) if file else []
     direct = {entry for entry in entries if isinstance(entry, str) and entry != "_self_"}
     return direct.union(*(_built_on(group, entry, own) for entry in direct))
 
