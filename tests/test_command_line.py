@@ -27,7 +27,7 @@ def test_help_lists_jobs_groups_and_options_without_heavy_imports():
     for word in [
         *JOBS,
         "model/loss",
-        "umm/simulated",
+        "coranet",
         "dice_ce",
         "benchmark=NAME",
         "left_atrium_full",
