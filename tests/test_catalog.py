@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 
 import lightning_modules
@@ -18,7 +16,7 @@ from lesionbench.jobs.catalog import EFFECTS, INDEX, NEEDS, Entry, chosen, entri
 from lesionbench.jobs.command_line import options
 from lesionbench.jobs.methods import PAGE, counted, page, table
 from lesionbench.resolvers import register
-from tests.harness import run
+from tests.harness import composed, run
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -121,11 +119,7 @@ SAMPLE = [
 
 @pytest.mark.parametrize("experiment", SAMPLE)
 def test_choices_are_those_of_hydra(experiment):
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
-    choices = cfg.hydra.runtime.choices
+    choices = composed(f"experiment={experiment}", hydra=True).hydra.runtime.choices
     assert root("model", choices["model"]) == root("model", chosen("experiment", experiment).get("model", "supervised"))
     networks = {
         root("model/network", v) for k, v in choices.items() if k.partition("@")[0] == "model/network" and v and k.count("network@") < 2
@@ -135,37 +129,14 @@ def test_choices_are_those_of_hydra(experiment):
     assert networks >= catalog._networks(experiment)
 
 
-@pytest.fixture
-def benchmarks(tmp_path, monkeypatch):
-    """Three benchmarks as they are written, beside the suite's models."""
-    for name in ("model", "experiment"):
-        (tmp_path / name).symlink_to(CONF / name)
-    files = {
-        "_few": "data: {streams: {labeled: {}, unlabeled: {}}}",
-        "few": "defaults: [_few, override /model/network: multi_head_unet, override /model/inferer: slice]",
-        "few_full": "defaults: [few, _self_]\ndata: {streams: null}",
-        "volumes": "defaults: [override /data: brats2020, override /model/optimizer: sgd]",
-        "none": "",
-    }
-    (tmp_path / "benchmark").mkdir()
-    for name, text in files.items():
-        (tmp_path / "benchmark" / f"{name}.yaml").write_text(text)
-    monkeypatch.setattr(catalog, "CONF", tmp_path)
-    caches = [catalog._names, catalog._read, catalog.chosen, catalog._methods, catalog._networks]
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def test_benchmarks_are_those_that_have_what_a_method_needs(benchmarks):
-    found = {entry.name: entry.benchmarks for entry in entries()}
-    assert found["supervised"] == ("few", "few_full", "volumes")
-    assert found["mean_teacher"] == ("few",)
-    assert found["co_learning"] == ("few",)  # with a network of several heads of its own
-    assert found["spin"] == found["multi_rater"] == found["autoencoder"] == found["reciprocal_adversarial"] == ()
-    assert found["modality_pairing"] == found["umm"] == ("volumes",)  # where their own networks stay
+def test_benchmarks_are_those_that_the_tests_run():
+    found = {entry.name: set(entry.benchmarks) for entry in ENTRIES}
+    few = {"acdc", "blobs", "left_atrium", "simulated_few_labels"}
+    assert found["mean_teacher"] == found["co_learning"] == few
+    assert found["spin"] == found["umm"] == found["ensemble"] == set()
+    assert found["supervised"] > few | {"simulated", "brats2018"}
+    assert "acdc" in found["multi_head_unet"] - found["basic_unet"]
+    assert "simulated" in found["basic_unet"] - found["multi_head_unet"]
 
 
 @pytest.mark.parametrize("name", ["co_learning", "CoLearning", "colearning", "Co-learning", "co learning"])

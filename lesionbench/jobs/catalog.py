@@ -15,6 +15,7 @@ import yaml
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.installation import CONF
+from lesionbench.jobs.command_line import runs_of
 from lesionbench.moved import OPTIONS
 
 FOLDER = Path(__file__).parents[2] / "lightning_modules"
@@ -148,7 +149,7 @@ def write_index(index: Mapping[str, Any]) -> None:
 
 
 @cache
-def chosen(group: str, name: str) -> Mapping[str, str]:
+def chosen(group: str, name: str) -> dict[str, str]:
     """What a configuration file chooses by its defaults list, those of the files that it builds on included: group -> name.
 
     A group goes without its package (`model/network@model.branches.s`) except where a model has several of one group; parts that are
@@ -243,7 +244,7 @@ def _entry(family: str, name: str) -> Entry:
             configs=tuple(sorted(configs, key=lambda c: (c != name, c))),
             built=tuple(built),
             parameters=counted.get("parameters"),
-            benchmarks=() if network else tuple(b for b in _names("benchmark") if name in configs and _fits(b, name, needs, dimensions)),
+            benchmarks=_benchmarks(name, network) if configs else (),
             experiments=tuple(e for e in _names("experiment") if name in (_networks if network else _methods)(e)),
             evidence=Evidence(**evidence),
             page=data.pop("page", f"methods/{name}.md"),
@@ -271,26 +272,10 @@ def _networks(experiment: str) -> frozenset[str]:
     return frozenset(root("model/network", value) for key, value in networks.items() if key.partition("@")[0] == "model/network")
 
 
-def _fits(benchmark: str, model: str, needs: tuple[str, ...], dimensions: tuple[float, ...]) -> bool:
-    """Whether `benchmark=... model=...` is meant to run: the benchmark has the cases that the method learns from, the method the parts
-    that the benchmark sets, and the network of the benchmark will do for it."""
-    choices, own = chosen("benchmark", benchmark), chosen("model", model)
-    offered = {"labels", "unlabeled cases"} if "unlabeled" in (_streams(benchmark) or {}) else {"labels"}
-    parts = {key for key in choices if key.startswith("model/")}
-    if "labels" not in needs or not set(needs) <= offered or not parts <= set(own):
-        return False
-    if {"slice": 2, "slab": 2.5}.get(choices.get("model/inferer", "window"), 3) not in dimensions:
-        return False
-    network, usual = own.get("model/network"), chosen("model", "supervised").get("model/network")
-    if "model/network" not in choices or network == usual:
-        return True
-    return all("heads" in _read(CONF / "model/network" / f"{name}.yaml") for name in (network, choices["model/network"]))
-
-
-def _streams(benchmark: str) -> Mapping[str, Any] | None:
-    """The streams of training cases that a benchmark has, those of the benchmark that it builds on included."""
-    data = _read(CONF / "benchmark" / f"{benchmark}.yaml")
-    if "streams" in (data.get("data") or {}):
-        return data["data"]["streams"]
-    bases = [item for item in data.get("defaults") or [] if isinstance(item, str) and item != "_self_"]
-    return next((streams for base in bases if (streams := _streams(base)) is not None), None)
+def _benchmarks(name: str, network: bool) -> tuple[str, ...]:
+    """The benchmarks that a method is run on; those that choose a network."""
+    if not network:
+        words = (word.split()[0].partition("=") for word in runs_of(name))
+        return tuple(value for key, _, value in words if key == "benchmark")
+    usual = chosen("model", "supervised")
+    return tuple(b for b in _names("benchmark") if root("model/network", (usual | chosen("benchmark", b))["model/network"]) == name)

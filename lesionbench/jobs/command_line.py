@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lesionbench.errors import SuiteError, nearest
 from lesionbench.installation import CONF, command, install
-from lesionbench.jobs.catalog import families
 from lesionbench.moved import words
 
 JOBS = {
@@ -68,6 +67,8 @@ def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def help_text(own: Path | None = None) -> str:
     """What `--help` prints; made from the suite's configurations and the user's own, so it is never out of date."""
+    from lesionbench.jobs.catalog import families
+
     program = command()
     lines = [
         "lesionbench: experiments in brain-lesion and medical-MRI segmentation",
