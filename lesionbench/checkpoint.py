@@ -167,6 +167,8 @@ def initialize_from(module: nn.Module, path: str | Path, prefixes: Mapping[str, 
     if not fitting:
         raise SuiteError(f"init_from={path}: none of its {len(theirs)} weights match this model's {len(own)}{_nearest(weights, own)}")
     module.load_state_dict(fitting, strict=False)
+    if hasattr(module, "on_initialized"):
+        module.on_initialized(fitting)
     lines = [f"init_from {path}: loaded {len(fitting)} of {len(own)} tensors"]
     lines += [f"  names: '{_pattern(a)}' taken as '{_pattern(b)}'" for a, b in taken.items() if a != b]
     for title, names in [

@@ -43,6 +43,7 @@ _SEMI_SUPERVISED = {
 # what `experiment=` names: one file, or the folder
 EXPERIMENTS = {
     **{f"{old}/simulated": f"{new}/simulated_few_labels" for new, old in _SEMI_SUPERVISED.items()},
+    "coranet/simulated": "coranet/simulated_few_labels",
     "supervised_only/blobs": "supervised/blobs",
     "supervised_only/simulated": "supervised/simulated_few_labels",
     "full_supervision/blobs": "supervised/blobs_full",

@@ -1,6 +1,6 @@
 """`Method`, the base of all methods: optimizers, keyed randomness, results, checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -174,6 +174,9 @@ class Method(pl.LightningModule):
     def resting_networks(self) -> list[nn.Module]:
         """The networks whose frozen parts stay in evaluation mode: those that are trained, and those that follow them."""
         return list(self.trained_networks().values())
+
+    def on_initialized(self, loaded: Collection[str]) -> None:
+        """Called when `init_from` has replaced these tensors of the state: what follows from weights is made anew."""
 
     # clock
 

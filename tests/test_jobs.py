@@ -305,6 +305,30 @@ def test_prepare_and_show(folder, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "show").iterdir()} == {"cases.png", "samples.png"}
 
 
+@pytest.mark.parametrize("view", ["patch", "slice", "slab"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_show_draws_samples_of_every_view(view, axis, folder, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("callbacks.figures.montage", lambda cases, path: drawn.update({path.name: cases}))
+    patch = "[8,8,8]" if view == "patch" else "[8,10]"
+    run(
+        *SMALL,
+        f"data.root={folder}",
+        "job=show",
+        f"out={tmp_path}",
+        "show.samples=3",
+        f"data.view={view}",
+        f"patch={patch}",
+        f"data.slice_axis={axis}",
+    )
+    assert len(drawn["samples.png"]) == 3
+    for _, image, label, task, spacing in drawn["samples.png"]:
+        assert image.shape == ((2, 8, 8, 8) if view == "patch" else (2, 8, 10, 1))
+        assert label.shape == image.shape[1:]
+        assert len(spacing) == 3
+        assert task.unit == ("mm" if view == "patch" or axis == 2 else "vox")
+
+
 def test_simulated_cases_in_brats_layout_train_through_the_real_path(tmp_path):
     out = tmp_path / "brats"
     run("job=simulate", f"out={out}", "simulate.count=4", "simulate.spacing=6", "simulate.layout=2021")

@@ -14,6 +14,7 @@ from torch import nn
 
 from callbacks import PseudoLabelQuality
 from datamodules import Blobs, Preprocessing, Split
+from lesionbench.checkpoint import initialize_from
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume, write_volume
 from lesionbench.maps import MapStore
@@ -170,6 +171,19 @@ def test_refuses_a_network_that_is_not_there():
         method(predict_with="techer").check(data)
     with pytest.raises(SuiteError, match="extra_maps"):
         method(PseudoLabel, labels="stored").check(data)
+
+
+def test_a_teacher_that_a_file_does_not_hold_starts_as_its_student(tmp_path):
+    source = MeanTeacher(TASK, network=net, loss=SoftDice(), inferer=SliceWise())
+    torch.save({k: v for k, v in source.state_dict().items() if k.startswith("network.")}, tmp_path / "student.pt")
+    module = method(MeanTeacher)
+    initialize_from(module, tmp_path / "student.pt")
+    assert_same(dict(module.teacher.network.named_parameters()), dict(source.network.named_parameters()))
+    with torch.no_grad():
+        source.teacher.network[0].bias.fill_(7)
+    torch.save(source.state_dict(), tmp_path / "both.pt")
+    initialize_from(module, tmp_path / "both.pt")
+    assert (module.teacher.network[0].bias == 7).all()
 
 
 # pseudo labels in the form of the loss

@@ -145,14 +145,16 @@ def options(group: str, own: Path | None = None) -> list[str]:
 def runs_of(model: str, own: Path | None = None) -> list[str]:
     """Commands that run a method, without the program: its experiments, then the benchmarks that it has no experiment for.
 
-    A method that stands on `_semi_supervised` runs where labels are few, `supervised` everywhere; all others have their experiments.
+    A method that stands on `_semi_supervised` runs where labels are few, `supervised` everywhere; all others have their experiments, and
+    so have further settings of another model (`coranet_code`).
     """
     experiments = options("experiment", own)
     found = [f"experiment={name}" for name in experiments if name.startswith(f"{model}/")]
     parts = _built_on("model", model, own)
+    variant = "_target_" not in _content("model", model, own)
     for benchmark in options("benchmark", own):
         few = "_few_labels" in _built_on("benchmark", benchmark, own) and not benchmark.endswith("_full")
-        fits = benchmark != "none" if model == "supervised" else few and "_semi_supervised" in parts
+        fits = benchmark != "none" if model == "supervised" else few and "_semi_supervised" in parts and not variant
         if fits and f"{model}/{benchmark}" not in experiments:
             found.append(f"benchmark={benchmark} model={model}")
     return found
@@ -160,13 +162,17 @@ def runs_of(model: str, own: Path | None = None) -> list[str]:
 
 def _built_on(group: str, name: str, own: Path | None) -> set[str]:
     """Names of the files of its own group that a configuration stands on."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-    file = next((f for f in (root / group / f"{name}.yaml" for root in reversed(_roots(own))) if f.is_file()), None)
-    entries = (yaml.load(file.read_text(), Loader=loader) or {}).get("defaults", []) if file else []
+    entries = _content(group, name, own).get("defaults", [])
     direct = {entry for entry in entries if isinstance(entry, str) and entry != "_self_"}
     return direct.union(*(_built_on(group, entry, own) for entry in direct))
+
+
+def _content(group: str, name: str, own: Path | None) -> dict:
+    """What stands in a configuration file; nothing where there is none."""
+    import yaml
+
+    file = next((f for f in (root / group / f"{name}.yaml" for root in reversed(_roots(own))) if f.is_file()), None)
+    return (yaml.safe_load(file.read_text()) if file else None) or {}
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:

@@ -1,7 +1,10 @@
 """Jobs on a data set alone: check, prepare, simulate, show."""
 
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,7 +56,7 @@ def simulate(cfg: DictConfig) -> None:
 
 
 def show(cfg: DictConfig) -> None:
-    """Writes montages of cases and of augmented training samples to `out`."""
+    """Writes montages of cases (`cases.png`) and of augmented training samples as the network gets them (`samples.png`) to `out`."""
     from hydra.utils import instantiate
 
     from callbacks.figures import montage
@@ -66,12 +69,21 @@ def show(cfg: DictConfig) -> None:
     items = [whole[(i, False)] for i in range(len(whole))]
     cases = [(i["case"], i["image"], i["label"][0] if "label" in i else None, data.task, i["geometry"].network_spacing) for i in items]
     montage(cases, out / "cases.png")
-    if data.view == "patch":
+    if data.view != "voxels":  # single voxels have no picture
         loader = data.train_dataloader()
         stream = (loader if not hasattr(loader, "flattened") else loader.flattened[0]).dataset
         samples = [stream[(0, position)] for position in range(cfg.show.samples)]
         spacing = items[0]["geometry"].network_spacing
-        montage(
-            [(s["case"], s["image"], s["label"][0] if "label" in s else None, data.task, spacing) for s in samples], out / "samples.png"
-        )
+        montage([_drawable(sample, data.view, data.task, spacing) for sample in samples], out / "samples.png")
     say(f"written to {out}")
+
+
+def _drawable(sample: Mapping[str, Any], view: str, task: Any, spacing: Sequence[float]) -> tuple[str, Any, Any, Any, Sequence[float]]:
+    """A training sample as a volume that `montage` draws; a slice, and the middle one of a slab, as a volume of one slice."""
+    image, label = sample["image"], sample["label"][0] if "label" in sample else None
+    if view != "patch":
+        image = (image if view == "slice" else image[..., image.shape[-1] // 2])[..., None]
+        label = None if label is None else label[..., None]
+        spacing = [*(s for axis, s in enumerate(spacing) if axis != task.slice_axis), 1.0]
+        task = task if task.slice_axis == 2 else replace(task, unit="vox")  # right and left are marked on axial slices alone
+    return sample["case"], image, label, task, spacing

@@ -325,22 +325,8 @@ def _check_names(cells: Iterable[Cell], metrics: Sequence[str], regions: Sequenc
 # --- summing up ------------------------------------------------------------------------------------------------------------------
 
 
-_CELL_COLUMNS: tuple[str, ...] = (
-    "group",
-    "member",
-    "region",
-    "metric",
-    "mean",
-    "std",
-    "median",
-    "q25",
-    "q75",
-    "n_seeds",
-    "n_folds",
-    "n_cases",
-    "missing",
-)
-_CELL_COLUMNS += ("std_cases", "oracle", *COST, "note")
+_CELL_COLUMNS: tuple[str, ...] = ("group", "member", "region", "metric", "mean", "std", "median", "q25", "q75", "n_seeds", "n_folds")
+_CELL_COLUMNS += ("n_cases", "missing", "std_cases", "oracle", *COST, "note")
 
 
 def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:

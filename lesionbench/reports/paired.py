@@ -7,21 +7,9 @@ import numpy as np
 from lesionbench.reports.runs import LOWER_IS_BETTER, Cell, Record, Values, mean_of_known, sorted_cells
 from lesionbench.reports.statistics import MIN_PAIRS, bootstrap_interval, differences, holm, paired_tests
 
-TEST_COLUMNS: tuple[str, ...] = (
-    "metric",
-    "group",
-    "baseline",
-    "member",
-    "region",
-    "n",
-    "missing",
-    "mean_difference",
-    "ci_low",
-    "ci_high",
-    "dz",
-    "better",
-)
-TEST_COLUMNS += ("wins", "ties", "losses", "p_wilcoxon", "p_wilcoxon_holm", "p_ttest", "p_ttest_holm", "note", "oracle")
+TEST_COLUMNS: tuple[str, ...] = ("metric", "group", "baseline", "member", "region", "n", "missing", "mean_difference", "ci_low")
+TEST_COLUMNS += ("ci_high", "dz", "better", "wins", "ties", "losses", "p_wilcoxon", "p_wilcoxon_holm", "p_ttest", "p_ttest_holm")
+TEST_COLUMNS += ("note", "oracle")
 
 
 def tests_against(pool: dict[Cell, Values], baseline: str, oracle: set[Cell]) -> list[Record]:

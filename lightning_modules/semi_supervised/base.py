@@ -1,6 +1,6 @@
 """The base of semi-supervised methods: labeled and unlabeled streams, joint passes, ramps, teachers, pseudo labels on disk, warm start."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -88,6 +88,13 @@ class SemiSupervised(SegmentationMethod):
 
     def resting_networks(self) -> list[nn.Module]:
         return [*self.students().values(), *(child.network for child in self.children() if isinstance(child, Teacher))]
+
+    def on_initialized(self, loaded: Collection[str]) -> None:
+        """A teacher that has no weights in the file starts as its students."""
+        super().on_initialized(loaded)
+        for name, child in self.named_children():
+            if isinstance(child, Teacher) and not any(key.startswith(f"{name}.") for key in loaded):
+                child.reset()
 
     def predictors(self) -> dict[str, nn.Module]:
         """The networks that can predict, by name, the default first: students, then teachers (attribute name)."""
