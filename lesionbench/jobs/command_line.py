@@ -172,7 +172,8 @@ def _content(group: str, name: str, own: Path | None) -> dict:
     import yaml
 
     file = next((f for f in (root / group / f"{name}.yaml" for root in reversed(_roots(own))) if f.is_file()), None)
-    return (yaml.safe_load(file.read_text()) if file else None) or {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    return (yaml.load(file.read_text(), Loader=loader) if file else None) or {}
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
