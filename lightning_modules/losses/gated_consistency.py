@@ -10,7 +10,7 @@ from lightning_modules.ramps import gaussian_ramp
 
 
 def gated_consistency(student: torch.Tensor, teacher: torch.Tensor, certain: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared difference, summed over classes and averaged over the certain voxels of each case, then over cases (Zhao et al., JBHI 2023, Eq. 4).
+    """Squared difference, summed over classes and averaged over the certain voxels of each case, then over cases (Zhao et al., JBHI 2023, Eq. 5).
 
     Args:
         student, teacher: probabilities (B, C, *spatial).
@@ -38,7 +38,7 @@ def squared_error(probabilities: torch.Tensor, target: torch.Tensor, weight: tor
 
 
 class RelativeMax:
-    """Keeps voxels below a share of the map's largest uncertainty: U < ratio * max U (Zhao et al., JBHI 2023, Eq. 4; ratio 1/3).
+    """Keeps voxels below a share of the map's largest uncertainty: U < ratio * max U (Zhao et al., JBHI 2023, Eq. 5; ratio 1/3).
 
     The bar moves with the map: late in training, when uncertainty is low everywhere, the relatively uncertain voxels are still left out.
     A constant map has no voxel below its maximum times a ratio of at most 1.

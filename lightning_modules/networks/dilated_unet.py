@@ -11,7 +11,7 @@ NORMS = ("group", "instance", "batch")
 
 
 class DilatedUNet(nn.Module):
-    """U-Net whose lowest level is followed by dilated convolutions at the same resolution (Peiris et al., BrainLes 2021, section 2.1).
+    """U-Net whose lowest level is followed by dilated convolutions at the same resolution (Peiris et al., BrainLes 2021, Section 3.3).
 
     The decoder upsamples linearly (corners aligned). Kaiming initialization (fan out); normalization layers start as the identity.
 

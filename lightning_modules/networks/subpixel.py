@@ -148,7 +148,7 @@ class DecoderBlock(nn.Module):
 
 
 class LearnedDownsampler(nn.Module):
-    """Softmax weights of the four subpixels of every pixel (Wong et al., Section 3.3).
+    """Softmax weights of the four subpixels of every pixel (Wong et al., Section 3.1).
 
     Args:
         latent_channels: channels of the decoder's last features (2H x 2W).

@@ -40,7 +40,7 @@ class UMM(SegmentationMethod):
     Args:
         branches: name -> network factory, called with (channels, classes). Its dimension follows from the network: 2D, 2.5D (a network
             with a `slab`) or 3D. Without dropout layers the uncertainty is the plain entropy. None leaves a branch out.
-        mutual: `gated`; `plain`, every voxel of every teacher counts (Eq. 2, in the class-summed form of Eq. 4); `none`, branches that
+        mutual: `gated`; `plain`, every voxel of every teacher counts (Eq. 2, in the class-summed form of Eq. 5); `none`, branches that
             are trained separately.
         gate: called with (uncertainty, classes, share of the ramp done), returns where a teacher counts; for `gated`.
         mc_samples: passes T, at least 1; in training the one with gradient is the first of them.
@@ -164,7 +164,7 @@ class UMM(SegmentationMethod):
         return moments.entropy
 
     def _consistency(self, learner: str, probabilities: Mapping[str, torch.Tensor], certain: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """L_c of one learner: the sum over all other branches as teachers (Eqs. 2 and 5)."""
+        """L_c of one learner: the sum over all other branches as teachers (Eqs. 2 and 4)."""
         own, terms = probabilities[learner], []
         for name, teacher in probabilities.items():
             if name != learner:
