@@ -210,7 +210,7 @@ def test_options_and_defaults_are_real(page):
     assert rows or "No options:" in section(page, "Options"), (
         "a table | key | default | meaning |; or a sentence that begins with `No options:`"
     )
-    alone = None if page.stem in RECIPES else configuration("~experiment", f"model={page.stem}")
+    alone = None if page.stem in RECIPES else configuration("benchmark=none", f"model={page.stem}")
     wrong = []
     for cells in rows:
         match = re.fullmatch(r"`([a-z_]+(?:[./@][a-z_0-9]+)*)`", cells[0])
@@ -254,7 +254,7 @@ def test_the_rules_see_what_is_wrong(tmp_path):
     for name in ("lightning_modules.losses.vat.NAT", "lightning_modules.lost.VAT"):
         with pytest.raises((ImportError, AttributeError)):
             resolved(name)
-    cfg = configuration("~experiment", "model=mean_teacher")
+    cfg = configuration("benchmark=none", "model=mean_teacher")
     right = {
         "model.decay": "0.99",
         "model/ramp": "gaussian",
