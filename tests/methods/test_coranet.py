@@ -377,10 +377,10 @@ class Pointwise(nn.Module):
     def __init__(self, in_channels, out_channels, *, heads=1, dimensions=2):
         super().__init__()
         from lightning_modules.networks.contract import describe
-        from lightning_modules.networks.multi_head import Branches
+        from lightning_modules.networks.multi_head import Heads
 
         describe(self, dimensions, 4)
-        self.branches = Branches(lambda: (nn.Conv2d, nn.Conv3d)[dimensions - 2](in_channels, out_channels, 1), heads)
+        self.branches = Heads(lambda: (nn.Conv2d, nn.Conv3d)[dimensions - 2](in_channels, out_channels, 1), heads)
 
     def forward(self, image):
         return self.branches(image)
