@@ -190,9 +190,9 @@ def test_a_run_moves_only_what_is_not_frozen_and_resumes_bit_exactly(tmp_path):
 
 
 def test_without_frozen_parts_the_hash_is_that_of_earlier_runs():
-    plain = composed("experiment=supervised/simulated")
+    plain = composed("benchmark=simulated")
     OmegaConf.set_struct(plain, False)
     before = config_hash(plain)
     del plain.model["freeze"], plain["init_prefix"]
     assert config_hash(plain) == before
-    assert config_hash(composed("experiment=supervised/simulated", "model.freeze=[encoder]")) != before
+    assert config_hash(composed("benchmark=simulated", "model.freeze=[encoder]")) != before

@@ -52,7 +52,7 @@ def simulate(cfg: DictConfig) -> None:
     options = OmegaConf.to_container(cfg.simulate, resolve=True)
     count, layout = options.pop("count"), options.pop("layout")
     path = write_brats(Path(cfg.out), Simulation(**options), count, str(layout))
-    say(f"{count} cases in {path}; train on them with\n  {command()} experiment=supervised/brats2020 data.layout={layout} data.root={path}")
+    say(f"{count} cases in {path}; train on them with\n  {command()} benchmark=brats2020 data.layout={layout} data.root={path}")
 
 
 def show(cfg: DictConfig) -> None:
