@@ -117,8 +117,8 @@ def test_dropout_is_made_of_modules_and_acts_in_training_only(factory, size):
     assert torch.equal(network(image), network.eval()(image))
 
 
-def test_swin_unet_in_a_window_of_slices():
-    network = SlabChannels(2, 3, network=small_swin, window=3)
+def test_swin_unet_in_a_slab_of_slices():
+    network = SlabChannels(2, 3, network=small_swin, slab=3)
     assert network(torch.randn(1, 2, 20, 24, 3)).shape == (1, 3, 20, 24)
 
 

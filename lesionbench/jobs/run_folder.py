@@ -44,6 +44,8 @@ def config_hash(cfg: DictConfig) -> str:
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.seed = 0  # data and model refer to it
+        if "root" in cfg.get("data", {}):  # as do paths below it, which must not tell where the data set lies
+            cfg.data.root = f"data/{Path(cfg.data.root).name}"
     data = OmegaConf.to_container(cfg, resolve=True)
     for dotted in (*_INCIDENTAL, *_NEUTRAL):
         *parents, last = dotted.split(".")
