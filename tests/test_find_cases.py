@@ -359,6 +359,14 @@ def test_prediction_input_of_all_depths_and_what_is_not_used(tmp_path):
         find_images(tmp_path, ["t1"])
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "all/a_t1.nii.gz", "elsewhere/b_t1.nii.gz")
+    (tmp_path / "all" / "back").symlink_to(tmp_path / "all")
+    for name in ("linked", "linked_again"):
+        (tmp_path / "all" / name).symlink_to(tmp_path / "elsewhere")
+    assert [c.id for c in find_images(tmp_path / "all", ["t1"])] == ["a", "b"]
+
+
 def test_rows_of_attributes_that_belong_to_no_case_are_refused(tmp_path):
     touch(tmp_path, "images/sub0_ses0_t1.nii.gz", "images/sub0_ses1_t1.nii.gz")
     (tmp_path / "attributes.csv").write_text("case,patient\nsub0_ses0,sub0\nsub0-ses1,sub0\n")

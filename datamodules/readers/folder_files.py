@@ -89,9 +89,14 @@ def images_below(root: Path) -> list[Path]:
 
 
 def _walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders below `start`, each once: of several links to one folder, or a link back to where it lies, the first counts."""
+    seen = set()
     for folder, folders, names in os.walk(start, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield folder, folders, names
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield folder, folders, names
 
 
 def _niftis(folder: Path) -> list[Path]:
