@@ -42,7 +42,7 @@ def _loaded(path: Path) -> Any:
         except ImportError:
             raise SuiteError(f"{path}: to read it, install the package safetensors") from None
         return load_file(path)
-    if is_zipfile(path) and any(name.endswith("/constants.pkl") for name in ZipFile(path).namelist()):
+    if _is_torchscript(path):
         raise SuiteError(f"{path}: a TorchScript archive, which is a program; save the state_dict() of the network instead")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -51,6 +51,13 @@ def _loaded(path: Path) -> Any:
         text = re.sub(r"(?s)^Weights only load failed.*?WeightsUnpickler error:\s*", "", str(error).strip())
         reason = text.splitlines()[0][:200] if text else type(error).__name__
         raise SuiteError(f"{path}: not a checkpoint that can be read as plain data; refused ({reason})") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not is_zipfile(path):
+        return False
+    with ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:

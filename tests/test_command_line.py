@@ -20,6 +20,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    with subprocess.Popen([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_help_lists_jobs_groups_and_options_without_heavy_imports():
     code = "import sys; sys.argv=['run.py','--help']; import run; run.main(); assert not {'torch','hydra','monai'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

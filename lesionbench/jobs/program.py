@@ -19,7 +19,7 @@ def main() -> None:
         own, arguments = own_folder(named(sys.argv[1:]))
         arguments = quoted(renamed(arguments, own))
         if "--help" in arguments or "-h" in arguments:
-            print(help_text(own))
+            _print(help_text(own))
         else:
             sys.argv[1:] = arguments
             _run(arguments)
@@ -27,6 +27,14 @@ def main() -> None:
         from lesionbench.jobs.failed_jobs import notes
 
         sys.exit(f"error: {error}{notes(error)}")
+
+
+def _print(text: str) -> None:
+    """Prints; a reader that has seen enough, as in `--help | head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python writes when it ends goes nowhere
 
 
 def _run(arguments: list[str]) -> None:
