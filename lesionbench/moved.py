@@ -4,6 +4,7 @@ One table for all: `current` brings a configuration that was written with the ol
 names under which runs were first hashed, so that a run keeps its folder.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,27 @@ EXPERIMENTS = {
 }
 # experiments whose configuration said that there is no stream `default`, where today's does not name it
 _WITHOUT_DEFAULT_STREAM = {f"{old}/{benchmark}" for old in _SEMI_SUPERVISED.values() for benchmark in ("acdc", "left_atrium")}
-# other words of the command line, up to the equals sign or whole
-OPTIONS = {
-    "model=colearning": "model=co_learning",
-    "model=cps": "model=cross_pseudo_supervision",
-    "model=reciprocal": "model=reciprocal_adversarial",
-    "model=vat": "model=virtual_adversarial_training",
-    "model/network=branched_resnet": "model/network=multi_head_resnet",
-    "model/network=branched_unet": "model/network=multi_head_unet",
-    "model/network=branched_vnet": "model/network=multi_head_vnet",
-    "model/network=window": "model/network=slab",
-    "model/inferer=pack": "model/inferer=slab",
-    "data.view=window": "data.view=slab",
+# what a group of the command line offers, wherever it is put (`group@package=`), alone or in a list
+CHOICES = {
+    "model": {
+        "colearning": "co_learning",
+        "cps": "cross_pseudo_supervision",
+        "reciprocal": "reciprocal_adversarial",
+        "vat": "virtual_adversarial_training",
+    },
+    "model/network": {
+        "branched_resnet": "multi_head_resnet",
+        "branched_unet": "multi_head_unet",
+        "branched_vnet": "multi_head_vnet",
+        "window": "slab",
+    },
+    "model/inferer": {"pack": "slab"},
+    "callbacks": {"reliability": "uncertainty_calibration"},
+    "data.view": {"window": "slab"},
+}
+# keys of the command line, with everything below them
+KEYS = {
+    "callbacks.reliability": "callbacks.uncertainty_calibration",
     "data.window": "data.slab",
     "data.planting": "data.insertion",
     "model.network.window": "model.network.slab",
@@ -115,14 +125,13 @@ def words(argument: str, own: Path | None = None) -> list[str]:
     name = key.lstrip("+~")
     if name == "experiment":
         return _experiments(key, value.split(","), own)
-    if argument in OPTIONS:
-        return [OPTIONS[argument]]
-    for old, new in OPTIONS.items():
-        if "=" not in old and (name == old or name.startswith(f"{old}.")):
+    for old, new in KEYS.items():
+        if name == old or name.startswith(f"{old}."):
             return [key.replace(old, new, 1) + equals + value]
-        if "=" in old and name == old.partition("=")[0] and "," in value:
-            pairs = {o.partition("=")[2]: n.partition("=")[2] for o, n in OPTIONS.items() if o.partition("=")[0] == name}
-            return [f"{key}=" + ",".join(pairs.get(one, one) for one in value.split(","))]
+    group = name.partition("@")[0]
+    choices = {old: new for old, new in CHOICES.get(group, {}).items() if own is None or not (own / group / f"{old}.yaml").is_file()}
+    if choices:
+        return [key + equals + re.sub(r"\w+", lambda word: choices.get(word[0], word[0]), value)]
     return [argument]
 
 

@@ -9,9 +9,10 @@ import torch
 
 from lesionbench.checkpoint import build_method, load_method
 from lesionbench.errors import SuiteError
+from lesionbench.installation import CONF
 from lesionbench.jobs.command_line import renamed
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
-from lesionbench.moved import ARGUMENTS, EXPERIMENTS, OPTIONS, TARGETS, current, recorded, words
+from lesionbench.moved import ARGUMENTS, CHOICES, EXPERIMENTS, KEYS, TARGETS, current, recorded, words
 from lesionbench.task import Task
 from tests.harness import composed
 
@@ -97,11 +98,29 @@ def test_words_of_the_command_line():
     assert words("experiment=agreement/ellipses") == ["experiment=multi_rater/ellipses"]
     assert words("data.window=7") == ["data.slab=7"]
     assert words("model/network=unet,branched_unet") == ["model/network=unet,multi_head_unet"]
+    assert words("model/network@model.network.network=branched_unet") == ["model/network@model.network.network=multi_head_unet"]
+    assert words("+model@missing=vat") == ["+model@missing=virtual_adversarial_training"]
+    assert words("callbacks=[default,reliability]") == ["callbacks=[default,uncertainty_calibration]"]
+    assert words("~callbacks.reliability.bins") == ["~callbacks.uncertainty_calibration.bins"]
     for untouched in (
         "seed=1", "-m", "data.windows=3", "model=supervised", "runs=cps/acdc", "model/network@model.network.network=unet",
         "experiment=coranet/acdc", "experiment=supervised/nothing", "experiment=none",
     ):  # fmt: skip
         assert words(untouched) == [untouched]
+
+
+def test_a_choice_of_ones_own_keeps_its_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "vat.yaml").touch()
+    assert words("model=vat,cps", tmp_path) == ["model=vat,cross_pseudo_supervision"]
+
+
+def test_every_new_name_exists():
+    for group, names in CHOICES.items():
+        for old, new in names.items():
+            if group != "data.view":
+                assert (CONF / group / f"{new}.yaml").is_file(), new
+                assert not (CONF / group / f"{old}.yaml").exists(), old
 
 
 def test_experiments_that_are_a_benchmark_and_a_model(tmp_path):
@@ -141,6 +160,6 @@ def test_a_run_begun_under_the_old_name_is_resumed(tmp_path, monkeypatch):
 
 def test_the_table_ends_with_the_next_release():
     """Old names of experiments and options are answered for one release."""
-    assert version("lesionbench").startswith("0.1") or not (EXPERIMENTS or OPTIONS)
+    assert version("lesionbench").startswith("0.1") or not (EXPERIMENTS or CHOICES or KEYS)
     assert TARGETS
     assert ARGUMENTS

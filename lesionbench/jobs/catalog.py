@@ -16,7 +16,7 @@ import yaml
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.installation import CONF
 from lesionbench.jobs.command_line import runs_of
-from lesionbench.moved import OPTIONS
+from lesionbench.moved import CHOICES
 
 FOLDER = Path(__file__).parents[2] / "lightning_modules"
 INDEX = FOLDER / "catalog.json"
@@ -131,7 +131,7 @@ def find(name: str) -> Entry:
     def plain(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())
 
-    today = (OPTIONS.get(f"model={name}") or OPTIONS.get(f"model/network={name}") or f"={name}").partition("=")[2]
+    today = {**CHOICES["model/network"], **CHOICES["model"]}.get(name, name)
     every = entries()
     for entry in every:
         if plain(today) in map(plain, (entry.name, *entry.configs, entry.title)):
