@@ -3,6 +3,7 @@
 import math
 import pickle
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from callbacks.case_callback import CaseCallback
 from callbacks.gather import gather
 from callbacks.overlays import View, case_figure, masks_of, montage, save, score_figure, slices
 from callbacks.wandb_run import WandbRun
+from lesionbench.batch import Batch
 from lesionbench.errors import unknown
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.task import Task
@@ -21,7 +24,7 @@ from lesionbench.task import Task
 __all__ = ["OverlayFigures", "montage"]
 
 
-class OverlayFigures(pl.Callback):
+class OverlayFigures(CaseCallback):
     """Writes `<folder>/figures/{best,median,worst,summary}.png` after testing and hands them to every logger that takes images.
     W&B also gets the slices themselves, with truth and prediction as masks that can be switched on and off.
 
@@ -32,60 +35,48 @@ class OverlayFigures(pl.Callback):
         folder: run folder.
         channels: what is drawn; by default the FLAIR channel, else the first.
 
+    Attributes:
+        collected: result rows of each case of this rank, in the order in which their slices were put aside.
+
     Raises:
         SuiteError: a channel that the task does not have.
     """
 
     def __init__(self, folder: str, channels: list[str] | None = None) -> None:
         self.folder, self.channels = Path(folder) / "figures", channels
-        self._rows: list[dict[str, Any]] = []
-        self._order: list[tuple[str, int]] = []  # case, position among this rank's cases
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._rows, self._order = [], []
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._spill = tempfile.TemporaryDirectory(prefix="lesionbench-figures-")
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: CaseResult | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if not isinstance(outputs, CaseResult):
-            return
-        rows = [row for row in outputs.rows if row["member"] == "" and row["region"]]
-        channels = self._channels(pl_module.task)
-        title, subtitle = f"{outputs.case}", "   ".join(f"{row['region']} {_shown(row)}" for row in rows if "dice" in row)
-        payload = (title, subtitle and f"Dice   {subtitle}", case_slices(outputs, pl_module.task, channels), channels)
-        with open(Path(self._spill.name) / str(len(self._order)), "wb") as file:
+    def add(self, result: CaseResult, batch: Batch, method: Any) -> None:
+        rows = [row for row in result.rows if row["member"] == "" and row["region"]]
+        channels = self._channels(method.task)
+        subtitle = "   ".join(f"{row['region']} {_shown(row)}" for row in rows if "dice" in row)
+        payload = (result.case, subtitle and f"Dice   {subtitle}", case_slices(result, method.task, channels), channels)
+        with open(Path(self._spill.name) / str(len(self.collected)), "wb") as file:
             pickle.dump(payload, file)
-        self._order.append((outputs.case, len(self._order)))
-        self._rows += rows
+        self.collected[result.case] = rows
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ranks = gather((self._order, self._rows))
-        rows = sorted((row for _, own in ranks for row in own), key=lambda row: row["case"])  # the same on any number of ranks
-        places = {case: (rank, place) for rank, (order, _) in enumerate(ranks) for case, place in order}
+    def finish(self, ranks: Sequence[dict[str, list[dict[str, Any]]]], trainer: pl.Trainer, method: Any) -> None:
+        rows = [
+            row for case, own in sorted(item for part in ranks for item in part.items()) for row in own
+        ]  # the same on any number of ranks
+        places = {case: (rank, place) for rank, cases in enumerate(ranks) for place, case in enumerate(cases)}
         chosen = selected(rows, list(places))
         drawn = {
-            name: self._draw(name, places[case][1], pl_module.task)
-            for name, case in chosen.items()
-            if places[case][0] == trainer.global_rank
+            name: self._draw(name, places[case][1], method.task) for name, case in chosen.items() if places[case][0] == trainer.global_rank
         }
         if trainer.is_global_zero and _scored(rows):
-            save(score_figure(rows, pl_module.task.region_names), self.folder / "summary.png")
+            save(score_figure(rows, method.task.region_names), self.folder / "summary.png")
         trainer.strategy.barrier("figures")
         self._spill.cleanup()
         sent = {name: drawing for own in gather(drawn) for name, drawing in own.items()}
         if trainer.is_global_zero:
-            self._send(trainer, pl_module, [*chosen, *(["summary"] if _scored(rows) else [])])
+            self._send(trainer, method, [*chosen, *(["summary"] if _scored(rows) else [])])
             for logger in trainer.loggers:
                 if isinstance(logger, WandbRun):
                     for name in chosen:
-                        logger.log_overlays(f"overlays/{name}", *sent[name], pl_module.task.region_names)
+                        logger.log_overlays(f"overlays/{name}", *sent[name], method.task.region_names)
 
     def _channels(self, task: Task) -> list[str]:
         for name in self.channels or ():
