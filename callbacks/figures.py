@@ -51,18 +51,19 @@ class OverlayFigures(CaseCallback):
     def add(self, result: CaseResult, batch: Batch, method: Any) -> None:
         rows = [row for row in result.rows if row["member"] == "" and row["region"]]
         channels = self._channels(method.task)
-        subtitle = "   ".join(f"{row['region']} {_shown(row)}" for row in rows if "dice" in row)
-        payload = (result.case, subtitle and f"Dice   {subtitle}", case_slices(result, method.task, channels), channels)
+        views = case_slices(result, method.task, channels)
+        absent = not_drawn(result, method.task, views)
+        subtitle = "   ".join(f"{row['region']} {_shown(row)}{absent.get(row['region'], '')}" for row in rows if "dice" in row)
+        payload = (result.case, subtitle and f"Dice   {subtitle}", views, channels)
         with open(Path(self._spill.name) / str(len(self.collected)), "wb") as file:
             pickle.dump(payload, file)
         self.collected[result.case] = rows
 
     def finish(self, ranks: Sequence[dict[str, list[dict[str, Any]]]], trainer: pl.Trainer, method: Any) -> None:
-        rows = [
-            row for case, own in sorted(item for part in ranks for item in part.items()) for row in own
-        ]  # the same on any number of ranks
+        cases = {case: rows for part in ranks for case, rows in part.items()}
+        rows = [row for case in sorted(cases) for row in cases[case]]  # the same on any number of ranks
         places = {case: (rank, place) for rank, cases in enumerate(ranks) for place, case in enumerate(cases)}
-        chosen = selected(rows, list(places))
+        chosen = selected(rows, list(cases))
         drawn = {
             name: self._draw(name, places[case][1], method.task) for name, case in chosen.items() if places[case][0] == trainer.global_rank
         }
@@ -129,6 +130,30 @@ def case_slices(result: CaseResult, task: Task, channels: list[str]) -> list[Any
     extra |= {} if prediction.scores is None else {"score": prediction.scores}
     maps = {name: canonical(values[None].float())[0] for name, values in extra.items()}
     return slices(canonical(image), canonical(truth), canonical(_regions(prediction, task)), maps, spacing)
+
+
+def not_drawn(result: CaseResult, task: Task, views: list[View]) -> dict[str, str]:
+    """Region -> why it is not outlined in the picture, for those of which the truth, the prediction or both are not to be seen."""
+    prediction = result.prediction
+    predicted = None if prediction.regions is None else (prediction.regions > 0.5).flatten(1).any(dim=1).tolist()
+    if prediction.labels is not None:
+        predicted = _present(prediction.labels, task)
+    if result.truth is None or predicted is None:
+        return {}
+    reasons = {(False, False): " (in neither)", (False, True): " (not in the truth)", (True, False): " (not predicted)"}
+    found = {}
+    for r, (true, own) in enumerate(zip(_present(result.truth, task), predicted, strict=True)):
+        if true and own:
+            seen = any(masks[r].any() for view in views for masks in (view.truth, view.prediction))
+            found[task.region_names[r]] = "" if seen else " (elsewhere)"
+        else:
+            found[task.region_names[r]] = reasons[true, own]
+    return found
+
+
+def _present(labels: torch.Tensor, task: Task) -> list[bool]:
+    """Which regions have a voxel."""
+    return task.region_masks(torch.unique(labels)).any(dim=1).tolist()
 
 
 def _regions(prediction: Prediction, task: Task) -> np.ndarray | None:

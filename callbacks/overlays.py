@@ -101,7 +101,8 @@ def _displayed(plane: np.ndarray) -> np.ndarray:
 
 
 def case_figure(title: str, subtitle: str, views: list[View], channels: Sequence[str], regions: Sequence[str], markers: bool) -> "Figure":
-    """Rows: the three views; columns: each channel, truth, prediction, error, and every further map.
+    """Rows: the three views; columns: each channel, truth, prediction, error, and every further map. Fewer columns than views change places
+    with them, so that a figure is never taller than wide.
 
     Args:
         title, subtitle: the case, and its scores.
@@ -111,67 +112,94 @@ def case_figure(title: str, subtitle: str, views: list[View], channels: Sequence
         markers: whether directions are known (R/L, A/P letters and a note on orientation).
     """
     first = views[0]
-    columns = [*channels]
-    columns += ["truth"] * (first.truth is not None) + ["prediction"] * (first.prediction is not None)
-    columns += ["error"] * (first.truth is not None and first.prediction is not None) + [*first.maps]
-    scale = PANEL / max(v.size[0] for v in views)
-    canvas = _Canvas(len(columns), [v.size[1] * scale for v in views])
+    drawn = [*channels]
+    drawn += ["truth"] * (first.truth is not None) + ["prediction"] * (first.prediction is not None)
+    drawn += ["error"] * (first.truth is not None and first.prediction is not None) + [*first.maps]
+    down = len(drawn) < len(views)  # what is drawn goes down, the views go across
+    heights = [max(v.size[1] for v in views)] * len(drawn) if down else [v.size[1] for v in views]
+    canvas = _Canvas(
+        len(views) if down else len(drawn), heights, max(max(v.size) for v in views), square=True, bars=down and bool(first.maps)
+    )
     windows = [gray_range([v.image[c] for v in views]) for c in range(len(channels))]
     limits = {name: _limits([v.maps[name] for v in views]) for name in first.maps}
-    for row, view in enumerate(views):
-        for column, name in enumerate(columns):
-            ax = canvas.panel(row, column, view.size[0] * scale, view.size[1] * scale)
-            if column >= len(channels) and name in first.maps:
+    for v, view in enumerate(views):
+        for d, name in enumerate(drawn):
+            row, column = (d, v) if down else (v, d)
+            ax = canvas.panel(row, column, *view.size)
+            if d >= len(channels) and name in first.maps:
                 shown = ax.imshow(
                     view.maps[name].astype(np.float32), cmap="inferno", aspect="auto", vmin=limits[name][0], vmax=limits[name][1]
                 )
-                if row == len(views) - 1:
-                    canvas.colorbar(shown, column)
+                if v == len(views) - 1:
+                    canvas.colorbar(shown, row, column)
             else:
-                channel = column if column < len(channels) else 0
+                channel = d if d < len(channels) else 0
                 _gray(ax, view.image[channel], windows[channel])
-                _overlay(ax, view, name if column >= len(channels) else "")
+                _overlay(ax, view, name if d >= len(channels) else "")
+            place = f"{view.name} {view.index}"
             if row == 0:
-                ax.set_title(name, fontsize=9, pad=4)
+                ax.set_title(place if down else name, fontsize=9, pad=4)
             if column == 0:
-                ax.set_ylabel(f"{view.name} {view.index}", fontsize=8, labelpad=3)
-                if markers:
-                    _mark(ax, VIEWS[view.name][2])
-    legend = [(name, PALETTE[r % len(PALETTE)]) for r, name in enumerate(regions)] if {"truth", "prediction"} & set(columns) else []
-    legend += [("missed", MISSED), ("extra", EXTRA)] if "error" in columns else []
+                ax.set_ylabel(name if down else place, fontsize=8, labelpad=3)
+            if d == 0 and markers:
+                _mark(ax, VIEWS[view.name][2])
+    legend = [(name, PALETTE[r % len(PALETTE)]) for r, name in enumerate(regions)] if {"truth", "prediction"} & set(drawn) else []
+    legend += [("missed", MISSED), ("extra", EXTRA)] if "error" in drawn else []
     canvas.finish(title, subtitle, legend, "radiological: patient's right on the left" if markers else "")
     return canvas.figure
 
 
 class _Canvas:
-    """A figure of panels with room for titles above and legends below; all sizes in inches."""
+    """A figure of panels in columns of one width, with room for titles above and legends below; all sizes in inches.
 
-    LEFT, RIGHT, TOP, BOTTOM, GAP = 0.35, 0.15, 0.78, 0.62, 0.06
+    Args:
+        heights: of the rows, in the units in which panels are given.
+        largest: what fills a column, in these units.
+        square: smaller panels rather than a figure that is taller than wide.
+        bars: room for color bars at the end of rows instead of under columns.
+    """
 
-    def __init__(self, columns: int, heights: list[float]) -> None:
+    LEFT, RIGHT, BARS, TOP, BOTTOM, GAP = 0.35, 0.15, 0.6, 0.78, 0.62, 0.06
+
+    def __init__(self, columns: int, heights: Sequence[float], largest: float, square: bool = False, bars: bool = False) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.heights = heights
-        self.width = max(self.LEFT + columns * (PANEL + self.GAP) + self.RIGHT, 4.5)
-        self.height = self.TOP + sum(heights) + self.GAP * (len(heights) - 1) + self.BOTTOM
+        self.bars = bars
+        self.width = max(self.LEFT + columns * (PANEL + self.GAP) + (self.BARS if bars else self.RIGHT), 4.5)
+        around = self.TOP + self.GAP * (len(heights) - 1) + self.BOTTOM
+        self.scale = PANEL / largest
+        if square:
+            self.scale = min(self.scale, (self.width - around) / sum(heights))
+        self.heights = [height * self.scale for height in heights]
+        self.height = around + sum(self.heights)
         self.figure = Figure(figsize=(self.width, self.height))
         FigureCanvasAgg(self.figure)
 
     def panel(self, row: int, column: int, width: float, height: float) -> "Axes":
+        width, height = width * self.scale, height * self.scale
         left = self.LEFT + column * (PANEL + self.GAP) + (PANEL - width) / 2
         top = self.TOP + sum(self.heights[:row]) + row * self.GAP + (self.heights[row] - height) / 2
-        ax = self.figure.add_axes((left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height))
+        ax = self._axes(left, top, width, height)
         ax.set_facecolor("black")
         ax.set_xticks([])
         ax.set_yticks([])
         return ax
 
-    def colorbar(self, shown: Any, column: int) -> None:
-        left = self.LEFT + column * (PANEL + self.GAP) + 0.1 * PANEL
-        ax = self.figure.add_axes((left / self.width, (self.BOTTOM - 0.15) / self.height, 0.8 * PANEL / self.width, 0.08 / self.height))
-        self.figure.colorbar(shown, cax=ax, orientation="horizontal")
+    def colorbar(self, shown: Any, row: int, column: int) -> None:
+        """Of a map: under its column, or at the end of its row."""
+        if self.bars:
+            top, height = self.TOP + sum(self.heights[:row]) + row * self.GAP, self.heights[row]
+            ax = self._axes(self.width - self.BARS + self.GAP, top + 0.1 * height, 0.08, 0.8 * height)
+        else:
+            left = self.LEFT + column * (PANEL + self.GAP) + 0.1 * PANEL
+            ax = self._axes(left, self.height - self.BOTTOM + 0.07, 0.8 * PANEL, 0.08)
+        self.figure.colorbar(shown, cax=ax, orientation="vertical" if self.bars else "horizontal")
         ax.tick_params(labelsize=7, length=2, pad=1)
+
+    def _axes(self, left: float, top: float, width: float, height: float) -> "Axes":
+        place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(place)
 
     def finish(self, title: str, subtitle: str, legend: list[tuple[str, Any]], note: str) -> None:
         from matplotlib.patches import Patch
@@ -285,11 +313,11 @@ def montage(cases: Sequence[tuple[str, Any, Any, Task, Sequence[float]]], path: 
         truth = None if label is None else masks_of(label, task)
         drawn.append((title, slices(np.asarray(image), truth, None, {}, spacing)[0], task))
     tasks = [task for *_, task in drawn]
-    heights = [PANEL * view.size[1] / view.size[0] for _, view, _ in drawn]
-    canvas = _Canvas(max(len(t.channels) for t in tasks), heights)
+    sizes = [(view.size[0] / max(view.size), view.size[1] / max(view.size)) for _, view, _ in drawn]  # each as large as it goes
+    canvas = _Canvas(max(len(t.channels) for t in tasks), [height for _, height in sizes], 1)
     for row, (title, view, task) in enumerate(drawn):
         for column, channel in enumerate(task.channels):
-            ax = canvas.panel(row, column, PANEL, heights[row])
+            ax = canvas.panel(row, column, *sizes[row])
             _gray(ax, view.image[column], gray_range([view.image[column]]))
             if view.truth is not None:
                 _contours(ax, view.truth)
@@ -338,11 +366,12 @@ def band_figure(views: Mapping[str, BandView], raters: int) -> "Figure":
 
     colors = colormaps["viridis"]
     shown = {name: {k: _displayed(getattr(v, k)) for k in ("image", "drawn", "predicted")} for name, v in views.items()}
-    heights = [PANEL * s["image"].shape[0] * views[n].size[1] / (s["image"].shape[1] * views[n].size[0]) for n, s in shown.items()]
-    canvas = _Canvas(3, heights)
+    sizes = {n: (s["image"].shape[1] * views[n].size[0], s["image"].shape[0] * views[n].size[1]) for n, s in shown.items()}
+    sizes = {n: (width / max(width, height), height / max(width, height)) for n, (width, height) in sizes.items()}
+    canvas = _Canvas(3, [height for _, height in sizes.values()], 1)
     for row, (name, view) in enumerate(views.items()):
         for column, kind in enumerate(("image", "drawn", "predicted")):
-            ax = canvas.panel(row, column, PANEL, heights[row])
+            ax = canvas.panel(row, column, *sizes[name])
             _gray(ax, shown[name]["image"], gray_range([shown[name]["image"]]))
             if kind != "image":
                 share = np.round(shown[name][kind] * view.raters) / view.raters

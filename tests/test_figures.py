@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from matplotlib.image import imread
 from torch.utils.data import DataLoader
 
 from callbacks import OverlayFigures, montage
-from callbacks.figures import case_slices, selected
+from callbacks.figures import case_slices, not_drawn, selected
 from callbacks.overlays import PALETTE, case_figure, masks_of, score_figure, slices
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry
@@ -141,6 +142,46 @@ def test_panels_are_not_stretched():
         box, size = ax.get_position(), views[place // 4].size
         scales |= {round(box.width * width / size[0], 6), round(box.height * height / size[1], 6)}
     assert len(scales) == 1  # inches per millimeter, both ways, in every view
+
+
+@pytest.mark.parametrize("size", [(240, 240, 155), (180, 60, 320), (40, 40, 400), (400, 40, 40), (200, 300, 10), (100, 100, 100)])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("known", ["nothing", "prediction", "score", "both"])
+def test_no_figure_is_taller_than_wide_and_no_panel_leaves_it(size, channels, known):
+    """`size`: millimeters to the right, front and top, of few voxels each."""
+    image = np.ones((channels, 4, 5, 6), np.float32)
+    masks = np.ones((1, 4, 5, 6), bool)
+    truth, prediction = (masks if known == "both" else None), (masks if known in ("prediction", "both") else None)
+    views = slices(
+        image, truth, prediction, {"score": image[0]} if known == "score" else {}, [s / n for s, n in zip(size, (4, 5, 6), strict=True)]
+    )
+    figure = case_figure("a", "", views, [f"c{i}" for i in range(channels)], ["WT"], True)
+    width, height = figure.get_size_inches()
+    assert height <= width + 1e-9
+    boxes = [ax.get_position() for ax in figure.axes]
+    assert all(b.x0 > 0 and b.y0 > 0 and b.x1 < 1 and b.y1 < 1 for b in boxes)
+    assert max(b.width * width for b in boxes) <= 2.3 + 1e-9
+    for one in range(len(boxes)):
+        for other in boxes[:one]:
+            assert boxes[one].x0 >= other.x1 or boxes[one].x1 <= other.x0 or boxes[one].y0 >= other.y1 or boxes[one].y1 <= other.y0
+
+
+def test_a_region_that_is_not_in_the_picture_says_why():
+    """WT is in both, TC only in the truth, ET in neither."""
+    _, label = blob()
+    label[label == 3] = 1
+    drawn = np.where(label == 2, label, 0)
+    result = replace(case(native=False), truth=torch.from_numpy(label), prediction=Prediction(labels=torch.from_numpy(drawn)))
+    views = case_slices(result, TASK, ["flair"])
+    assert not_drawn(result, TASK, views) == {"WT": "", "TC": " (not predicted)", "ET": " (in neither)"}
+    swapped = replace(result, truth=result.prediction.labels, prediction=Prediction(labels=result.truth))
+    assert not_drawn(swapped, TASK, views)["TC"] == " (not in the truth)"
+    shares = torch.stack([torch.from_numpy(m).float() for m in masks_of(label, TASK)])
+    assert not_drawn(replace(result, prediction=Prediction(regions=shares)), TASK, views)["TC"] == ""
+    for view in views:
+        view.truth[1:], view.prediction[1:] = False, False
+    assert not_drawn(replace(result, prediction=Prediction(regions=shares)), TASK, views)["TC"] == " (elsewhere)"
+    assert not_drawn(replace(result, truth=None), TASK, views) == {}
 
 
 def test_error_panel_shows_missed_and_extra_voxels():
@@ -276,3 +317,5 @@ def test_montage(tmp_path):
     cases = [("a", torch.from_numpy(image), label, TASK, SPACING), ("b", image[:1], None, few, SPACING)]
     path = montage(cases, tmp_path / "new/m.png")
     assert imread(path).shape[1] >= 2 * 2.3 * 100
+    tall = montage([("a", torch.from_numpy(image), label, TASK, (1.0, 9.0, 1.0))], tmp_path / "tall.png")
+    assert imread(tall).shape[0] <= (2.3 + 1.5) * 110  # 9 x 28 high, 24 wide
