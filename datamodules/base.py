@@ -181,7 +181,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     def _check_once(self, cases: Sequence[Case]) -> None:
         """Checks unless these very files have passed before."""
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for c in cases for f in c.files if f.exists()]
+        found = [(str(f.resolve()), f.stat()) for c in cases for f in c.files if f.exists()]
+        stamps = [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
         marker = self.cache_root / "checked" / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing):016x}.json"
         if marker.exists():
             return

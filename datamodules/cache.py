@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from datamodules.preprocessing import Prepared, Preprocessing, Stats, check_channels, preprocess, resampled_shape
+from datamodules.provenance import current, stamps
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
@@ -199,13 +201,21 @@ class CaseCache:
 
     def _is_fresh(self, case: Case) -> bool:
         try:
-            stamps = self._meta(case)["stamps"]
+            meta = self._meta(case)
         except _Unusable:
             return False
-        return all(stamps.get(path) == stamp for path, stamp in _stamps(case, self.task).items())
+        wanted = _files(_sources(case, self.task))
+        before = {path: stamp for path, stamp in meta["stamps"].items() if path in wanted}  # it may serve a case without its label, too
+        now = current(before, wanted)
+        if now is not None and now != before:  # the same contents were put there again
+            temporary = self._place(case) / f".meta-{os.getpid()}.json"
+            with suppress(FileNotFoundError):  # another process may be replacing the entry
+                _write(temporary, {**meta, "stamps": {**meta["stamps"], **now}})
+                temporary.replace(self._place(case) / "meta.json")
+        return now is not None
 
     def _build(self, case: Case) -> None:
-        stamps = _stamps(case, self.task)  # before reading: a file that changes meanwhile makes the entry out of date
+        made_from = stamps(_files(_sources(case, self.task)))  # before reading: a file that changes meanwhile makes the entry out of date
         prepared = preprocess(case, self.task, self.settings)
         temporary = self._temporary(case)
         temporary.mkdir()
@@ -222,7 +232,7 @@ class CaseCache:
                 "stats": prepared.stats,
                 "channel_mask": list(prepared.channel_mask),
                 "sources": _sources(case, self.task),
-                "stamps": stamps,
+                "stamps": made_from,
             }
             _write(temporary / "meta.json", meta)
             self._swap_in(temporary, case)
@@ -316,17 +326,8 @@ def _sources(case: Case, task: Task) -> dict[str, Any]:
     }
 
 
-def _stamps(case: Case, task: Task) -> dict[str, list[int] | None]:
-    """Size and modification time in ns of every source file; None for one that is missing."""
-    sources = _sources(case, task)
-    stamps: dict[str, list[int] | None] = {}
-    for path in [*sources["images"].values(), *([sources["label"]] if sources["label"] else []), *sources["raters"]]:
-        try:
-            status = os.stat(path)
-            stamps[path] = [status.st_size, status.st_mtime_ns]
-        except FileNotFoundError:
-            stamps[path] = None
-    return stamps
+def _files(sources: dict[str, Any]) -> list[str]:
+    return [*sources["images"].values(), *([sources["label"]] if sources["label"] else []), *sources["raters"]]
 
 
 def _coordinates(case: Case, prepared: Prepared, classes: int) -> np.ndarray:

@@ -44,6 +44,13 @@ def make_cases(folder, count=3, raters=0, shape=(14, 16, 18)):
     return cases
 
 
+def alter(case):
+    """Turns one voxel of the label from core to edema or back."""
+    label = np.asarray(nib.load(case.label).dataobj).copy()
+    label[4, 5, 6] = 3 - label[4, 5, 6]
+    write(case.label, label)
+
+
 @pytest.fixture
 def cases(tmp_path):
     return make_cases(tmp_path / "data")
@@ -138,7 +145,7 @@ def test_touched_source_is_rebuilt_and_no_other(cache, cases, role):
     before = built(cache, cases)
     path = cases[1].images["flair"] if role == "image" else cases[1].label
     array = np.asarray(nib.load(path).dataobj).copy()
-    array[5, 6, 7] = 1
+    array[5, 6, 8] = 1
     write(path, array)
     os.utime(path, ns=(1, 1))
     cache.prepare(cases)
@@ -287,7 +294,7 @@ def test_killed_writer_leaves_whole_cases_or_none(cache, cases, moment):
 @pytest.mark.parametrize("calls", [1, 2])  # the first rename fails on the old entry; killed before moving it away, and right after
 def test_kill_while_replacing_an_old_entry(cache, cases, calls):
     cache.prepare(cases)
-    os.utime(cases[0].label, ns=(1, 1))
+    alter(cases[0])
     _die_at(("rename", calls), cache, cases)
     cache.prepare(cases)
     assert not temporaries(cache)
@@ -321,7 +328,7 @@ def test_two_processes_prepare_at_once(cache, cases, tmp_path):
             barrier.wait()
             if barrier.wait() == 0:  # one of them makes the entries out of date, differently each time
                 for case in cases[::2]:
-                    os.utime(case.label)
+                    alter(case)
                 (cache.folder / "case1" / "image.npy").write_bytes(b"")
 
     barrier = FORK.Barrier(3)
@@ -381,5 +388,5 @@ def test_description_is_plain_json(cache, cases):
     cache.prepare(cases)
     meta = json.loads((cache.folder / "case0" / "meta.json").read_text())
     assert meta["sources"]["label"] == str(cases[0].label)
-    assert meta["stamps"][str(cases[0].label)][0] == cases[0].label.stat().st_size
+    assert meta["stamps"][str(cases[0].label)]["size"] == cases[0].label.stat().st_size
     assert "attributes" not in meta

@@ -1,14 +1,15 @@
 """Finds the cases of ACDC on disk: the challenge's NIfTI folders, or the HDF5 volumes and slices of the semi-supervised literature."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.readers.array_files import h5_array, h5_names, up_to_date, write_pair
+from datamodules.provenance import derive
+from datamodules.readers.array_files import h5_array, h5_names, write_pair
 from datamodules.readers.brats_files import EXTENSIONS, nifti, require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
@@ -99,7 +100,7 @@ def stack_case(stack: Stack, folder: Path) -> Case:
 
 
 def write_stack(stack: Stack, folder: Path) -> None:
-    """Writes image and label as NIfTI (X, Y, slices) under `folder`, unless they are up to date.
+    """Writes image and label as NIfTI (X, Y, slices) under `folder`, unless made from these files before.
 
     The files hold (slices, Y, X), the axes of the challenge's NIfTI files reversed; voxel sizes they do not hold: voxels have unit size.
 
@@ -107,9 +108,10 @@ def write_stack(stack: Stack, folder: Path) -> None:
         SuiteError: an unreadable file, wrong dimensions, slices of different shapes; names the file.
     """
     targets = stack_case(stack, folder).files
-    if up_to_date(targets, stack.files):
-        return
+    derive(targets, stack.files, lambda: _write_stack(stack, targets))
 
+
+def _write_stack(stack: Stack, targets: Sequence[Path]) -> None:
     def volume(name: str) -> np.ndarray:
         if stack.is_volume:
             return h5_array(stack.files[0], name, 3).T

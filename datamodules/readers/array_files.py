@@ -69,11 +69,6 @@ def nrrd_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0), lps_to_ras @ affine
 
 
-def up_to_date(targets: Sequence[Path], sources: Sequence[Path]) -> bool:
-    """Whether every target is there and no older than any source."""
-    return all(t.exists() for t in targets) and min(t.stat().st_mtime_ns for t in targets) >= max(s.stat().st_mtime_ns for s in sources)
-
-
 def write_pair(image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, targets: Sequence[Path], source: Path) -> None:
     """Writes an image and its label to `targets` (image, and label where there is one).
 

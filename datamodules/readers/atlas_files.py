@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.provenance import derive
 from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
@@ -82,17 +83,21 @@ def _masks(identifier: str, neighbors: Sequence[Path], release: str) -> list[Pat
 
 
 def merge_masks(masks: Sequence[Path], out: Path) -> Path:
-    """Writes the union of the masks (whatever is above 0) as 0 and 1 to `out`, unless it is newer than all of them; returns `out`.
+    """Writes the union of the masks (whatever is above 0) as 0 and 1 to `out`, unless it is that of just these masks; returns `out`.
 
     Raises:
         SuiteError: masks of different shapes, or one that cannot be read.
     """
-    if out.exists() and all(out.stat().st_mtime >= mask.stat().st_mtime for mask in masks):
-        return out
+    derive([out], masks, lambda: write_volume(out, *_union(masks)))
+    return out
+
+
+def _union(masks: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The union (X, Y, Z), uint8, and the affine of the last mask."""
     union, affine, shape = None, None, None
     for mask in masks:
         values, affine, size = read_volume(mask)
         if shape not in (None, size):
             raise SuiteError(f"{mask} has shape {size}, {masks[0]} has {shape}: the masks of a scan lie on one grid")
         shape, union = size, (values > 0) if union is None else union | (values > 0)
-    return write_volume(out, union.astype(np.uint8), affine)
+    return union.astype(np.uint8), affine

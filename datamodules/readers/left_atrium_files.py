@@ -1,12 +1,14 @@
 """Finds the cases of the 2018 left-atrium challenge on disk, as the challenge or as the semi-supervised literature stores them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datamodules.readers.array_files import h5_array, h5_names, nrrd_volume, up_to_date, write_pair
+from datamodules.provenance import derive
+from datamodules.readers.array_files import h5_array, h5_names, nrrd_volume, write_pair
 from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
@@ -108,7 +110,7 @@ def as_case(scan: Scan, folder: Path) -> Case:
 
 
 def write_scan(scan: Scan, folder: Path) -> None:
-    """Writes image and label as NIfTI under `folder`, values and axes as they are, unless they are up to date.
+    """Writes image and label as NIfTI under `folder`, values and axes as they are, unless made from it before.
 
     NRRD files keep their place in the world. HDF5 files have none: axes stay as stored, voxels are of 0.625 mm.
 
@@ -116,8 +118,10 @@ def write_scan(scan: Scan, folder: Path) -> None:
         SuiteError: an unreadable file, other dimensions than three, a label on another grid; names the file.
     """
     targets = as_case(scan, folder).files
-    if up_to_date(targets, scan.sources):
-        return
+    derive(targets, scan.sources, lambda: _write_scan(scan, targets))
+
+
+def _write_scan(scan: Scan, targets: Sequence[Path]) -> None:
     if scan.image.suffix == ".h5":
         image, affine = h5_array(scan.image, "image", 3), np.diag([SPACING, SPACING, SPACING, 1])
         label = h5_array(scan.image, "label", 3) if scan.label else None

@@ -3,6 +3,7 @@
 import re
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from datamodules.provenance import derive
 from datamodules.readers.brats_files import nifti, require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
@@ -107,7 +109,7 @@ def as_volumes(case: Case, folder: Path) -> Case:
 
 
 def write_volumes(case: Case, folder: Path) -> None:
-    """Writes every channel and mask of a 2D case as a volume (H, W, 1) of unit voxels under `folder`, unless newer than its source.
+    """Writes every channel and mask of a 2D case as a volume (H, W, 1) of unit voxels under `folder`, unless made from it before.
 
     In the challenge a 2D file may have two axes or a further one of length one, and a multi-channel image has its channels on the first
     axis. Headers say nothing that can be relied on, so that axes are kept and sizes count in pixels. Masks become 0 and 1.
@@ -117,15 +119,18 @@ def write_volumes(case: Case, folder: Path) -> None:
     """
     target = as_volumes(case, folder)
     for number, (channel, source) in enumerate(case.images.items()):
-        if _older(target.images[channel], source):
-            write_volume(target.images[channel], _planes(source, len(case.images))[number][..., None], np.eye(4))
+        image = target.images[channel]
+        derive([image], [source], partial(_write_plane, image, source, len(case.images), number))
     for source, mask in zip(case.raters, target.raters, strict=True):
-        if _older(mask, source):
-            write_volume(mask, (_planes(source, 1)[0] > 0)[..., None].astype(np.uint8), np.eye(4))
+        derive([mask], [source], partial(_write_mask, mask, source))
 
 
-def _older(target: Path, source: Path) -> bool:
-    return not target.exists() or target.stat().st_mtime_ns < source.stat().st_mtime_ns
+def _write_plane(target: Path, source: Path, channels: int, number: int) -> None:
+    write_volume(target, _planes(source, channels)[number][..., None], np.eye(4))
+
+
+def _write_mask(target: Path, source: Path) -> None:
+    write_volume(target, (_planes(source, 1)[0] > 0)[..., None].astype(np.uint8), np.eye(4))
 
 
 def _planes(path: Path, channels: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
+from datamodules.provenance import derive
 from datamodules.readers.brats_files import require_root
 from datamodules.simulated.lesion_insertion import GENERATOR, LesionInsertion, brain, insert_lesion
 from lesionbench.case import Case
@@ -74,15 +75,18 @@ class SemiReal(CaseDataModule):
         )
 
     def materialize(self) -> None:
-        wanted = [c for c in self.cases() if not c.images["t1"].exists()]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._make, wanted))
+            list(pool.map(self._materialize, self.cases()))
+
+    def _materialize(self, case: Case) -> None:
+        sources = [Path(case.attributes["mask"]), self.brains[case.site]]
+        derive(case.files, [path for path in sources if path is not None], lambda: self._make(case))
 
     def _make(self, case: Case) -> None:
         into = brain(self.brains[case.site], self.insertion.spacing)
         t1, label, affine = insert_lesion(self.insertion, into, Path(case.attributes["mask"]), case.site)
         write_volume(case.label, label, affine)
-        write_volume(case.images["t1"], t1, affine)  # last: where it is, the case is whole
+        write_volume(case.images["t1"], t1, affine)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         parts = super().divided(cases)
