@@ -179,6 +179,10 @@ class CaseDataModule(pl.LightningDataModule):
         self.store.prepare(cases, workers=self.num_workers)
         self._prepared = True
 
+    def fingerprint(self) -> str | None:
+        """Sixteen characters that tell the cases, once they are prepared: their ids and what their files hold, wherever these lie."""
+        return self.store.fingerprint(self.cases())
+
     def _check_once(self, cases: Sequence[Case]) -> None:
         """Checks unless these very files have passed before."""
         found = [(str(f.resolve()), f.stat()) for c in cases for f in c.files if f.exists()]

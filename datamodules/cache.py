@@ -178,6 +178,15 @@ class CaseCache:
             background=self.settings.background,
         )
 
+    def fingerprint(self, cases: Sequence[Case]) -> str:
+        """Sixteen characters that tell these cases, which are in the cache, by their ids and by what their files hold, wherever they lie."""
+        found = []
+        for case in cases:
+            sources, made_from = _sources(case, self.task), self._meta(case)["stamps"]
+            roles = [*sources["images"].items(), ("label", sources["label"]), *(("rater", path) for path in sources["raters"])]
+            found.append([case.id, [[role, path and made_from[path]["content"]] for role, path in roles]])
+        return f"{key(json.dumps(sorted(found))):016x}"
+
     def _place(self, case: Case) -> Path:
         return self.folder / file_name(case.id)
 

@@ -13,8 +13,8 @@ Stamps = dict[str, dict[str, Any] | None]
 
 
 def stamps(sources: Iterable[Path | str]) -> Stamps:
-    """Path of every source -> where links lead, size, dates (of the content, and of the last change of any kind; ns) and a digest of its
-    content; None for one that is missing."""
+    """Path of every source -> where links lead, size, dates (of the content, and of the last change of any kind; ns), a digest of the file
+    and one of its content, which does not depend on how it is compressed; None for one that is missing."""
     return {os.path.abspath(source): _stamp(source, digest=True) for source in sources}
 
 
@@ -35,7 +35,7 @@ def current(recorded: Mapping[str, Any], sources: Iterable[Path | str]) -> Stamp
             if now is None or before.get("digest") != now["digest"]:
                 return None
         else:
-            now["digest"] = before.get("digest")
+            now = {**before, **now}
         found[path] = now
     return found if len(found) == len(recorded) else None
 
@@ -66,7 +66,10 @@ def _stamp(source: Path | str, digest: bool) -> dict[str, Any] | None:
         }  # fmt: skip
         if digest:
             with open(source, "rb") as file:
-                stamp["digest"] = _digest(file)
+                stamp["digest"] = stamp["content"] = _digest(file)
+                if str(source).endswith(".gz") and status.st_size > 18:  # a gzip file ends with checksum and size of what it holds
+                    file.seek(-8, os.SEEK_END)
+                    stamp["content"] = file.read().hex()
     except FileNotFoundError:
         return None
     return stamp

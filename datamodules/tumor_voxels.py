@@ -43,7 +43,7 @@ def extract(cfg: DictConfig, folder: Path) -> Path:
         raise SuiteError("no training case has tumor voxels; look at habitats.region, and at the masks (labels, or data.labels=<folder>)")
     patients = sorted({c.patient for c in data.parts["train"]})
     origin = {"task": data.task.to_dict(), "preprocessing": data.preprocessing.to_dict(), "statistics": data.statistics}
-    store.finish({**origin, "patients": patients})
+    store.finish({**origin, "patients": patients, "cases": data.fingerprint()})
     return folder
 
 
@@ -94,6 +94,10 @@ class TumorVoxels(CaseDataModule):
 
     def prepare_data(self) -> None:
         """Nothing: the stage that made the store has done it."""
+
+    def fingerprint(self) -> str | None:
+        """That of the cases from which the voxels were taken; None for a store of 0.1.0, which does not know it."""
+        return self.voxel_store.origin.get("cases")
 
     def setup(self, stage: str | None = None) -> None:
         self.parts = {"train": self.cases(), "val": [], "test": [], "predict": []}

@@ -16,9 +16,12 @@ from datamodules.provenance import current, derive, stamps
 from datamodules.readers.atlas_files import merge_masks
 from datamodules.simulated.lesion_insertion import LesionInsertion
 from lesionbench.case import Case
+from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
+from lesionbench.reports.comparison import compare
 from lesionbench.task import Task
-from tests.fake_data import LEFT_ATRIUM, write_fake_left_atrium
+from tests.fake_data import LEFT_ATRIUM, write_fake_folder, write_fake_left_atrium
+from tests.harness import SMALL, run, run_folders
 
 OLD = (10**18, 10**18)  # ns: in 2001, before anything was made
 
@@ -219,3 +222,35 @@ def test_cache_behind_a_link_to_another_release_with_equal_sizes_and_dates(tmp_p
     assert label() == 343
     assert (cache.folder / "a" / "label.npy").stat().st_ino == before
     assert sorted(p.name for p in (cache.folder / "a").iterdir()) == ["foreground.npy", "image.npy", "label.npy", "meta.json"]
+
+
+# whose results they are
+
+
+def test_other_cases_have_runs_of_their_own(tmp_path, capsys):
+    """Of the same ids or of others, under the same path or another; the same cases elsewhere are the same."""
+    first = write_fake_folder(tmp_path / "first", 6, shape=(14, 12, 10))
+    moved = shutil.copytree(first, tmp_path / "moved", ignore=shutil.ignore_patterns(".cache"))
+    other = shutil.copytree(moved, tmp_path / "other")
+    for label in (other / "labels").iterdir():
+        image = nib.load(label)
+        nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, axis=0), image.affine).to_filename(label)
+    runs = tmp_path / "runs"
+
+    def start(root, *more):
+        capsys.readouterr()
+        run(*SMALL, f"data.root={root}", f"runs={runs}", "data.split.val=1", "data.split.test=1", "resume=true", *more)
+        return capsys.readouterr().out
+
+    assert "is finished" not in start(first)
+    assert "is finished" in start(first)
+    assert "is finished" in start(moved)
+    text = start(other)
+    assert "other cases than those under" in text
+    assert "is finished" not in text
+    assert [folder.name for folder in run_folders(runs)] == ["seed=0", "seed=0-2"]
+    assert f"{run_folders(runs)[1]} is finished" in start(other)
+    assert f"{run_folders(runs)[0]} is finished" in start(moved)
+    with pytest.raises(SuiteError, match=r"They differ in cases.fit, cases.test, data.root"):
+        compare([runs])
+    assert len(compare([runs], group_by=["data.root"]).groups) == 2

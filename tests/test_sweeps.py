@@ -238,6 +238,34 @@ def test_a_study_is_of_one_search_and_of_one_sweep_at_a_time(small, tmp_path):
         search(small, Recorder(), tmp_path, "hydra.sweeper.study=mine")
 
 
+def test_a_study_is_of_its_cases(folder, tmp_path, capsys):
+    """Another data set without a case in common, then the first one from elsewhere."""
+    common = [
+        *SMALL,
+        "callbacks.writer=null",
+        f"runs={tmp_path / 'runs'}",
+        "data.batch_size=1",
+        "model.optimizer.lr=choice(0.01)",
+        "sweep=tpe",
+        "hydra.sweeper.trials=1",
+    ]
+    other = write_fake_folder(tmp_path / "other", 8, shape=(14, 12, 10))
+    for path in [*other.rglob("case*.nii.gz")]:
+        path.rename(path.with_name(path.name.replace("case", "other")))
+    (other / "attributes.csv").unlink()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    said = []
+    for root in (folder, other, moved, other):
+        sweep(CONF, training, *common, f"data.root={root}")
+        said.append(capsys.readouterr().out)
+    assert ["so far" in text for text in said] == [False, False, True, True]
+    assert len([*(tmp_path / "runs" / "studies").glob("*.db")]) == len(run_folders(tmp_path / "runs")) == 2
+    named = [*common, "hydra.sweeper.study=mine"]
+    sweep(CONF, training, *named, f"data.root={folder}")
+    with pytest.raises(SuiteError, match=r"mine.db is the study of other cases than .*other; choose another"):
+        sweep(CONF, training, *named, f"data.root={other}")
+
+
 # giving up
 
 
@@ -292,6 +320,20 @@ def test_the_median_of_earlier_trials_decides(small, tmp_path):
     with_none = tmp_path / "none"
     sweep(small, lambda cfg: float("callbacks" in cfg), "sweep=tpe", LR, "hydra.sweeper.pruner=null", "hydra.sweeper.trials=1", f"runs={with_none}")  # fmt: skip
     assert trials(with_none)[0].value == 0
+
+
+def test_only_trials_that_ran_to_their_end_let_others_be_given_up():
+    """What docs/sweeps.md says of Optuna's pruner, seen with 5.0.0."""
+
+    def given_up(whole: int, pruned: int) -> bool:
+        study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0))
+        for state, count in ((optuna.trial.TrialState.COMPLETE, whole), (optuna.trial.TrialState.PRUNED, pruned)):
+            study.add_trials([optuna.trial.create_trial(state=state, value=1.0, intermediate_values={1: 1.0})] * count)
+        trial = study.ask()
+        trial.report(0.0, 1)
+        return trial.should_prune()
+
+    assert [given_up(2, 3), given_up(4, 9), given_up(5, 0), given_up(5, 3)] == [False, False, True, True]
 
 
 # errors

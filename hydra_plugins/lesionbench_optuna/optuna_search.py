@@ -90,7 +90,7 @@ class OptunaSearch(Sweeper):
         """Runs trials until `trials` of the study are done; prints the best."""
         space, fixed = self._parsed(arguments)
         identity = self._identity(space)
-        path = self.folder / f"{self.name or identity}.db"
+        path = self._place(identity)
         with locked(path):
             study = self._study(path, identity)
             self._run(study, path, space, fixed)
@@ -129,6 +129,24 @@ class OptunaSearch(Sweeper):
         text = json.dumps([config_hash(cfg), cfg.seed, self.seed, lines])
         return f"{experiment.replace('/', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
+    def _place(self, identity: str) -> Path:
+        """The study's file: another one where there is a study of the same search on other cases."""
+        path = self.folder / f"{self.name or identity}.db"
+        known = open_study(path).user_attrs.get("cases") if path.exists() else None
+        if known is None or (cases := self._cases()) == known:
+            return path
+        where = f"the cases under data.root={self.config.data.root}"
+        if self.name:
+            raise SuiteError(f"{path} is the study of other cases than {where}; choose another hydra.sweeper.study")
+        print(f"{path} is the study of other cases than {where}, which get their own", flush=True)
+        return path.with_stem(f"{path.stem}-{cases}")
+
+    def _cases(self) -> str | None:
+        """Which cases the runs are computed on; None where the configuration names no data."""
+        from lesionbench.jobs.stages import fingerprint
+
+        return fingerprint(self.config.data) if "_target_" in self.config.data else None
+
     def _study(self, path: Path, identity: str) -> "Study":
         objective = self.config.objective
         if objective.name is None:
@@ -161,6 +179,8 @@ class OptunaSearch(Sweeper):
             batch = [[*fixed, *values, *self._watched(path, same[0])] for values, same in jobs.items()]
             returned = self.launcher.launch(batch, initial_job_idx=numbers[0])
             _tell(study, list(zip(jobs.values(), returned, strict=True)))
+            if "cases" not in study.user_attrs:  # the runs have prepared them
+                study.set_user_attr("cases", self._cases())
             _write(study, path.with_suffix(".csv"))
 
     def _values(self, study: "Study", number: int, space: dict[str, Override]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,12 @@ class RunFolder:
         self.path, self._made = Path(path), made
 
     @classmethod
-    def of(cls, cfg: DictConfig, resume: bool = False) -> "RunFolder":
-        """The folder for this run, made if it is new."""
+    def of(cls, cfg: DictConfig, resume: bool = False, same: "Callable[[RunFolder], bool]" = lambda folder: True) -> "RunFolder":
+        """The folder for this run, made if it is new.
+
+        Args:
+            resume: the newest one there is that is `same`.
+        """
         told = os.environ.get(_FOLDER_VARIABLE)
         if told and int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return cls(Path(told))
@@ -94,7 +98,8 @@ class RunFolder:
             return cls(_announced(base / f".launch-{launch}"))
         named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
         existing = sorted(named, key=_number)
-        folder = cls(existing[-1]) if resume and existing else cls(*_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
+        begun = next((folder for folder in map(cls, reversed(existing)) if same(folder)), None) if resume else None
+        folder = begun or cls(*_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
         if launch:
             _write(base / f".launch-{launch}", str(folder.path))
         os.environ[_FOLDER_VARIABLE] = str(folder.path)
@@ -205,8 +210,9 @@ def _made(base: Path, seed: int, number: int) -> tuple[Path, Path]:
             continue
 
 
-def _announced(path: Path, patience: float = 120.0) -> Path:
-    deadline, oldest = time.monotonic() + patience, time.time() - patience
+def _announced(path: Path, patience: float = 3600.0) -> Path:
+    """Waits for the first process, which may have to prepare the cases to know whether a run was computed on them."""
+    deadline, oldest = time.monotonic() + patience, time.time() - 120.0
     while not (path.exists() and path.stat().st_mtime > oldest):  # an older one is from an earlier launch of the same name
         if time.monotonic() > deadline:
             raise SuiteError(

@@ -27,7 +27,7 @@ from lesionbench.study import Pruned
 def fit(cfg: DictConfig) -> float | None:
     """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
     _check_options(cfg)
-    folder = RunFolder.of(cfg, resume=cfg.resume)
+    folder = RunFolder.of(cfg, resume=cfg.resume, same=lambda folder: _same_cases(cfg, folder))
     known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
@@ -50,6 +50,39 @@ def fit(cfg: DictConfig) -> float | None:
     if first_process():
         _finish(cfg, folder)
     return folder.summary.get("objective")
+
+
+def _same_cases(cfg: DictConfig, folder: RunFolder) -> bool:
+    """Whether a run was computed on the cases that the configuration finds today; also where that is not known, as of runs of 0.1.0."""
+    today: dict[str, str] = {}
+    for name, recorded in folder.summary.get("cases", {}).items():
+        stage = next(stage for stage in cfg.stages if stage.name == name)
+        own = _stage_config(cfg, stage, folder)[0].data
+        data = own if own._target_ == cfg.data._target_ else cfg.data  # or what an earlier stage made of them
+        text = OmegaConf.to_yaml(data, resolve=True)
+        if text not in today:
+            today[text] = fingerprint(data)
+        if today[text] != recorded:
+            say(f"{folder.path} was computed on other cases than those under data.root={cfg.data.root}, so it is another run")
+            return False
+    return True
+
+
+def fingerprint(data: DictConfig) -> str:
+    """Of the cases that a data configuration describes; prepares them."""
+    from hydra.utils import instantiate
+
+    found = instantiate(data, _convert_="all")
+    found.prepare_data()
+    return found.fingerprint()
+
+
+def _prepare(run: Assembled, stage: DictConfig, folder: RunFolder) -> None:
+    """Prepares the cases and remembers which they are."""
+    run.prepare()
+    cases = run.data.fingerprint() if first_process() else None
+    if cases is not None:
+        folder.update_summary(cases={**folder.summary.get("cases", {}), stage.name: cases})
 
 
 def _discarded(folder: RunFolder) -> bool:
@@ -147,7 +180,7 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run.method.check(run.data)
     if cfg.init_from:
         read_weights(cfg.init_from)  # one that cannot be read is refused before hours of caching
-    run.prepare()
+    _prepare(run, stage, folder)
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
     iteration = -1
@@ -212,7 +245,7 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
     if checkpoint:
         read_checkpoint(checkpoint)  # before hours of caching
-    run.prepare()
+    _prepare(run, stage, folder)
     run.configure_inference(cfg)
     if checkpoint:
         run.load(checkpoint)

@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
         folder: where it lies.
-        settings: its `config.yaml`, with `experiment` and `seed` as the summary names them.
+        settings: its `config.yaml`, with `experiment` and `seed` as the summary names them, and `cases`, fingerprints by stage.
         status: "finished", or why the run cannot be compared.
         cost: the `cost` of its summary.
         rows: test result rows; empty unless finished.
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
     table = folder / "test" / "cases.csv"
     if status == "finished" and not table.exists():
         status = "finished without test/cases.csv"
-    settings: Record = {**config, **{key: summary[key] for key in ("experiment", "seed") if key in summary}}
+    settings: Record = {**config, **{key: summary[key] for key in ("experiment", "seed", "cases") if key in summary}}
     whole = folder / "test" / "dataset.json"
     run = Run(folder, settings, status, summary.get("cost") or {})
     if status == "finished":
@@ -198,8 +198,11 @@ def _age(run: Run) -> tuple[int, int]:
 
 
 def _same_config(a: Run, b: Run) -> bool:
-    """Equal config, or equal config hash, which does not look at paths, logger and devices and is the name of the parent folder."""
-    name = a.folder.parent.name
+    """Equal config, or equal config hash, which does not look at paths, logger and devices and is the name of the parent folder; and not
+    known to be computed on cases with other contents."""
+    name, cases = a.folder.parent.name, [run.settings["cases"] for run in (a, b) if "cases" in run.settings]
+    if len(cases) == 2 and cases[0] != cases[1]:
+        return False
     return a.settings == b.settings or (name == b.folder.parent.name and re.fullmatch(r"[0-9a-f]{6,64}", name) is not None)
 
 
