@@ -1,5 +1,6 @@
 """`Method`, the base of all methods: optimizers, keyed randomness, results, checkpoints."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -79,6 +81,7 @@ class Method(pl.LightningModule):
         self.iteration = 0
         self.config: dict[str, Any] | None = None
         self.postprocessing: PostProcessing | None = None
+        self._monitored: float | None = None  # the monitored value of a validation in this epoch
         self._open_gradients: dict[str, torch.Tensor] = {}  # of a window of accumulation that a stop cut in two
 
     # what a method answers
@@ -215,9 +218,9 @@ class Method(pl.LightningModule):
             total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
         plans = self._by_name("scheduler", self.scheduler)
         schedulers = [plans[name](o, total_iterations=int(total)) for name, o in zip(groups, optimizers, strict=True)]
-        step, epoch = {"interval": "step"}, {"interval": "epoch", "monitor": self.monitor}
+        step, never = {"interval": "step"}, {"interval": "epoch", "frequency": sys.maxsize, "monitor": self.monitor}
         return optimizers, [
-            {"scheduler": s, "name": f"lr/{n}", **(epoch if isinstance(s, ReduceLROnPlateau) else step)}
+            {"scheduler": s, "name": f"lr/{n}", **(never if isinstance(s, ReduceLROnPlateau) else step)}  # see `on_train_epoch_end`
             for s, n in zip(schedulers, groups, strict=True)
         ]
 
@@ -262,16 +265,20 @@ class Method(pl.LightningModule):
             if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Lightning's hook; a plateau schedule is stepped in `on_train_epoch_end`, before the checkpoint of that epoch is written."""
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            value = self.trainer.callback_metrics.get(self.monitor)
+            self._monitored = None if value is None else float(value)
 
     def on_train_epoch_end(self) -> None:
+        """Lightning's hook: a plateau schedule sees each validation once, before the checkpoint of that epoch is written."""
+        if self._monitored is None:
+            return
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if isinstance(scheduler, ReduceLROnPlateau) and self.monitor in self.trainer.callback_metrics:
-                scheduler.step(self.trainer.callback_metrics[self.monitor])
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(self._monitored)
+        self._monitored = None
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lightning's hook, after gradients have lost the scale of half precision: clips in manual optimization."""
@@ -390,6 +397,7 @@ class Method(pl.LightningModule):
             "task": self.task.to_dict(),
             "preprocessing": data.preprocessing.to_dict() if hasattr(data, "preprocessing") else None,
             "statistics": getattr(data, "statistics", None),
+            "monitored": self._monitored,
             "patients": sorted({c.patient for part in ("train", "unlabeled", "val") for c in getattr(data, "parts", {}).get(part, [])}),
         }
         if self._within_window():  # gradients summed so far belong to the state of a run stopped between two steps
@@ -404,6 +412,7 @@ class Method(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lesionbench", {})
         self.iteration = int(own.get("iteration", 0))
+        self._monitored = own.get("monitored")
         self._open_gradients = own.get("gradients", {})
 
 

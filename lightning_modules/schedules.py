@@ -1,8 +1,8 @@
 """Learning-rate schedules: `schedule(optimizer, total_iterations) -> scheduler`, meant as Hydra partials.
 
-All but `plateau` are stepped after every iteration; `plateau` after every epoch, with the monitored metric. Where a schedule warms up,
-`warmup_iterations` is a count, or below 1 a share of `total_iterations`; iteration t of a warm-up of W uses (t + 1) / (W + 1) of the
-learning rate, so that it starts above 0 and reaches the full rate at iteration W.
+All but `plateau` are stepped after every iteration; `plateau` after every epoch with a validation, with the monitored metric. Where a
+schedule warms up, `warmup_iterations` is a count, or below 1 a share of `total_iterations`; iteration t of a warm-up of W uses
+(t + 1) / (W + 1) of the learning rate, so that it starts above 0 and reaches the full rate at iteration W.
 """
 
 import math
@@ -78,7 +78,7 @@ def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:
 def plateau(
     optimizer: Optimizer, total_iterations: int, factor: float = 0.2, patience: int = 10, mode: str = "max", min_lr: float = 0.0
 ) -> ReduceLROnPlateau:
-    """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` epochs.
+    """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` validations.
 
     `mode` is `max` where higher is better, `min` where lower is. `total_iterations` is there because every schedule is called with it;
     this one has no planned end.

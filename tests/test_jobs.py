@@ -1,8 +1,10 @@
 """Every job and first-class option, run on tiny data as a user would."""
 
+import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +119,66 @@ def test_kill_within_an_accumulation_window(folder, tmp_path):
     assert run_killed(*killed, "callbacks.progress._target_=tests.toys.KillAt", "+callbacks.progress.iteration=6") == -signal.SIGKILL
     run(*killed, "resume=true")
     assert_same(weights(run_folders(tmp_path / "whole")[0]), weights(run_folders(tmp_path / "killed")[0]))
+
+
+def rates(folder):
+    """Epoch, of four iterations, -> learning rate at its last one."""
+    with (folder / "metrics.csv").open() as file:
+        return {int(r["iteration"]) // 4: float(r["value"]) for r in csv.DictReader(file) if r["name"].startswith("lr/")}
+
+
+def test_patience_counts_validations(folder, tmp_path):
+    """Weights that stay as they are, validated after every second epoch: the first validation is the best."""
+    common = [
+        *SMALL,
+        f"data.root={folder}",
+        "epochs=10",
+        "trainer.check_val_every_n_epoch=2",
+        "trainer.log_every_n_steps=1",
+        "model.optimizer.lr=1e-7",
+    ]
+    run(*common, "model/scheduler=plateau", "model.scheduler.patience=1", "model.scheduler.factor=0.5", f"runs={tmp_path / 'plateau'}")
+    (found,) = run_folders(tmp_path / "plateau")
+    assert [rate / 1e-7 for _, rate in sorted(rates(found).items())] == pytest.approx([1] * 6 + [0.5] * 4)
+    run(*common, "callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=2", f"runs={tmp_path / 'early'}")
+    (found,) = run_folders(tmp_path / "early")
+    assert max(rates(found)) == 5  # of ten: after the validations of epochs 1, 3 and 5
+
+
+def test_the_direction_of_a_plateau_is_that_of_the_objective():
+    assert composed(*SMALL, "model/scheduler=plateau", "objective.mode=min").model.scheduler.mode == "min"
+    assert composed(*SMALL, "model/scheduler=plateau").model.scheduler.mode == "max"
+
+
+@pytest.mark.parametrize(
+    ("waits", "names"),
+    [
+        (["model/scheduler=plateau"], "model.scheduler"),
+        (["callbacks=[default,early_stopping]"], "callbacks.early_stopping"),
+        (["model/scheduler=plateau", "callbacks=[default,early_stopping]"], "model.scheduler and callbacks.early_stopping"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("data.split.val=0", "data.split.val=0"),
+        ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0"),
+        ("objective.name=null", "objective.name=null"),
+        ("trainer.check_val_every_n_epoch=4", "epochs=3 ends before trainer.check_val_every_n_epoch=4"),
+    ],
+)
+def test_what_waits_for_a_validation_that_never_comes_is_refused_at_once(waits, names, why, said, folder, tmp_path):
+    with pytest.raises(SuiteError, match=rf"^{re.escape(names)} wait\(s\) for .*{re.escape(said)}$"):
+        run(*SMALL, f"data.root={folder}", f"runs={tmp_path}", why, *waits)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_split_file_without_validation_cases_is_refused_before_training(folder, tmp_path):
+    ids = sorted(p.name.removesuffix(".nii.gz") for p in (folder / "labels").iterdir())
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:4], "val": [], "test": ids[4:]}))
+    split = [f"data.split.file={tmp_path / 'split.json'}", "data.split.test=0.2", "data.split.val=0.1"]
+    with pytest.raises(SuiteError, match=r"model\.scheduler wait.*no case to validate on"):
+        run(*SMALL, f"data.root={folder}", f"runs={tmp_path / 'runs'}", "model/scheduler=plateau", *split)
 
 
 def test_kill_with_averaged_weights(folder, tmp_path):

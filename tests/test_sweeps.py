@@ -266,6 +266,12 @@ def test_a_study_is_of_its_cases(folder, tmp_path, capsys):
         sweep(CONF, training, *named, f"data.root={other}")
 
 
+def test_a_search_without_validation_ends_before_its_first_trial(folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"the search \(hydra.sweeper\) wait.*data.split.val=0"):
+        sweep(CONF, training, *SMALL, f"data.root={folder}", f"runs={tmp_path}", "sweep=tpe", "data.batch_size=1,2", "data.split.val=0")
+    assert not run_folders(tmp_path)
+
+
 # giving up
 
 

@@ -21,6 +21,7 @@ from lesionbench.jobs.console import first_process, say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
+from lesionbench.jobs.validation import check_validation, waiting
 from lesionbench.study import Pruned
 
 
@@ -107,6 +108,8 @@ def _check_options(cfg: DictConfig) -> None:
     for stage in cfg.stages:
         if stage.run not in STAGES:
             raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+        if stage.run == "fit":
+            check_validation(_overridden(cfg, stage), stage.name)
     split = cfg.data.get("split") or {}
     if any(s.run == "test" for s in cfg.stages) and split.get("test") == 0 and split.get("folds") is None and split.get("file") is None:
         raise SuiteError(
@@ -140,9 +143,7 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
 
 def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tuple[DictConfig, DictConfig]:
     """The configuration of one stage and the stage itself: `override` put in, `artefact:<stage>` replaced by what that stage left."""
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
-    _override(cfg, OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False))
+    cfg = _overridden(cfg, stage)
 
     def filled(node: Any) -> Any:
         if isinstance(node, dict):
@@ -164,6 +165,13 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
     return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
 
 
+def _overridden(cfg: DictConfig, stage: DictConfig) -> DictConfig:
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    _override(cfg, OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False))
+    return cfg
+
+
 def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> None:
     """Merges `changes` into `cfg`; a mapping that names a `_target_` replaces what was there, since another class has other arguments."""
     for key, value in changes.items():
@@ -181,6 +189,11 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     if cfg.init_from:
         read_weights(cfg.init_from)  # one that cannot be read is refused before hours of caching
     _prepare(run, stage, folder)
+    names = waiting(cfg, stage.name)
+    if names:
+        run.data.setup("fit")
+        if not run.data.parts["val"]:
+            raise SuiteError(f"{' and '.join(names)} wait(s) for a validation, and data.split leaves no case to validate on")
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
     iteration = -1
