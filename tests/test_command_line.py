@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
 from lesionbench.errors import SuiteError
@@ -172,17 +173,69 @@ def test_a_launcher_that_is_not_installed_says_what_to_install():
     assert "pip install -e '.[ray]'" in str(explain(error, ["launcher=ray"]))
 
 
-def test_paths_with_equals_signs_need_no_quotes():
-    given = ["ckpt=runs/a/seed=0/x.ckpt", "compare.runs=[runs/seed=0,b]", "seed=0,1", "a='b=c'", "ckpt=a/seed=0,b/seed=1", "--cfg=job"]
-    expected = [
-        "ckpt='runs/a/seed=0/x.ckpt'",
-        "compare.runs=['runs/seed=0',b]",
-        "seed=0,1",
-        "a='b=c'",
-        "ckpt='a/seed=0','b/seed=1'",
-        "--cfg=job",
+GRAMMAR = [  # a form of each rule of Hydra's override grammar (1.3)
+    "a=1", "+a=1", "++a=1", "~a", "~a=1", "a.b=1", "db@src=mysql", "a=", "a=null", "a=true", "a=1e-3", "a=-inf", "a=nan", "a=1_000", "a=50%",
+    "a=b c", "a='b=c'", 'a="b=c"', "a='it\\'s'", "a=a\\,b", "a=/b/c.d-e_f+g?h|i@j*k", "a=[]", "a=[1,[b,c]]", "a={}", "a={b:1,c:[d]}", "a=${b}", "a=${b.c}/d", "a=${oc.env:HOME}",
+    "a=${f:b,c}", "a=1,2", "a=b,c", "a=[1],[2]", "a={b:1},{c:2}", "a=choice(b,c)", "a=range(3)", "a=range(1,3)", "a=range(start=0,stop=3,step=2)",
+    "a=interval(0,1)", "a=interval(start=0,end=1)", "a=glob(*)", "a=glob([b*,c*],exclude=d*)", "a=sort(3,1,2)", "a=sort(3,1,2,reverse=true)", "a=sort(list=[2,1],reverse=true)",
+    "a=shuffle(1,2)", "a=shuffle(range(1,3))", "a=tag(log,interval(0,1))", "a=tag(b,c,choice(1,2))", "a=int(3.2)", "a=float(3)", "a=str([1,2])", "a=bool(1)", "a=int(choice(1.5,2.5))",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", GRAMMAR)
+def test_what_hydra_knows_is_left_alone(argument):
+    OverridesParser.create().parse_override(argument)
+    assert quoted([argument]) == [argument]
+
+
+HOME = str(Path.home())
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("runs/a/seed=0/x.ckpt", "runs/a/seed=0/x.ckpt"),
+        ("[runs/seed=0,b]", ["runs/seed=0", "b"]),
+        ("[[a=1],{b:c=2,d:[e=3]}]", [["a=1"], {"b": "c=2", "d": ["e=3"]}]),
+        ("C:/a/seed=0", "C:/a/seed=0"),
+        ("${runs}/seed=0", "${runs}/seed=0"),
+        ("[${runs}/seed=0,1]", ["${runs}/seed=0", 1]),
+        ("~/x", f"{HOME}/x"),
+        ("[~/x,~y]", [f"{HOME}/x", "~y"]),
+        ("/d/Übung/脳", "/d/Übung/脳"),
+        ("/d/BraTS (1)", "/d/BraTS (1)"),
+        ("/d/BraTS(1)/a=b", "/d/BraTS(1)/a=b"),
+        ("it's", "it's"),
+        ("a#b;c&d<e>", "a#b;c&d<e>"),
+        ("D:\\data\\a=b\\", "D:\\data\\a=b\\"),
+        ("a=b,'c,d',e", ["a=b", "c,d", "e"]),
+        ("choice(a=1,~/b)", ["a=1", f"{HOME}/b"]),
+    ],
+)
+def test_other_values_need_no_quotes(typed, value):
+    (argument,) = quoted([f"key={typed}"])
+    override = OverridesParser.create().parse_override(argument)
+    found = [getattr(v, "text", v) for v in override.value().list] if override.is_sweep_override() else override.value()
+
+    def plain(node):
+        if isinstance(node, list):
+            return [plain(v) for v in node]
+        return {k: plain(v) for k, v in node.items()} if isinstance(node, dict) else getattr(node, "text", node)
+
+    assert plain(found) == value
+
+
+@pytest.mark.parametrize("argument", ["a=range(1,2", "a=[b,c", "a={b:1", "a='b", "a=rnage(1,2)=3,range(", "--cfg=job", "=b=c"])
+def test_a_mistake_in_the_grammar_is_not_made_a_string(argument):
+    assert quoted([argument]) == [argument]
+
+
+def test_a_mistake_in_the_grammar_is_answered_with_what_to_type():
+    done = command("data.patch=[8,8")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: data.patch=[8,8: not in Hydra's grammar of overrides (no viable alternative at input '[8,8'); a text is quoted twice: 'data.patch=\"[8,8\"'"
     ]
-    assert quoted(given) == expected
 
 
 def test_the_folder_of_ones_own_goes_before_the_overrides(tmp_path):

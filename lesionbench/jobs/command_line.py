@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -113,15 +113,71 @@ def renamed(arguments: Sequence[str], own: Path | None = None) -> list[str]:
 
 
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """Quotes values that hold an equals sign, as run folders do (`seed=0`); Hydra would take them for a syntax error."""
+    """The arguments with quotes around values that Hydra's grammar does not know, such as paths with an equals sign (`seed=0`), umlauts or
+    parentheses; `~/` at their beginning is the home folder. What the grammar knows stays as it is, and so does a call of one of its
+    functions or a bracket that is not closed: Hydra says what is wrong with it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+
+    def known(argument: str) -> bool:
+        try:
+            parser.parse_override(argument)
+        except HydraException:
+            return False
+        return True
 
     def one(argument: str) -> str:
         key, equals, value = argument.partition("=")
-        if key.startswith("-") or "=" not in value or "'" in value or '"' in value:
+        if not key or key.startswith("-") or not equals or known(argument):
             return argument
-        return key + equals + re.sub(r"[^\[\]{},:]*=[^\[\]{},]*", lambda match: f"'{match.group()}'", value)
+        candidate = key + equals + _quoted(value, lambda part: known(f"key={part}"))
+        return candidate if known(candidate) else argument
 
     return [one(a) for a in arguments]
+
+
+_FUNCTIONS = ("choice", "range", "interval", "glob", "sort", "shuffle", "tag", "int", "float", "str", "bool")  # of Hydra's grammar
+
+
+def _quoted(value: str, known: Callable[[str], bool]) -> str:
+    """The value with quotes around as little of it as will do."""
+    if known(value):
+        return value
+    parts = _parts(value)
+    if len(parts) > 1:
+        return ",".join(_quoted(part, known) for part in parts)
+    if value[:1] + value[-1:] == "[]":
+        return "[" + ",".join(_quoted(part, known) for part in _parts(value[1:-1])) + "]"
+    if value[:1] + value[-1:] == "{}":
+        pairs = [part.partition(":") for part in _parts(value[1:-1])]
+        return "{" + ",".join(f"{key}{colon}{_quoted(inner, known)}" for key, colon, inner in pairs) + "}"
+    function, bracket, inner = value.partition("(")
+    if bracket and function in _FUNCTIONS:
+        return f"{function}({','.join(_quoted(part, known) for part in _parts(inner[:-1]))})" if inner.endswith(")") else value
+    if value[:1] in ("[", "{", "'", '"'):
+        return value
+    if value.startswith("~/"):
+        value = str(Path.home() / value[2:])
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def _parts(text: str) -> list[str]:
+    """The text, cut at commas outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character in "([{") - (character in ")]}") if not quote else 0
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def named(arguments: Sequence[str]) -> list[str]:
@@ -179,8 +235,13 @@ def _content(group: str, name: str, own: Path | None) -> dict:
 def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text, own = str(error), own_folder(arguments)[0]
-    from hydra.errors import InstantiationException
+    from hydra.errors import InstantiationException, OverrideParseException
 
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return SuiteError(
+            f"{error.override}: not in Hydra's grammar of overrides ({text.splitlines()[0]}); a text is quoted twice: '{key}=\"{value}\"'"
+        )
     if "'optuna" in text and find_spec("optuna") is None:
         return SuiteError(f"a search needs Optuna: {install('sweeps')}")
     if isinstance(error, InstantiationException):  # a class that does not exist, or an argument that it does not have

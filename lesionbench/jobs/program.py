@@ -17,11 +17,11 @@ def main() -> None:
         sys.path.append(os.getcwd())  # methods of the user's own; last, so that they hide nothing
     try:
         own, arguments = own_folder(named(sys.argv[1:]))
-        arguments = quoted(renamed(arguments, own))
+        arguments = renamed(arguments, own)
         if "--help" in arguments or "-h" in arguments:
             _print(help_text(own))
         else:
-            sys.argv[1:] = arguments
+            sys.argv[1:] = arguments = quoted(arguments)
             _run(arguments)
     except SuiteError as error:
         from lesionbench.jobs.failed_jobs import notes
