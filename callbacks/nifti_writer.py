@@ -13,14 +13,14 @@ import torch
 from callbacks.case_callback import CaseCallback
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
-from lesionbench.geometry import write_volume
+from lesionbench.geometry import write_native
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.results import write_rows
 from lesionbench.task import Task
 
 
 class NiftiWriter(CaseCallback):
-    """Writes `<case>.nii.gz` for every predicted case: label values on disk, native affine and shape.
+    """Writes `<case>.nii.gz` for every predicted case: label values on disk, on the native grid, with the header of the input.
 
     On request also `<case>_prob_<region>.nii.gz` and `<case>_uncertainty_<name>.nii.gz` (float32), and `<case>_<member>.nii.gz`.
     Anomaly scores, where the method has them, go to `<case>_score.nii.gz`; case-level results of all cases to `table.csv`.
@@ -78,7 +78,7 @@ class NiftiWriter(CaseCallback):
         if not (self.overwrite or method.trainer.testing):
             self._refuse(files)
         for path, array in files.items():
-            write_volume(path, array, np.asarray(result.geometry.affine))
+            write_native(path, array, result.geometry)
         who = {"case": result.case, "patient": result.patient, "site": result.site, "region": ""}
         self.collected += [{**who, "member": name, **part.table} for name, part in prediction.flat() if part.table]
 

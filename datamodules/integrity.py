@@ -15,7 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
-from lesionbench.geometry import Geometry, read_volume
+from lesionbench.geometry import TOLERANCE, Geometry, displacement, header_doubt, read_volume
 from lesionbench.task import BACKGROUND, Task
 
 ERROR, WARNING = "error", "warning"
@@ -39,6 +39,7 @@ TWO_SPLITS = "patient in two splits: split by patient"
 NOT_FOUND = "split names a case that was not found: correct the split"
 EMPTY_LABEL = "empty label: make sure that the case has no lesion"
 EMPTY_REGION = "empty region: fine for some cases, else check the values of its classes"
+TWO_HEADERS = "header holds two different voxel sizes: look which is right, and repair the other"
 ODD_SPACING = "odd voxel size: check the header, or resample (data.preprocessing.spacing)"
 
 
@@ -166,6 +167,8 @@ def _read(case: Case, path: Path, report: _Report) -> np.ndarray | None:
         bad = int((~np.isfinite(array)).sum()) if array.dtype.kind == "f" else array.size
         faults.append((NOT_FINITE, f"{bad} of {array.size} voxels"))
     report.findings += [Finding(ERROR, case.id, path, message, value) for message, value in faults]
+    if doubt := header_doubt(path):
+        report.findings.append(Finding(WARNING, case.id, path, TWO_HEADERS, doubt))
     return array if finite else None
 
 
@@ -186,11 +189,11 @@ def _grid_faults(affine: np.ndarray, shape: tuple[int, ...], first: np.ndarray, 
     if shape != first_shape:
         faults.append((SHAPE, f"{shape} against {first_shape}"))
     codes, first_codes = "".join(aff2axcodes(affine)), "".join(aff2axcodes(first))
-    difference = np.abs(affine - first).max()
-    if codes != first_codes:
+    apart = displacement(first, affine, first_shape)
+    if apart > TOLERANCE and codes != first_codes:
         faults.append((ORIENTATION, f"{codes} against {first_codes}"))
-    elif difference > 1e-3 * np.sqrt((first[:3, :3] ** 2).sum(axis=0)).min():
-        faults.append((AFFINE, f"differs by up to {difference:.4g} mm"))
+    elif apart > TOLERANCE:
+        faults.append((AFFINE, f"corners lie up to {apart:.3g} voxels apart, {TOLERANCE} are accepted"))
     return faults
 
 

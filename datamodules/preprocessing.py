@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nibabel.orientations import io_orientation
+from nibabel.orientations import aff2axcodes
 
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.geometry import Geometry, read_volume, resample
+from lesionbench.geometry import TOLERANCE, Geometry, displacement, read_header, read_volume, resample
 from lesionbench.task import Task
 
 CROPS = ("foreground", "label", "none")
@@ -318,14 +318,17 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
 def _geometry(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int]) -> Geometry:
     if not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
         raise SuiteError(f"case {case.id}: {path}: the affine in the header is no invertible matrix: {np.asarray(affine).tolist()}")
-    return Geometry.of(affine, shape)
+    return Geometry.of(affine, shape, read_header(path))
 
 
 def _check_grid(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int], geometry: Geometry) -> None:
     if tuple(shape) != geometry.shape:
         raise SuiteError(f"case {case.id}: {path} has shape {tuple(shape)}, the first image has {geometry.shape}; bring both to one grid")
-    if not np.array_equal(io_orientation(affine), np.asarray(geometry.orientation)):
-        raise SuiteError(f"case {case.id}: {path} has other axis directions than the first image; bring both to one grid")
+    apart = displacement(np.asarray(geometry.affine), affine, geometry.shape)
+    if not apart <= TOLERANCE:
+        codes = ["".join(aff2axcodes(a)) for a in (affine, np.asarray(geometry.affine))]
+        why = f"has axes {codes[0]}, the first image {codes[1]}" if codes[0] != codes[1] else "lies elsewhere than the first image"
+        raise SuiteError(f"case {case.id}: {path} {why} (up to {apart:.3g} voxels apart); bring both to one grid")
 
 
 def _compact(case: Case, path: Path, array: np.ndarray) -> np.ndarray:

@@ -25,12 +25,13 @@ class Geometry:
     """How one case lies on disk and inside the suite; plain numbers only.
 
     Attributes:
-        affine: native voxel-to-world matrix, 4 x 4.
+        affine: native voxel-to-world matrix, 4 x 4, in mm.
         shape: native array shape.
         orientation: nibabel orientation transform native -> canonical, 3 x 2.
         spacing: canonical voxel size, before any resampling.
         resampled: canonical shape after resampling (equal to the canonical shape where nothing was resampled).
         crop: (start, stop) for each canonical axis, on the resampled grid.
+        header: the NIfTI header of the file it was read from, in hexadecimal; "" where there is none.
     """
 
     affine: tuple[tuple[float, ...], ...]
@@ -39,9 +40,10 @@ class Geometry:
     spacing: tuple[float, ...]
     resampled: tuple[int, ...]
     crop: tuple[tuple[int, int], ...]
+    header: str = ""
 
     @classmethod
-    def of(cls, affine: np.ndarray, shape: Sequence[int]) -> "Geometry":
+    def of(cls, affine: np.ndarray, shape: Sequence[int], header: str = "") -> "Geometry":
         """Geometry of an untouched volume."""
         orientation = io_orientation(affine)
         canonical = tuple(int(shape[int(np.where(orientation[:, 0] == axis)[0][0])]) for axis in range(3))
@@ -54,6 +56,7 @@ class Geometry:
             spacing=spacing,
             resampled=canonical,
             crop=tuple((0, s) for s in canonical),
+            header=header,
         )
 
     @property
@@ -100,8 +103,26 @@ class Geometry:
     def from_dict(cls, data: dict[str, Any]) -> "Geometry":
         """The inverse of `to_dict` (also after JSON)."""
         nested = {"affine", "orientation", "crop"}
-        fields: dict[str, Any] = {k: tuple(map(tuple, v)) if k in nested else tuple(v) for k, v in data.items()}
+        fields: dict[str, Any] = {
+            k: tuple(map(tuple, v)) if k in nested else v if isinstance(v, str) else tuple(v) for k, v in data.items()
+        }
         return cls(**fields)
+
+
+TOLERANCE = 0.05  # voxels by which the corners of two grids that count as one may lie apart
+
+
+def displacement(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
+    """How far the voxels of two grids of one shape lie apart at most, in voxels (of the smallest side of the first one).
+
+    The difference of two affine maps is largest at a corner.
+
+    Args:
+        first, second: voxel-to-world matrices, 4 x 4.
+    """
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.asarray(shape) - 1)
+    apart = corners @ (np.asarray(first) - np.asarray(second))[:3, :3].T + (np.asarray(first) - np.asarray(second))[:3, 3]
+    return float(np.linalg.norm(apart, axis=1).max() / np.linalg.norm(np.asarray(first)[:3, :3], axis=0).min())
 
 
 def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -> torch.Tensor:
@@ -115,7 +136,10 @@ def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -
 def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | None, np.ndarray, tuple[int, ...]]:
     """Reads a NIfTI or Analyze volume: (array in its stored type where unscaled, else float32; affine; shape).
 
-    A trailing axis of length one is dropped. With `header_only` the array is None.
+    A trailing axis of length one is dropped. With `header_only` the array is None. The affine leads from voxels to mm. It is the sform,
+    without one the qform, without both the header's voxel sizes, as nibabel reads it. Where the sform has other voxel sizes than `pixdim`
+    (by more than 1 %), sizes of exactly 1 are taken for never set; of two others `pixdim` counts, as in ITK: with the directions of the
+    qform, or of the sform where there is no qform. Units of meters and micrometers become mm.
 
     Raises:
         SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers; names the file.
@@ -134,14 +158,15 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
             raise SuiteError(f"{path}: holds complex numbers ({stored}), not intensities or labels; export the magnitude")
         if len(shape) != 3 or 0 in shape:
             raise SuiteError(f"{path}: expected one 3D volume, got shape {tuple(image.shape)}")
+        affine = _header_affine(image)[0]
         if header_only:
-            return None, image.affine, shape
+            return None, affine, shape
         slope, inter = image.dataobj.slope, image.dataobj.inter
         scaled = (slope, inter) != (1, 0)
         array = np.asarray(image.dataobj, dtype=np.float32) if scaled else np.asanyarray(image.dataobj)
         if array.dtype.byteorder not in "=|" or array.dtype == np.float64:
             array = array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="))
-        return array.reshape(shape), image.affine, shape
+        return array.reshape(shape), affine, shape
     except FileNotFoundError:
         raise SuiteError(f"{path}: no such file") from None
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, OverflowError, MemoryError, zlib.error) as error:
@@ -150,11 +175,67 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
         ) from None
 
 
-def write_volume(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
-    """Writes a NIfTI file atomically (a reader never sees half of it)."""
+def _header_affine(image: Any) -> tuple[np.ndarray, str]:
+    """The affine of `read_volume`, 4 x 4, and what the header says twice and differently ("" where it does not)."""
+    affine, header = np.asarray(image.affine, dtype=float), image.header
+    if not isinstance(header, nib.Nifti1Header):
+        return affine, ""
+    doubt, stated = "", np.asarray(header["pixdim"][1:4], dtype=float)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.isfinite([*stated, *sizes]).all() and (stated > 0).all() and (sizes > 0).all() and np.abs(sizes / stated - 1).max() > 0.01:
+        taken = "sform"
+        if (stated != 1).any():
+            taken = "pixdim"
+            qform = header.get_qform(coded=True)[0]
+            affine = affine * [*(stated / sizes), 1] if qform is None else qform
+        doubt = f"sform {_sizes(sizes)}, pixdim {_sizes(stated)}: {taken} counts"
+    scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)
+    return affine * np.array([scale, scale, scale, 1])[:, None], doubt
+
+
+def header_doubt(path: Path) -> str:
+    """What the header of a volume says twice and differently, and which counts; "" where there is nothing."""
+    return _header_affine(nib.load(path))[1]
+
+
+def _sizes(values: np.ndarray) -> str:
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+def read_header(path: Path) -> str:
+    """The NIfTI header of a file that `read_volume` reads, in hexadecimal; "" for Analyze, which has no orientation to keep."""
+    header = nib.load(path).header
+    return header.binaryblock.hex() if isinstance(header, nib.Nifti1Header) else ""
+
+
+def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None, header: str = "") -> Path:
+    """Writes a NIfTI file atomically (a reader never sees half of it).
+
+    Args:
+        affine: voxel-to-world matrix, 4 x 4, in mm; None with a header.
+        header: of `read_header`: its grid, codes, units and description are kept, so that every program sees both files on one grid.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
-    nib.Nifti1Image(np.ascontiguousarray(array), np.asarray(affine)).to_filename(temporary)
+    array = np.ascontiguousarray(array)
+    _image(array, affine, bytes.fromhex(header)).to_filename(temporary)
     temporary.replace(path)
     return path
+
+
+def write_native(path: Path, array: np.ndarray, geometry: Geometry) -> Path:
+    """Writes an array (X, Y, Z) on the native grid of a case with the header of its first image."""
+    return write_volume(path, array, None if geometry.header else np.asarray(geometry.affine), geometry.header)
+
+
+def _image(array: np.ndarray, affine: np.ndarray | None, header: bytes) -> Any:
+    if not header:
+        return nib.Nifti1Image(array, np.asarray(affine))
+    kind = nib.Nifti2Image if len(header) == nib.Nifti2Header.sizeof_hdr else nib.Nifti1Image
+    kept = kind.header_class(header, check=False)
+    kept.set_data_dtype(array.dtype)
+    kept.set_slope_inter(1, 0)
+    kept["cal_min"] = kept["cal_max"] = 0  # a window of gray values
+    kept.set_intent("none")
+    return kind(array, None, kept)

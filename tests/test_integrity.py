@@ -2,6 +2,7 @@ import gzip
 import shutil
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -141,7 +142,7 @@ def second_rater(case):
 
 
 FLIPPED = LPS * np.array([[-1], [1], [1], [1]])
-SHIFTED = LPS + np.array([[0, 0, 0, 0.01], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+SHIFTED = LPS + np.array([[0, 0, 0, 0.2], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 DEFECTS = {
     "gzip cut in half": (truncate(0.5), integrity.UNREADABLE, "end"),
     "gzip without its last bytes": (truncate(-4), integrity.UNREADABLE, "end"),
@@ -158,8 +159,8 @@ DEFECTS = {
     "constant": (planted(flair, lambda a: np.full_like(a, 7)), integrity.CONSTANT, "7"),
     "image shape": (planted(flair, lambda a: a[:, :, :-1]), integrity.SHAPE, "(12, 12, 9) against (12, 12, 10)"),
     "label shape": (planted(label, lambda a: a[:-1]), integrity.SHAPE, "(11, 12, 10) against (12, 12, 10)"),
-    "affine": (planted(flair, same, SHIFTED), integrity.AFFINE, "0.01 mm"),
-    "rater affine": (planted(second_rater, same, SHIFTED), integrity.AFFINE, "0.01 mm"),
+    "affine": (planted(flair, same, SHIFTED), integrity.AFFINE, "voxels apart"),
+    "rater affine": (planted(second_rater, same, SHIFTED), integrity.AFFINE, "voxels apart"),
     "orientation": (planted(label, same, FLIPPED), integrity.ORIENTATION, "RPS against LPS"),
     "singular": (flatten_affine, integrity.SINGULAR, "[0.0, 0.0, 0.0, 0.0]"),
     "unknown value": (planted(label, with_value(7, np.int16)), integrity.UNKNOWN_VALUE, "7; known [0, 1, 2]"),
@@ -186,6 +187,19 @@ def test_affines_within_a_thousandth_of_a_voxel_agree(cases):
     rewrite(cases[1].images["flair"], same, LPS + 0.9e-3 * np.eye(4)[:, [3, 3, 3, 0]])
     rewrite(cases[1].label, same, LPS + np.array([[0, 0, 0, 0.0009], *[[0.0] * 4] * 3]))
     assert check(cases) == []
+
+
+def test_a_label_that_its_writer_scaled_is_told_so(cases):
+    """nibabel stores fractional types as scaled bytes: 1 comes back as 1.00392."""
+    label = np.zeros(SHAPE)
+    label[0, 0, :3] = 1, 2, 4
+    image = nib.Nifti1Image(label, LPS)
+    image.set_data_dtype(np.uint8)
+    image.to_filename(cases[1].label)
+    found = [f for f in check(cases) if f.message == integrity.NOT_INTEGER]
+    assert [f.file for f in found] == [cases[1].label]
+    assert "1.00392" in found[0].value
+    assert "scl_slope" in found[0].message
 
 
 def test_a_bad_file_does_not_hide_the_others(cases):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,7 +303,13 @@ def test_compile(folder, tmp_path):
 def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp_path, monkeypatch):
     run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}")
     checkpoint = run_folders(tmp_path / "runs")[0] / "checkpoints" / "last.ckpt"
-    predict = ["job=predict", f"ckpt={checkpoint}", f"input={folder / 'images'}", f"out={tmp_path / 'out'}", "trust=[tests]"]
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    for path in images.glob("case_00_*"):
+        scan = nib.load(path)
+        scan.set_qform(scan.affine, code=1)
+        scan.header["descrip"] = b"a scanner"
+        scan.to_filename(path)
+    predict = ["job=predict", f"ckpt={checkpoint}", f"input={images}", f"out={tmp_path / 'out'}", "trust=[tests]"]
     run(*predict)
     before = (tmp_path / "out" / "predictions" / "case_00.nii.gz").read_bytes()
     with monkeypatch.context() as patched:
@@ -314,11 +321,13 @@ def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp
         run(*predict[:-2], f"out={tmp_path / 'refused'}", "trust=[tests]", "trainer.precision=half")
     assert not (tmp_path / "refused").exists()
     run(*predict, "overwrite=true")
-    image = nib.load(next((folder / "images").glob("case_00_*")))
+    image = nib.load(next(images.glob("case_00_*")))
     mask = nib.load(tmp_path / "out" / "predictions" / "case_00.nii.gz")
     assert mask.shape == image.shape
     assert np.array_equal(mask.affine, image.affine)
-    assert not list((folder / "images").glob(".*"))
+    for field in ("qform_code", "sform_code", "descrip", "quatern_d", "srow_x"):
+        assert np.array_equal(mask.header[field], image.header[field]), field
+    assert not list(images.glob(".*"))
 
 
 def test_check_names_everything_at_once_and_training_refuses(tmp_path):

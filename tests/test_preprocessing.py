@@ -320,7 +320,7 @@ def test_errors_name_case_file_and_value(tmp_path):
         preprocess(make_case(tmp_path, images, np.where(label == 1, 7, label).astype(np.uint8), name="odd"), TASK, Preprocessing())
     case = make_case(tmp_path, images, name="axes")
     write(case.images["flair"], images["flair"], np.diag([-1.0, 1, 1, 1]))
-    with pytest.raises(SuiteError, match=r"case axes: .*axes_flair.nii.gz has other axis directions"):
+    with pytest.raises(SuiteError, match=r"case axes: .*axes_flair.nii.gz has axes LAS, the first image RAS"):
         preprocess(case, TASK, Preprocessing())
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.checkpoint import read_checkpoint
 from lesionbench.errors import SuiteError
-from lesionbench.geometry import write_volume
+from lesionbench.geometry import write_native
 from lesionbench.results import read_rows, write_json, write_rows
 from lesionbench.task import Task
 from lesionbench.voxels import VoxelStore
@@ -78,7 +78,7 @@ def cluster(cfg: DictConfig, folder: Path) -> Path:
         rows.append({**who, **case_table(prediction, len(tumor.values), theta.clusters), **known})
         if cfg.habitats.training_maps:
             labels = native_labels(prediction.labels, tumor.positions, record.shape, record.geometry)
-            write_volume(folder / "predictions" / f"{record.case}.nii.gz", labels.astype(np.uint8), np.asarray(record.geometry.affine))
+            write_native(folder / "predictions" / f"{record.case}.nii.gz", labels.astype(np.uint8), record.geometry)
     write_rows(folder / "cases.csv", rows)
     _write_table(folder / "clusters.csv", by_clusters(objective, theta.quantile, search_of(cfg)))
     return write_checkpoint(folder.parent / "checkpoints" / "best.ckpt", model, cfg, store)
