@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules.cache import CaseCache
-from datamodules.integrity import Finding, check_cases, raise_on_errors, render
+from datamodules.integrity import ERROR, Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
 from datamodules.readers.brats_files import nifti
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
@@ -178,6 +178,35 @@ class CaseDataModule(pl.LightningDataModule):
             self._check_once(cases)
         self.store.prepare(cases, workers=self.num_workers)
         self._prepared = True
+
+    def leave_out_unusable(self) -> dict[str, str]:
+        """Checks and prepares the cases to predict, and leaves out those that cannot be used: id -> why.
+
+        Raises:
+            SuiteError: none is left.
+        """
+        cases = list(self.predict_cases or ())
+        left_out: dict[str, str] = {}
+        if self.check:
+            for finding in check_cases(cases, self.task, splits={"predict": [c.id for c in cases]}, allow_missing=self.allow_missing):
+                if finding.level == ERROR:
+                    left_out.setdefault(
+                        finding.case, ": ".join(str(part) for part in (finding.file, finding.message, finding.value) if part)
+                    )
+        cases = [case for case in cases if case.id not in left_out]
+        try:
+            self.store.prepare(cases, workers=self.num_workers)
+        except SuiteError:  # the others are there by now
+            for case in cases:
+                try:
+                    self.store.prepare([case], progress=False)
+                except SuiteError as error:
+                    left_out[case.id] = str(error)
+        self.predict_cases = [case for case in cases if case.id not in left_out]
+        if not self.predict_cases:
+            raise SuiteError("no case can be predicted:\n" + "\n".join(f"  {name}: {why}" for name, why in left_out.items()))
+        self._prepared = True
+        return left_out
 
     def fingerprint(self) -> str | None:
         """Sixteen characters that tell the cases, once they are prepared: their ids and what their files hold, wherever these lie."""

@@ -17,6 +17,8 @@ class Images(CaseDataModule):
 
     `labels` is a folder of masks `<case>.nii.gz`, for methods that work inside of a mask.
 
+    With `incomplete`, cases that lack a channel are found too, for `leave_out_unusable` to name.
+
     `unused` lists the files below `root` that belong to no case, such as masks that lie beside the images.
 
     The preprocessed copies live in a temporary folder that goes away with the object, so that nothing is left beside the user's files.
@@ -30,11 +32,13 @@ class Images(CaseDataModule):
         preprocessing: Preprocessing,
         statistics: dict | None = None,
         labels: str | Path | None = None,
+        check: bool = True,
+        incomplete: bool = False,
     ) -> None:
         self._task = Task.from_dict(task)
         self._temporary = TemporaryDirectory(prefix="lesionbench-")
-        super().__init__(root, preprocessing=preprocessing, cache=self._temporary.name, check=True, labels=labels)
-        self.statistics = statistics
+        super().__init__(root, preprocessing=preprocessing, cache=self._temporary.name, check=check, labels=labels)
+        self.statistics, self.incomplete = statistics, incomplete
         self.predict_cases = self.cases()
 
     def setup(self, stage: str | None = None) -> None:
@@ -45,7 +49,7 @@ class Images(CaseDataModule):
         return self._task
 
     def find_cases(self) -> list[Case]:
-        cases = find_images(self.root, list(self._task.channels), self.allow_missing)
+        cases = find_images(self.root, list(self._task.channels), self.allow_missing or self.incomplete)
         used = {path for case in cases for path in case.images.values()}
         self.unused = [path for path in images_below(Path(self.root)) if path not in used]
         return cases

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +94,8 @@ def check_cases(
     else:
         reports = list(_shown(map(check, cases), len(cases), progress))
     findings = [f for report in reports for f in report.findings]
-    return findings + _duplicates(cases, reports) + _shared_patients(cases, splits or {}) + _odd_spacing(cases, reports)
+    predicted = set((splits or {}).get("predict", ()))
+    return findings + _duplicates(cases, reports, predicted) + _shared_patients(cases, splits or {}) + _odd_spacing(cases, reports)
 
 
 def render(findings: Sequence[Finding]) -> str:
@@ -232,8 +233,8 @@ def _exactly(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == float(value) else repr(float(value))
 
 
-def _duplicates(cases: Sequence[Case], reports: Sequence[_Report]) -> list[Finding]:
-    """Cases with the id, or with an image, of an earlier case."""
+def _duplicates(cases: Sequence[Case], reports: Sequence[_Report], predicted: Container[str]) -> list[Finding]:
+    """Cases with the id, or with an image, of an earlier case; a scan that is only predicted may well come twice."""
     findings = []
     by_id: dict[str, Case] = {}
     by_content: dict[bytes, str] = {}
@@ -248,7 +249,8 @@ def _duplicates(cases: Sequence[Case], reports: Sequence[_Report]) -> list[Findi
             if owner != case.id:
                 shared.setdefault(owner, []).append(channel)
         for owner, channels in shared.items():
-            findings.append(Finding(ERROR, case.id, case.images[channels[0]], SAME_IMAGE, f"{', '.join(channels)} as in {owner}"))
+            level = WARNING if case.id in predicted else ERROR
+            findings.append(Finding(level, case.id, case.images[channels[0]], SAME_IMAGE, f"{', '.join(channels)} as in {owner}"))
     return findings
 
 

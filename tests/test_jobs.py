@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.preprocessing import Preprocessing
 from lesionbench.errors import SuiteError
+from lesionbench.task import Task
 from tests.fake_data import write_fake_brats, write_fake_folder
 from tests.harness import SMALL, assert_same, composed, rows, run, run_folders, run_killed, weights
 
@@ -328,6 +330,52 @@ def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp
     for field in ("qform_code", "sform_code", "descrip", "quatern_d", "srow_x"):
         assert np.array_equal(mask.header[field], image.header[field]), field
     assert not list(images.glob(".*"))
+
+
+def test_prediction_goes_on_without_what_cannot_be_used(folder, tmp_path, capsys, monkeypatch):
+    """One file is truncated, one holds NaN, one case lacks a channel, and one scan comes under two names, which is no error."""
+    run(*SHORT, f"data.root={folder}", f"runs={tmp_path / 'runs'}")
+    checkpoint = run_folders(tmp_path / "runs")[0] / "checkpoints" / "last.ckpt"
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    cut = images / "case_01_t1.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:400])
+    scan = nib.load(images / "case_03_flair.nii.gz")
+    nib.Nifti1Image(np.full(scan.shape, np.nan, np.float32), scan.affine).to_filename(images / "case_03_flair.nii.gz")
+    (images / "case_05_t1.nii.gz").unlink()
+    for channel in ("t1", "flair"):
+        shutil.copy(images / f"case_02_{channel}.nii.gz", images / f"again_{channel}.nii.gz")
+    predict = ["job=predict", f"ckpt={checkpoint}", f"input={images}", f"out={tmp_path / 'out'}", "trust=[tests]"]
+    with pytest.raises(SuiteError, match="case_05"):
+        run(*predict)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SuiteError) as caught:
+        run(*predict, "on_error=skip")
+    told = str(caught.value).splitlines()
+    assert told[0] == "3 of 9 case(s) were left out (on_error=skip):"
+    for line, (case, why) in zip(
+        sorted(told[1:]), (("case_01", "truncated"), ("case_03", "NaN"), ("case_05", "missing channel.*t1")), strict=True
+    ):
+        assert re.match(rf"  {case}: .*{why}", line), line
+    assert "6 case(s) written" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out" / "predictions").iterdir()) == sorted(
+        f"{name}.nii.gz" for name in ("again", "case_00", "case_02", "case_04", "case_06", "case_07")
+    )
+    with pytest.raises(SuiteError, match="did you mean 'skip'"):
+        run(*predict, "on_error=skipp")
+    for path in images.glob("*_t1.nii.gz"):
+        path.write_bytes(b"")
+    with pytest.raises(SuiteError, match="no case can be predicted"):
+        run(*predict, "on_error=skip", "overwrite=true")
+
+
+def test_the_check_of_the_input_is_left_out_only_when_asked_for(folder, monkeypatch):
+    from lesionbench.jobs import predict as module
+
+    cfg = composed(*SHORT, "job=predict", f"input={folder / 'images'}")  # whose data set is not checked
+    task = Task(("t1", "flair"), {"background": 0, "lesion": 1}).to_dict()
+    assert module._prediction_data(cfg, task, Preprocessing(), None).check
+    monkeypatch.setattr(module, "_asked", lambda key: key == "data.check")
+    assert not module._prediction_data(cfg, task, Preprocessing(), None).check
 
 
 def test_check_names_everything_at_once_and_training_refuses(tmp_path):

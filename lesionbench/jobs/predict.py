@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.jobs.assembled import Assembled, quiet
 from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble import ensemble_model
@@ -18,6 +19,8 @@ def predict(cfg: DictConfig) -> None:
     from callbacks import progress_bar
 
     quiet()
+    if cfg.on_error not in ("stop", "skip"):
+        raise unknown("on_error", cfg.on_error, ["stop", "skip"])
     source = _from_ensemble if is_ensemble(cfg.ckpt) else _from_checkpoint if cfg.ckpt else _from_experiment
     method, data = source(cfg)
     with open_dict(cfg):
@@ -31,9 +34,14 @@ def predict(cfg: DictConfig) -> None:
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
+    wanted = len(data.predict_ids())
+    left_out = data.leave_out_unusable() if cfg.on_error == "skip" else {}
     run.prepare()
     run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
     say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
+    if left_out:
+        reasons = "\n".join(f"  {name}: {why}" for name, why in left_out.items())
+        raise SuiteError(f"{len(left_out)} of {wanted} case(s) were left out (on_error=skip):\n{reasons}")
 
 
 def _found(data: Any) -> str:
@@ -98,7 +106,16 @@ def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, 
     from datamodules.images import Images
 
     if cfg.input:
-        return Images(cfg.input, task=task, preprocessing=preprocessing, statistics=statistics, labels=cfg.data.get("labels"))
+        check = cfg.data.check if _asked("data.check") else True  # that of the default data set is not about these images
+        return Images(
+            cfg.input,
+            task=task,
+            preprocessing=preprocessing,
+            statistics=statistics,
+            labels=cfg.data.get("labels"),
+            check=check,
+            incomplete=cfg.on_error == "skip",
+        )
     data = instantiate(cfg.data, _convert_="all")
     if data.task.to_dict() != task:
         raise SuiteError(
@@ -108,3 +125,9 @@ def _prediction_data(cfg: DictConfig, task: dict[str, Any], preprocessing: Any, 
     data.materialize()
     data.predict_cases = data.cases()  # labeled or not, in no part of a split
     return data
+
+
+def _asked(key: str) -> bool:
+    """Whether the user has set a key on the command line."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return any(word.lstrip("+").startswith(f"{key}=") for word in words)
