@@ -34,6 +34,7 @@ def extract(cfg: DictConfig, folder: Path) -> Path:
     data.prepare_data()
     data.setup("fit")
     store, empty = VoxelStore(folder), []
+    store.begin(data.fingerprint())
     for batch in data.case_loader([c for c in data.parts["train"] if not store.has(c.id)]):
         if not _store(store, batch, data.task, cfg.habitats.region):
             empty.append(batch["case"][0])

@@ -64,6 +64,14 @@ class VoxelStore:
         except FileNotFoundError:
             raise SuiteError(f"{self.folder}: no voxels here; the stage that extracts them has not finished") from None
 
+    def begin(self, cases: str) -> None:
+        """Keeps what is stored of the cases with this fingerprint (`CaseDataModule.fingerprint`), and drops what is stored of others."""
+        mark = self.folder / "cases.json"
+        if not mark.exists() or json.loads(mark.read_text()) != cases:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            _write_json(mark, cases)
+
     def finish(self, origin: Mapping[str, Any]) -> None:
         """Marks the store as complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +107,7 @@ class VoxelStore:
         return np.load(self.folder / file_name(case) / "positions.npy", mmap_mode="r")
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def _write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f".writing-{path.name}")
     temporary.write_text(json.dumps(data))
     temporary.replace(path)

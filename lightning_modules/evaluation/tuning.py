@@ -174,11 +174,16 @@ def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data
     task = data.task
     if region not in task.regions:
         raise unknown("region (tune.region)", region, task.regions)
-    wanted = read_run(folder).cases
+    run = read_run(folder)
+    wanted = run.cases
     known = {c.id: c for c in data.cases() if c.id in wanted}
     lacking = sorted(wanted - set(known))
     if lacking:
         raise SuiteError(f"{len(lacking)} of its test cases are not in {data.root} ({', '.join(lacking[:5])}); give tune.data_root")
+    if "cases" in run.settings:
+        data.prepare_data()
+        if data.fingerprint() not in run.settings["cases"].values():
+            raise SuiteError(f"the files of its cases under {data.root} have changed since it was tested; test it again")
     _refuse_seen(folder, config, {c.patient for c in known.values()})
     place = task.region_names.index(region)
     rows = []

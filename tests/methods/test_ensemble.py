@@ -367,6 +367,22 @@ def test_tune_takes_ensembles_out_of_fold(trained, folder, tmp_path):
     assert (a["held_out"], b["held_out"] is None) == (None, False)
 
 
+def test_tune_refuses_cases_with_other_contents(trained, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    runs = [
+        f"tune.runs=[{trained['fold0']},{trained['fold1']}]",
+        "tune.region=lesion",
+        f"tune.data_root={other}",
+        f"out={tmp_path / 'x.json'}",
+    ]
+    run("job=tune", *runs)  # the same elsewhere
+    for label in (other / "labels").iterdir():
+        image = nib.load(label)
+        nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 1, axis=0), image.affine).to_filename(label)
+    with pytest.raises(SuiteError, match="have changed since it was tested"):
+        run("job=tune", *runs)
+
+
 def test_tune_refuses_cases_that_were_not_held_out(trained, folder, tmp_path):
     forged = tmp_path / "forged"
     shutil.copytree(trained["fold0"], forged)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lesionbench.errors import SuiteError
+from lesionbench.voxels import VoxelStore
 from lightning_modules.habitats.bayesopt import EvaluationLog
 from lightning_modules.habitats.texture import FEATURES
 from tests.fake_data import write_fake_folder
@@ -245,6 +246,28 @@ def test_held_out_survival_is_read_as_that_of_training_patients_is(whole, folder
     changed_attributes(root, "event", "2", [trained])
     with pytest.raises(SuiteError, match=f"case {trained}: .*'event': 2"):
         run(*common)
+
+
+def test_voxels_of_other_cases_are_not_kept(folder, tmp_path, monkeypatch):
+    """A kill in the middle of the extraction, then a corrected release in the same place."""
+    root, common = broken(folder, tmp_path, "released")
+
+    def dies(store, record, *arrays, real=VoxelStore.write):
+        real(store, record, *arrays)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VoxelStore, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(*common)
+    (found,) = run_folders(tmp_path / "runs-released")
+    (kept,) = (found / "voxels").glob("*/values.npy")
+    before = np.load(kept)
+    for image in (root / "images").glob(f"{kept.parent.name}_*"):
+        scan = nib.load(image)
+        nib.Nifti1Image(np.asarray(scan.dataobj)[::-1].copy(), scan.affine).to_filename(image)
+    run(*common, "resume=true")
+    assert not np.array_equal(np.load(kept), before)
 
 
 def test_empty_masks_are_left_out_and_constant_modalities_refused(folder, tmp_path, capsys):
