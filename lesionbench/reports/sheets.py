@@ -2,13 +2,18 @@
 
 import csv
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesionbench.reports.runs import COST, Record
 from lesionbench.results import TUNED
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass
@@ -140,6 +145,20 @@ def _number(value: float, sign: str = "") -> str:
     if math.isnan(value):
         return "-"
     return f"{value:{sign},.{3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
+
+
+def terminal_width() -> int | None:
+    """Columns that tables have to fit into: those of the terminal, or COLUMNS; None where the output goes to a file or a program."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+
+
+def console() -> "Console":
+    """A console that folds lines in a terminal and leaves them whole elsewhere, where rich alone would take 80 columns."""
+    from rich.console import Console
+
+    return Console(width=terminal_width() or 100_000)
 
 
 def markdown_cell(text: str) -> str:
