@@ -16,6 +16,7 @@ from lesionbench.reports.comparison import compare
 from lesionbench.reports.runs import SIMULATED, find_runs, read_run
 from lesionbench.reports.statistics import bootstrap_interval, differences, holm, paired_tests
 from lesionbench.results import write_json, write_rows
+from tests.harness import run
 
 CASES = [f"c{i}" for i in range(8)]
 
@@ -485,6 +486,32 @@ def test_terminal_tables_keep_every_number_whole(tmp_path, width):
                 assert all(part in text for part in cell.split("\n"))
     assert all(region in text for region in regions)
     assert "[long]" in text
+
+
+@pytest.fixture
+def wide_runs(tmp_path):
+    rows = [row(c, f"region{i}", dice=0.5) for c in CASES for i in range(12)]
+    make_run(tmp_path, "an/experiment/with/a/long/name/that/a/terminal/folds", rows=rows)
+    return tmp_path
+
+
+def test_tables_are_whole_where_there_is_no_terminal(wide_runs, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run("job=compare", f"compare.runs=[{wide_runs}]", "compare.group_by=[experiment]")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("dice: mean ± std" in line for line in lines) == 1  # one table, not one for some of the regions each
+    assert any(all(f"region{i} " in line for i in range(12)) for line in lines)
+    assert any("an/experiment/with/a/long/name/that/a/terminal/folds" in line and line.count("0.500") == 12 for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tables_fit_a_terminal(wide_runs, capsys, monkeypatch, terminal):
+    """And the width that COLUMNS asks for, without one."""
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    run("job=compare", f"compare.runs=[{wide_runs}]", "compare.group_by=[experiment]")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┏┃┡│├└"]
+    assert 60 < max(map(len, lines)) <= 70
 
 
 def test_reading_many_runs_imports_no_torch(tmp_path):

@@ -66,12 +66,16 @@ def table(sheet: Sheet) -> str:
         for place, row in enumerate(sheet.rows)
     )
     box = f"<div class=scroll tabindex=0 role=region aria-label='{html.escape(sheet.title)}'>"
-    return f"{box}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    longest = max((len(row[0]) for row in sheet.rows), default=0)
+    return f"{box}<table style='--name:{longest}ch'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _cell(text: str, key: float, named: bool) -> str:
     value = "" if math.isnan(key) else f" data-v='{'Infinity' if key == math.inf else f'{key:.12g}'}'"
-    return f"<td{'' if named else ' class=n'}{value}>{_lines(text)}</td>"
+    if named:  # long names break after these
+        broken = re.sub(r"([/_]|, )", r"\1<wbr>", html.escape(text))
+        return f"<td{value}>{broken}</td>"
+    return f"<td class=n{value}>{_lines(text)}</td>"
 
 
 def _lines(text: str) -> str:
@@ -112,7 +116,7 @@ h3{margin:1.4em 0 .4em;font-size:1.05rem;overflow-wrap:anywhere}
 .scroll,.plot{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;margin:.3em 0}
 td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left;vertical-align:top}
-td:first-child{min-width:9rem;max-width:26rem;overflow-wrap:anywhere}
+td:first-child{min-width:min(var(--name),15rem);max-width:26rem;overflow-wrap:anywhere}
 .n{white-space:nowrap;font-variant-numeric:tabular-nums}
 th{background:#f3f3f3;padding:0}
 th button{width:100%;border:0;padding:.3em .6em;background:none;font:inherit;font-weight:600;text-align:left;color:inherit;cursor:pointer}
@@ -131,7 +135,12 @@ figcaption{color:#595959;overflow-wrap:anywhere}
 pre{background:#f7f7f7;padding:.6em;overflow-x:auto}
 details{margin:.3em 0}
 summary{overflow-wrap:anywhere}
-@media screen and (max-width:999px){nav>ul{display:flex;flex-wrap:wrap;gap:.2em 2em;padding-left:0;list-style:none}}
+@media print,(max-width:999px){
+main,nav{padding:.8rem 1rem}
+nav ul{padding:0;list-style:none}
+nav li{display:flex;gap:.1em 1em}
+nav ul ul{display:flex;flex-wrap:wrap;gap:.1em 1em}
+}
 @media screen and (min-width:1000px){
 body{display:grid;grid-template-columns:15rem minmax(0,1fr)}
 nav{position:sticky;top:0;align-self:start;height:100vh;overflow-y:auto;border:0;border-right:1px solid #ddd}
@@ -145,13 +154,15 @@ nav{background:none;border:0}
 table{font-size:8pt}
 th,thead{print-color-adjust:exact}
 thead{display:table-header-group}
-td,th,td:first-child{min-width:0;overflow-wrap:anywhere}
-.n{white-space:normal}
+td,th,td:first-child{min-width:0;overflow-wrap:break-word}
+.n{white-space:normal;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}
-.plot svg{min-width:0;max-width:100%;max-height:165mm}
+.plot svg{min-width:0;max-width:min(100%,var(--w));max-height:140mm}
+.legend{gap:0 1em;font-size:8pt}
 tr,figure,figcaption,svg,img{break-inside:avoid}
 h1,h2,h3,summary{break-after:avoid}
-th button{padding:.2em .4em}
+th{padding:.25em .6em}
+th button{display:contents}
 th button::after,details button{display:none}
 details::details-content{content-visibility:visible;block-size:auto}
 }

@@ -6,7 +6,6 @@ import html
 import io
 import math
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ PICTURES = ("best", "median", "worst")
 SMOOTHED = 40  # points of a training curve that is drawn
 PARAMETERS, SECONDS = "parameters", "wall_s"
 ACROSS = 3  # panels beside each other
-LABEL = 36  # characters of a name on one line of a plot
+LABEL = 44  # characters of a name on one line of a plot
 POINTS, FEWEST_POINTS = 200, 20  # drawn of a box at most, and at most in spite of FIGURE_POINTS
 FIGURE_POINTS = 20_000  # of all boxes of a figure
 
@@ -57,7 +56,7 @@ def _sheet(sheet: Sheet) -> Section:
         f"<details><summary>{kind}</summary><button type=button onclick=copy_text(this)>copy</button><pre>{html.escape(text)}</pre></details>"
         for kind, text in (("LaTeX", latex(sheet)), ("CSV", comma_separated(sheet)))
     )
-    return Section(re.split(r": | \(", sheet.title)[0], table(sheet) + copies, heading=sheet.title)
+    return Section(sheet.name or sheet.title, table(sheet) + copies, heading=sheet.title)
 
 
 def latex(sheet: Sheet) -> str:
@@ -102,7 +101,7 @@ def _boxes(comparison: Comparison) -> Iterator[Section]:
                 patch.set(facecolor=color, alpha=0.6)
             axis.set_xlim(span(value for values in measured.values() for value, _ in values))
             axis.set_title(region or "(case)", fontsize=9)
-            axis.set_xlabel(metric)
+            axis.set_xlabel(metric, fontsize=9)
             for cell, values in measured.items():
                 points.append(_points(axis, heights[cell[:2]], values, limit))
                 thinned |= len(values) > limit
@@ -187,7 +186,7 @@ def _training(comparison: Comparison) -> str:
             axis.fill_between(at, low, high, color=colors[group], alpha=0.15, lw=0)
         axis.set_xlim(span(step for band in bands.values() for step in band[0]))
         axis.set_ylim(span(value for band in bands.values() for part in band[2:] for value in part))
-        axis.set_xlabel("iteration")
+        axis.set_xlabel("iteration", fontsize=9)
         axis.set_title(name, fontsize=9)
     shown = [group for group, found in curves.items() if found]
     return _figure(_svg(figure, "training"), "Mean and range over the runs of a group.", _legend(comparison, shown))
@@ -239,8 +238,8 @@ def _calibration(comparison: Comparison) -> str:
             voxels, probability, true = np.array([table[place] for place in sorted(table)]).T
             axis.plot(probability / voxels, true / voxels, "o-", ms=3, lw=1, color=colors[group], label=group)
         axis.set_title(region, fontsize=9)
-        axis.set_xlabel("predicted probability")
-    axes[0].set_ylabel("share of true voxels")
+        axis.set_xlabel("predicted probability", fontsize=9)
+    axes[0].set_ylabel("share of true voxels", fontsize=9)
     return _figure(_svg(figure, "calibration"), "The gray line is perfect calibration.", _legend(comparison, shown))
 
 
@@ -268,14 +267,14 @@ def _costs(comparison: Comparison) -> str:
         for group, color in zip(groups, colors, strict=True):
             if math.isfinite(group[cost]):
                 axis.plot(group[cost], np.mean(means[group["group"]]), "o", color=color, label=group["group"])
-        axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost])
+        axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost], fontsize=9)
         spent, scores = ([float(line.get_data()[place][0]) for line in axis.get_lines()] for place in (0, 1))
         axis.set_ylim(span(scores))
         if spent and 0 < 10 * min(spent) <= max(spent):  # over less than a decade a logarithmic axis writes its labels over each other
             axis.set_xscale("log")
         else:
             axis.set_xlim(span(spent))
-    axes[0].set_ylabel(f"{first}, mean over regions")
+    axes[0].set_ylabel(f"{first}, mean over regions", fontsize=9)
     return _figure(_svg(figure, "cost"), "", _legend(comparison, [group["group"] for group in groups]))
 
 
@@ -312,7 +311,7 @@ def _axes(count: int) -> tuple["Figure", list[Any]]:
     width, height = 4.4 * columns, 3.4 * rows
     figure, axes = _panels(count, rows, columns, (width, height), sharey=False)
     figure.subplots_adjust(
-        left=0.75 / width, right=1 - 0.15 / width, bottom=0.55 / height, top=1 - 0.35 / height, wspace=0.75 / 3.5, hspace=0.9 / 2.5
+        left=0.75 / width, right=1 - 0.25 / width, bottom=0.55 / height, top=1 - 0.35 / height, wspace=0.75 / 3.5, hspace=0.9 / 2.5
     )
     for axis in axes:
         axis.locator_params(nbins=6)
@@ -322,20 +321,30 @@ def _axes(count: int) -> tuple["Figure", list[Any]]:
 def _rows(labels: Sequence[str], count: int) -> tuple["Figure", list[Any]]:
     """Panels that share one named row for each label, the first on top; room for the names is reckoned from their length."""
     rows, columns = -(-count // ACROSS), min(count, ACROSS)
-    names = ["\n".join(textwrap.wrap(label, LABEL, break_on_hyphens=False)) for label in labels]
+    names = [_folded(label) for label in labels]
     lines = max(name.count("\n") + 1 for name in names)
     left = 0.3 + 0.065 * max(len(line) for name in names for line in name.split("\n"))
     body = 0.2 + max(0.3, 0.08 + 0.14 * lines) * len(names)
     width, height = left + 3.6 * columns, (body + 0.8) * rows
     figure, axes = _panels(count, rows, columns, (width, height), sharey=True)
     figure.subplots_adjust(
-        left=left / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08, hspace=0.8 / body
+        left=left / width, right=1 - 0.25 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08, hspace=0.8 / body
     )
-    axes[0].set_yticks(range(len(names)), names[::-1], fontsize=8)
+    axes[0].set_yticks(range(len(names)), names[::-1])
     axes[0].set_ylim(-0.6, len(names) - 0.4)
     for axis in axes:
         axis.locator_params(axis="x", nbins=5)
     return figure, axes
+
+
+def _folded(label: str) -> str:
+    """A name on lines of about `LABEL` characters, broken after spaces, underscores and slashes."""
+    lines = [""]
+    for word in re.findall(r"[^\s_/]*[\s_/]*", label):
+        if lines[-1] and len(lines[-1]) + len(word) > LABEL:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 def _panels(count: int, rows: int, columns: int, size: tuple[float, float], sharey: bool) -> tuple["Figure", list[Any]]:
@@ -345,6 +354,7 @@ def _panels(count: int, rows: int, columns: int, size: tuple[float, float], shar
     axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
     for axis in axes:
         axis.ticklabel_format(useOffset=False)  # "0.8", not "1e-3+8e-1"
+        axis.tick_params(labelsize=8)
     for axis in axes[count:]:
         axis.remove()
     return figure, axes[:count]
