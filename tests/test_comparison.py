@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -510,7 +511,8 @@ def test_tables_fit_a_terminal(wide_runs, capsys, monkeypatch, terminal):
     monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     run("job=compare", f"compare.runs=[{wide_runs}]", "compare.group_by=[experiment]")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┏┃┡│├└"]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)  # colors of a terminal
+    lines = [line for line in plain.splitlines() if line[:1] in "┏┃┡│├└"]
     assert 60 < max(map(len, lines)) <= 70
 
 

@@ -70,16 +70,14 @@ def _parts(settings: Sequence[Record], key: str) -> list[_Part | None]:
     choices: dict[str, set[_Part | None]] = {}
     for config, identity in zip(settings, identities, strict=True):
         choices.setdefault(identity, set()).add(_choice(config, key))
-    named = {identity: next(iter(found)) for identity, found in choices.items() if len(found) == 1}
-    taken = Counter(named.values())
-    parts: list[_Part | None] = []
-    for value, identity in zip(values, identities, strict=True):
-        choice = named.get(identity)
-        if value is ABSENT:  # the object itself: a configuration may hold the same text
-            parts.append(None)
-        else:
-            parts.append(choice if choice is not None and taken[choice] == 1 else _Part(key, _typed(value)))
-    return parts
+    alone = {identity: next(iter(found)) for identity, found in choices.items() if len(found) == 1}
+    taken = Counter(alone.values())
+    named: dict[str, _Part] = {}
+    for identity, value in dict(zip(identities, values, strict=True)).items():
+        choice = alone.get(identity)
+        named[identity] = choice if choice is not None and taken[choice] == 1 else _Part(key, _typed(value))
+    # absent is the object itself: a configuration may hold the same text
+    return [None if value is ABSENT else named[identity] for value, identity in zip(values, identities, strict=True)]
 
 
 def _typed(value: Any) -> str:

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,12 @@ def _boxes(comparison: Comparison) -> Iterator[Section]:
         for axis, (region, shown) in zip(axes, by_region.items(), strict=True):
             measured = {cell: _measured(comparison.values[cell]) for cell in shown}
             boxes = axis.boxplot(
-                [[value for value, _ in measured[c]] for c in shown], positions=[heights[c[:2]] for c in shown], orientation="horizontal",
+                [[value for value, *_ in measured[c]] for c in shown], positions=[heights[c[:2]] for c in shown], orientation="horizontal",
                 showmeans=True, showfliers=False, patch_artist=True, widths=0.7, manage_ticks=False,
             )  # fmt: skip
             for patch, color in zip(boxes["boxes"], _colors(comparison, [cell[0] for cell in shown]), strict=True):
                 patch.set(facecolor=color, alpha=0.6)
-            axis.set_xlim(span(value for values in measured.values() for value, _ in values))
+            axis.set_xlim(span(values[end][0] for values in measured.values() if values for end in (0, -1)))
             axis.set_title(region or "(case)", fontsize=9)
             axis.set_xlabel(metric, fontsize=9)
             for cell, values in measured.items():
@@ -113,28 +114,26 @@ def _boxes(comparison: Comparison) -> Iterator[Section]:
         yield Section(metric, _figure(svg, caption))
 
 
-def _measured(values: Values) -> list[tuple[float, str]]:
-    """The finite values of all cases and seeds with the name of each, in ascending order."""
-    named = [
-        (value, f"{case}, seed {seed}" if len(values) > 1 else case)
-        for seed, cases in values.items()
-        for case, value in cases.items()
-        if math.isfinite(value)
+def _measured(values: Values) -> list[tuple[float, str, Any]]:
+    """The finite values with their cases and seeds, in ascending order; where all are of one seed, it is ""."""
+    several = len(values) > 1
+    found = [
+        (value, case, seed if several else "") for seed, cases in values.items() for case, value in cases.items() if math.isfinite(value)
     ]
-    return sorted(named)
+    return sorted(found, key=itemgetter(0))
 
 
-def _points(axis: Any, height: float, values: Sequence[tuple[float, str]], limit: int) -> str:
+def _points(axis: Any, height: float, values: Sequence[tuple[float, str, Any]], limit: int) -> str:
     """Values in ascending order as SVG circles with names, about `height`; of more than `limit` as many, evenly, with both ends."""
     kept = values if len(values) <= limit else [values[i] for i in np.linspace(0, len(values) - 1, limit).round().astype(int)]
     if not kept:
         return ""
     beside = (np.arange(len(kept)) * 0.618034 % 1 - 0.5) * 0.5  # the golden ratio spreads neighbors, and is the same every time
-    places = axis.transData.transform(np.column_stack([[value for value, _ in kept], height + beside]))
+    places = axis.transData.transform(np.column_stack([[value for value, *_ in kept], height + beside]))
     top = axis.figure.get_figheight() * axis.figure.dpi
     circles = "".join(
-        f"<circle cx='{x:.1f}' cy='{top - y:.1f}' r='1.7'><title>{html.escape(name)}: {value:.4g}</title></circle>"
-        for (x, y), (value, name) in zip(places.tolist(), kept, strict=True)
+        f"<circle cx='{x:.1f}' cy='{top - y:.1f}' r='1.7'><title>{html.escape(case)}{'' if seed == '' else f', seed {seed}'}: {value:.4g}</title></circle>"
+        for (x, y), (value, case, seed) in zip(places.tolist(), kept, strict=True)
     )
     return f"<g class='cases' fill='#222' fill-opacity='.5'>{circles}</g>"
 
