@@ -7,7 +7,6 @@ import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,19 +93,20 @@ def _boxes(comparison: Comparison) -> Iterator[Section]:
         points, thinned = [], False
         for axis, (region, shown) in zip(axes, by_region.items(), strict=True):
             measured = {cell: _measured(comparison.values[cell]) for cell in shown}
+            numbers = [values for values, *_ in measured.values()]
             boxes = axis.boxplot(
-                [[value for value, *_ in measured[c]] for c in shown], positions=[heights[c[:2]] for c in shown], orientation="horizontal",
-                showmeans=True, showfliers=False, patch_artist=True, widths=0.7, manage_ticks=False,
+                numbers, positions=[heights[cell[:2]] for cell in shown], orientation="horizontal", showmeans=True, showfliers=False,
+                patch_artist=True, widths=0.7, manage_ticks=False,
             )  # fmt: skip
             for patch, color in zip(boxes["boxes"], _colors(comparison, [cell[0] for cell in shown]), strict=True):
                 patch.set(facecolor=color, alpha=0.6)
-            axis.set_xlim(span(values[end][0] for values in measured.values() if values for end in (0, -1)))
+            axis.set_xlim(span(end for values in numbers for end in (*values[:1], *values[-1:])))
             axis.set_title(region or "(case)", fontsize=9)
             axis.set_xlabel(metric, fontsize=9)
-            for cell, values in measured.items():
-                points.append(_points(axis, heights[cell[:2]], values, limit))
-                thinned |= len(values) > limit
-                if not values:
+            for cell, found in measured.items():
+                points.append(_points(axis, heights[cell[:2]], found, limit))
+                thinned |= len(found[0]) > limit
+                if not len(found[0]):
                     axis.text(0.02, heights[cell[:2]], "no value", fontsize=8, va="center", transform=axis.get_yaxis_transform())
         caption = "Boxes: quartiles and median; whiskers: the last values within 1.5 interquartile ranges; triangle: mean. "
         caption += f"Points: {f'of every box at most {limit} values, evenly over their ranks' if thinned else 'every case'}; hold the pointer over one for its name."
@@ -114,26 +114,28 @@ def _boxes(comparison: Comparison) -> Iterator[Section]:
         yield Section(metric, _figure(svg, caption))
 
 
-def _measured(values: Values) -> list[tuple[float, str, Any]]:
-    """The finite values with their cases and seeds, in ascending order; where all are of one seed, it is ""."""
-    several = len(values) > 1
-    found = [
-        (value, case, seed if several else "") for seed, cases in values.items() for case, value in cases.items() if math.isfinite(value)
-    ]
-    return sorted(found, key=itemgetter(0))
+def _measured(values: Values) -> tuple[np.ndarray, list[str], list[Any]]:
+    """The finite values (n,) in ascending order, with their cases and seeds."""
+    numbers = np.array([value for cases in values.values() for value in cases.values()])
+    order = np.argsort(numbers, kind="stable")
+    order = order[np.isfinite(numbers[order])]
+    cases = [case for cases in values.values() for case in cases]
+    seeds = [seed for seed, cases in values.items() for _ in cases]
+    return numbers[order], [cases[i] for i in order], [seeds[i] for i in order]
 
 
-def _points(axis: Any, height: float, values: Sequence[tuple[float, str, Any]], limit: int) -> str:
-    """Values in ascending order as SVG circles with names, about `height`; of more than `limit` as many, evenly, with both ends."""
-    kept = values if len(values) <= limit else [values[i] for i in np.linspace(0, len(values) - 1, limit).round().astype(int)]
-    if not kept:
-        return ""
+def _points(axis: Any, height: float, measured: tuple[np.ndarray, list[str], list[Any]], limit: int) -> str:
+    """Measured values as SVG circles with names, about `height`; of more than `limit` as many, evenly, with both ends."""
+    values, cases, seeds = measured
+    kept = np.arange(len(values)) if len(values) <= limit else np.linspace(0, len(values) - 1, limit).round().astype(int)
+    several = len(set(seeds)) > 1
     beside = (np.arange(len(kept)) * 0.618034 % 1 - 0.5) * 0.5  # the golden ratio spreads neighbors, and is the same every time
-    places = axis.transData.transform(np.column_stack([[value for value, *_ in kept], height + beside]))
+    places = axis.transData.transform(np.column_stack([values[kept], height + beside]))
     top = axis.figure.get_figheight() * axis.figure.dpi
+    names = (html.escape(f"{cases[i]}, seed {seeds[i]}" if several else cases[i]) for i in kept)
     circles = "".join(
-        f"<circle cx='{x:.1f}' cy='{top - y:.1f}' r='1.7'><title>{html.escape(case)}{'' if seed == '' else f', seed {seed}'}: {value:.4g}</title></circle>"
-        for (x, y), (value, case, seed) in zip(places.tolist(), kept, strict=True)
+        f"<circle cx='{x:.1f}' cy='{top - y:.1f}' r='1.7'><title>{name}: {value:.4g}</title></circle>"
+        for name, value, (x, y) in zip(names, values[kept].tolist(), places.tolist(), strict=True)
     )
     return f"<g class='cases' fill='#222' fill-opacity='.5'>{circles}</g>"
 
