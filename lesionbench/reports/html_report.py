@@ -329,7 +329,7 @@ def _rows(labels: Sequence[str], count: int) -> tuple["Figure", list[Any]]:
     width, height = left + 3.6 * columns, (body + 0.8) * rows
     figure, axes = _panels(count, rows, columns, (width, height), sharey=True)
     figure.subplots_adjust(
-        left=left / width, right=1 - 0.25 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08, hspace=0.8 / body
+        left=left / width, right=1 - 0.25 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.14, hspace=0.8 / body
     )
     axes[0].set_yticks(range(len(names)), names[::-1])
     axes[0].set_ylim(-0.6, len(names) - 0.4)
@@ -378,7 +378,8 @@ def _svg(figure: "Figure", name: str) -> str:
 
 def _figure(plot: str, caption: str, legend: str = "") -> str:
     """A plot with the legend and the caption (plain text) below."""
-    return f"<figure>{plot}{legend}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{plot}{legend}{below}</figure>"
 
 
 def _legend(comparison: Comparison, groups: Sequence[str]) -> str:
