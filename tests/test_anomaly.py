@@ -238,9 +238,9 @@ def test_comparison_labels_what_was_tuned_on_the_test(folder, tmp_path, capsys):
     with (tmp_path / "c" / "dataset.csv").open(newline="") as file:
         cells = {(r["group"], r["metric"]): r for r in csv.DictReader(file)}
     (oracle,) = (f for f in run_folders(tmp_path) if "oracle" in rows(f)[0])
-    assert float(cells['["test"]', "dice"]["mean"]) == pytest.approx(summary(oracle)["dataset"][""]["lesion"]["dice"])
-    assert cells['["test"]', "dice"]["oracle"] == "True"
-    assert cells['["test"]', "auroc"]["oracle"] == "False"
+    assert float(cells['calibration.parts=["test"]', "dice"]["mean"]) == pytest.approx(summary(oracle)["dataset"][""]["lesion"]["dice"])
+    assert cells['calibration.parts=["test"]', "dice"]["oracle"] == "True"
+    assert cells['calibration.parts=["test"]', "auroc"]["oracle"] == "False"
 
 
 def test_two_processes_measure_the_same_set(folder, tmp_path):

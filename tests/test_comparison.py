@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from lesionbench.reports.comparison import compare
 from lesionbench.reports.runs import SIMULATED, find_runs, read_run
 from lesionbench.reports.statistics import bootstrap_interval, differences, holm, paired_tests
 from lesionbench.results import write_json, write_rows
+from tests.harness import run
 
 CASES = [f"c{i}" for i in range(8)]
 
@@ -224,10 +226,12 @@ def test_group_by_nested_keys(tmp_path):
                 config = {"model": {"loss": {"_target_": loss}, "lr": rate}}
                 make_run(tmp_path, seed=seed, folder=f"{loss}{rate}{seed}", values={"c0": rate + seed, "c1": rate}, config=config)
     result = compare(tmp_path, group_by=["model.loss._target_", "model.lr"], baseline="Focal, 0.2")
-    assert [g["group"] for g in result.groups] == ["Focal, 0.2", "Dice, 0.1", "Dice, 0.2", "Focal, 0.1"]
-    assert only(result.cells, group="Dice, 0.1")["mean"] == pytest.approx(0.35)  # seeds are replicates: (.1 + .6) / 2
+    dice, focal = "model.loss._target_=Dice, model.lr=", "model.loss._target_=Focal, model.lr="
+    assert [g["group"] for g in result.groups] == [f"{dice}0.2", f"{focal}0.2", f"{dice}0.1", f"{focal}0.1"]
+    assert result.baseline == f"{focal}0.2"
+    assert only(result.cells, group=f"{dice}0.1")["mean"] == pytest.approx(0.35)  # seeds are replicates: (.1 + .6) / 2
     by_seed = compare(tmp_path, group_by=["model.loss._target_", "model.lr", "seed"])
-    assert only(by_seed.cells, group="Dice, 0.1, 1")["mean"] == pytest.approx(0.6)
+    assert only(by_seed.cells, group=f"{dice}0.1, seed=1")["mean"] == pytest.approx(0.6)
     assert len(by_seed.groups) == 8
     with pytest.raises(SuiteError, match=r"different configs(.|\n)*differ in model.lr\."):
         compare(tmp_path, group_by="model.loss._target_")
@@ -254,8 +258,43 @@ def test_unknown_key_names_the_nearest(tmp_path):
             compare(tmp_path, group_by=[key])
         assert message in str(error.value)
     result = compare(tmp_path, group_by="model.mc_samples")  # a key of one method only
-    assert {g["group"] for g in result.groups} == {"4", "(none)"}
+    assert {g["group"] for g in result.groups} == {"model.mc_samples=4", "without model.mc_samples"}
     assert "some configs have no key model.mc_samples" in result.markdown()
+
+
+def test_baseline_is_named_by_values_alone_where_they_are_of_one_group(tmp_path):
+    for name, model in (("a", {"lr": 1, "mode": None}), ("b", {"lr": 2, "mode": None}), ("c", {"lr": 1})):
+        make_run(tmp_path, name, values={"c0": 0.2}, config={"model": model})
+    keys = ["model.lr", "model.mode"]
+    for wanted in ("model.lr=1, model.mode=null", "1, null", "1, None"):
+        assert compare(tmp_path, group_by=keys, baseline=wanted).baseline == "model.lr=1, model.mode=null"
+    for wanted in ("1", "1, (none)"):
+        assert compare(tmp_path, group_by=keys, baseline=wanted).baseline == "model.lr=1"
+    with pytest.raises(SuiteError, match="Unknown baseline '1'"):  # of a and c
+        compare(tmp_path, group_by=["model.lr", "experiment"], baseline="1")
+
+
+@pytest.mark.parametrize(("metrics", "order"), [(None, "bcad"), (["hd95_mm", "dice"], "cbad"), (["ece"], "cabd")])
+def test_groups_stand_best_first_by_the_main_metric(tmp_path, metrics, order):
+    """By the mean over regions of the main prediction; a group without a value stands last, equal ones by name."""
+    scores = {"a": (0.5, 9.0, 0.2), "b": (0.7, 8.0, 0.2), "c": (0.6, 7.0, 0.1), "d": (math.nan, math.nan, math.nan)}
+    for name, (dice, distance, ece) in scores.items():
+        shift = 0.1 if name == "b" else 0
+        rows = [
+            row("c0", region, member, dice=sign * value, hd95_mm=distance, ece=ece)
+            for member, sign in (("", 1), ("teacher", -1))
+            for region, value in (("WT", dice + shift), ("TC", dice - shift))
+        ]
+        make_run(tmp_path, name, rows=rows)
+    result = compare(tmp_path, metrics=metrics, baseline="a")
+    assert "".join(g["group"] for g in result.groups) == "".join(result.folders) == order
+    for sheet in result.sheets():
+        assert "".join(dict.fromkeys(line[0] for line in sheet.rows)) in (order, order.replace("a", ""))
+    main = (metrics or ["dice"])[0]
+    assert result.cells[0]["metric"] == main
+    direction = "higher" if main == "dice" else "lower"
+    assert result.remarks()[0] == f"Groups stand best first, by their mean {main} over regions ({direction} is better)."
+    assert compare(tmp_path / "a").remarks() == []
 
 
 def test_repeated_command_counts_once_the_newest(tmp_path):
@@ -419,14 +458,14 @@ def test_files_hold_what_the_comparison_holds(tmp_path):
 
 def test_markdown_tables_parse_back(tmp_path):
     make_run(tmp_path, "a|b", values=series(0.25, 0.75))
-    make_run(tmp_path, "c", values=series(0.5, 0.5))
+    make_run(tmp_path, "c", values=series(0.4, 0.5))
     result = compare(tmp_path, baseline="c")
     tables = [block.strip().split("\n") for block in result.markdown().split("\n\n") if block.startswith("|")]
     for lines, sheet in zip(tables, result.sheets(), strict=True):
         cells = [[c.strip() for c in line.strip("|").replace("\\|", "\0").split("|")] for line in lines]
         back = [[c.replace("\0", "|").replace("<br>", "\n") for c in line] for line in cells]
         assert back == [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
-    assert result.sheets()[0].rows[1] == ["a|b", "0.500\n0.500 [0.375, 0.625]"]
+    assert result.sheets()[0].rows[0] == ["a|b", "0.500\n0.500 [0.375, 0.625]"]
 
 
 @pytest.mark.parametrize("width", [55, 80, 120])
@@ -448,6 +487,33 @@ def test_terminal_tables_keep_every_number_whole(tmp_path, width):
                 assert all(part in text for part in cell.split("\n"))
     assert all(region in text for region in regions)
     assert "[long]" in text
+
+
+@pytest.fixture
+def wide_runs(tmp_path):
+    rows = [row(c, f"region{i}", dice=0.5) for c in CASES for i in range(12)]
+    make_run(tmp_path, "an/experiment/with/a/long/name/that/a/terminal/folds", rows=rows)
+    return tmp_path
+
+
+def test_tables_are_whole_where_there_is_no_terminal(wide_runs, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run("job=compare", f"compare.runs=[{wide_runs}]", "compare.group_by=[experiment]")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("dice: mean ± std" in line for line in lines) == 1  # one table, not one for some of the regions each
+    assert any(all(f"region{i} " in line for i in range(12)) for line in lines)
+    assert any("an/experiment/with/a/long/name/that/a/terminal/folds" in line and line.count("0.500") == 12 for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tables_fit_a_terminal(wide_runs, capsys, monkeypatch, terminal):
+    """And the width that COLUMNS asks for, without one."""
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    run("job=compare", f"compare.runs=[{wide_runs}]", "compare.group_by=[experiment]")
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)  # colors of a terminal
+    lines = [line for line in plain.splitlines() if line[:1] in "┏┃┡│├└"]
+    assert 60 < max(map(len, lines)) <= 70
 
 
 def test_reading_many_runs_imports_no_torch(tmp_path):

@@ -85,7 +85,14 @@ def test_the_table_is_printed(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert printed.returncode == 0, printed.stderr
-    for text in ("mean_teacher/left_atrium, 2", "supervised/left_atrium, 4", "dice", "jaccard", "hd95_pooled_vox", "asd_vox"):
+    for text in (
+        "mean_teacher/left_atrium, data.split.labeled=2",
+        "supervised/left_atrium, data.split.labeled=4",
+        "dice",
+        "jaccard",
+        "hd95_pooled_vox",
+        "asd_vox",
+    ):
         assert text in printed.stdout
     table = (tmp_path / "out" / "comparison.csv").read_text()
     assert len(re.findall("^", table, flags=re.MULTILINE)) >= 4 * 4

@@ -24,16 +24,14 @@ def tune(cfg: DictConfig) -> None:
 def compare(cfg: DictConfig) -> None:
     """Compares run folders: table, costs and paired tests."""
     from lesionbench.reports.comparison import compare as compare_runs
+    from lesionbench.reports.sheets import console, terminal_width
 
     if cfg.report not in (None, "html"):
         raise unknown("report", cfg.report, ["html", "null"])
     options = OmegaConf.to_container(cfg.compare, resolve=True)
     out = Path(cfg.out or "comparison") if cfg.out or cfg.report else None
     result = compare_runs(options.pop("runs") or [cfg.runs], out=out, **options)
-    from rich.console import Console
-
-    console = Console()
-    console.print(result.table(console.width))
+    console().print(result.table(terminal_width()))
     if cfg.report and out:
         from lesionbench.reports.html_report import write_html
 

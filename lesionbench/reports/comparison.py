@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.reports.group_names import GroupName, group_names
 from lesionbench.reports.paired import TEST_COLUMNS, tests_against
 from lesionbench.reports.runs import (
     ABSENT,
@@ -32,6 +33,7 @@ from lesionbench.reports.runs import (
     count_replicates,
     find_runs,
     indented,
+    lower_is_better,
     mean_of_known,
     read_run,
     runs_of,
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Comparison:
-    """Groups of runs side by side.
+    """Groups of runs side by side, best first (see `order`) in all that follows.
 
     Attributes:
         group_by: the config keys whose values name the groups.
@@ -78,7 +80,8 @@ class Comparison:
         left_out: run folder -> why it does not count.
         notes: what the reader has to know.
         caption: stands under every table; says where the data are simulated.
-        values: what every cell sums up, over all cases, seeds and folds; not written to comparison.json.
+        order: how the groups are ordered, a sentence; "" for one group.
+        values: what every cell sums up, seed -> case -> value (NaN where there is none); not written to comparison.json.
         objectives: group -> name of the validation curve that its runs optimize, or None; not written to comparison.json.
     """
 
@@ -93,18 +96,20 @@ class Comparison:
     left_out: dict[str, str]
     notes: list[str]
     caption: str
-    values: dict[Cell, list[float]]
+    order: str
+    values: dict[Cell, Values]
     objectives: dict[str, str | None]
 
-    def table(self, width: int = 100) -> "RenderableType":
-        """Tables for a terminal of `width` columns, for `rich.print`: one per metric with regions as columns, costs, tests, notes."""
+    def table(self, width: int | None = 100) -> "RenderableType":
+        """Tables for a terminal of `width` columns (None: as wide as they are), for `rich.print`: one per metric with regions as columns,
+        costs, tests, notes."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         parts: list[RenderableType] = []
         for sheet in self.sheets():
-            for part in sheet.split(width):
+            for part in [sheet] if width is None else sheet.split(width):
                 table = Table(show_lines=True)
                 for place, name in enumerate(part.columns):
                     table.add_column(Text(name), no_wrap=place >= part.fixed, overflow="fold", justify="left")
@@ -153,9 +158,9 @@ class Comparison:
         return [*results, *folded, *whole, group_sheet(self.groups), *tests]
 
     def remarks(self) -> list[str]:
-        """Notes, and what was left out and why, a line each."""
+        """How the groups are ordered, notes, and what was left out and why, a line each."""
         excluded = [f"Left out: {folder} ({why})" for folder, why in self.left_out.items()]
-        return [*(f"Note: {note}" for note in self.notes), *excluded]
+        return [*([self.order] if self.order else []), *(f"Note: {note}" for note in self.notes), *excluded]
 
 
 def compare(
@@ -174,9 +179,9 @@ def compare(
 
     Args:
         runs: run folders, folders that hold some at any depth, or glob patterns.
-        group_by: dotted config keys; the name of a group is their values, joined by ", ".
-        baseline: name of the group that every other is tested against.
-        metrics: names or patterns such as `hd95*`; default `dice` and every `hd95*` there is.
+        group_by: dotted config keys; the name of a group is what sets their values on the command line, see `group_names`.
+        baseline: the group that every other is tested against: its name, or the bare values in it (`dice_ce` for `model/loss=dice_ce`).
+        metrics: names or patterns such as `hd95*`, the main metric first; default `dice` and every `hd95*` there is.
         regions: region names; "" stands for values of the whole case; default all.
         members: member names; "" is the main prediction; default all.
         out: folder for the files of `Comparison.write`.
@@ -192,9 +197,10 @@ def compare(
     if not finished:
         raise SuiteError("no finished and tested run among the folders:\n" + indented(f"{k}: {v}" for k, v in left_out.items()))
     check_keys([run.settings for run in finished], keys)
-    groups = _grouped(finished, keys, left_out)
-    if baseline is not None and baseline not in groups:
-        raise unknown("baseline", baseline, groups)
+    named = group_names([run.settings for run in finished], keys)
+    groups = _grouped(finished, [name.text for name in named], left_out)
+    if baseline is not None:
+        baseline = _named(baseline, named)
     _check_cases(groups, left_out)
     pool, oracle = _pooled(groups)
     whole, tuned = _dataset_values(groups)
@@ -206,23 +212,24 @@ def compare(
             f"no run has any of the metrics {', '.join(wanted or DEFAULT_METRICS)} for these members and regions; "
             f"there are {', '.join(dict.fromkeys(cell[3] for cell in everything)) or 'none'}: choose with metrics=[...]"
         )
-    cells = [_summed_up(cell, values, groups[cell[0]], cell in oracle) for cell, values in sorted_cells(pool, baseline)]
+    scores = _scores(pool or whole, groups)
+    main = next(iter(pool or whole))[3]
+    groups = {name: groups[name] for name in sorted(groups, key=lambda name: _rank(name, scores[name], lower_is_better(main)))}
+    pool, whole = sorted_cells(pool, groups), sorted_cells(whole, groups)
     comparison = Comparison(
         group_by=keys,
         baseline=baseline,
-        cells=cells,
-        dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in sorted_cells(whole, baseline)],
-        folds=[record for cell, values in sorted_cells(pool, baseline) for record in _fold_records(cell, values, groups[cell[0]])],
+        cells=[_summed_up(cell, values, groups[cell[0]], cell in oracle) for cell, values in pool.items()],
+        dataset=[_dataset_record(cell, values, groups[cell[0]], cell in tuned) for cell, values in whole.items()],
+        folds=[record for cell, values in pool.items() for record in _fold_records(cell, values, groups[cell[0]])],
         tests=[] if baseline is None else tests_against(pool, baseline, oracle),
-        groups=[_group_record(name, groups[name]) for name in sorted(groups, key=lambda g: (g != baseline, g))],
+        groups=[_group_record(name, seeds) for name, seeds in groups.items()],
         folders={name: [str(run.folder) for run in runs_of(seeds)] for name, seeds in groups.items()},
         left_out=left_out,
         notes=_notes(groups, keys),
         caption=_caption(groups),
-        values={
-            cell: without_nan(v for cases in values.values() for v in cases.values()).tolist()
-            for cell, values in sorted_cells(pool, baseline)
-        },
+        order=_order(main) if len(groups) > 1 else "",
+        values=pool,
         objectives={name: common_objective(runs_of(seeds)) for name, seeds in groups.items()},
     )
     if out is not None:
@@ -233,12 +240,25 @@ def compare(
 # --- grouping and pooling --------------------------------------------------------------------------------------------------------
 
 
-def _grouped(runs: Sequence[Run], keys: Sequence[str], left_out: dict[str, str]) -> Groups:
+def _grouped(runs: Sequence[Run], names: Sequence[str], left_out: dict[str, str]) -> Groups:
+    """The runs by the name of their group, then by seed."""
     groups: Groups = {}
-    for run in runs:
-        name = ", ".join(value_text(setting(run.settings, key)) for key in keys)
+    for run, name in zip(runs, names, strict=True):
         groups.setdefault(name, {}).setdefault(run.settings.get("seed"), []).append(run)
     return {name: {seed: without_repetitions(name, seed, same, left_out) for seed, same in seeds.items()} for name, seeds in groups.items()}
+
+
+def _named(wanted: str, names: Sequence[GroupName]) -> str:
+    """The one group that is called `wanted`, by its name or else by its values alone.
+
+    Raises:
+        SuiteError: there is none, or several have these values.
+    """
+    known = dict.fromkeys(name.text for name in names)
+    found = [wanted] if wanted in known else list(dict.fromkeys(name.text for name in names if wanted in name.values))
+    if len(found) != 1:
+        raise unknown("baseline", wanted, known)
+    return found[0]
 
 
 def _check_cases(groups: Groups, left_out: Mapping[str, str]) -> None:
@@ -300,14 +320,13 @@ def _dataset_values(groups: Groups) -> tuple[dict[Cell, Values], set[Cell]]:
 def _chosen(
     pool: dict[Cell, Values], metrics: Sequence[str], regions: Sequence[str] | None, members: Sequence[str] | None
 ) -> dict[Cell, Values]:
-    """The cells of the wanted metrics, regions and members; in their order of appearance."""
-    return {
-        cell: values
-        for cell, values in pool.items()
-        if (members is None or cell[1] in members)
-        and (regions is None or cell[2] in regions)
-        and any(fnmatchcase(cell[3], pattern) for pattern in metrics)
-    }
+    """The cells of the wanted metrics, in the order of these; within a metric of the wanted regions and members, in their order of appearance."""
+    names = dict.fromkeys(cell[3] for cell in pool)
+    rank = {name: i for i, name in enumerate(dict.fromkeys(n for pattern in metrics for n in names if fnmatchcase(n, pattern)))}
+    chosen = [
+        cell for cell in pool if cell[3] in rank and (members is None or cell[1] in members) and (regions is None or cell[2] in regions)
+    ]
+    return {cell: pool[cell] for cell in sorted(chosen, key=lambda cell: rank[cell[3]])}
 
 
 def _check_names(cells: Iterable[Cell], metrics: Sequence[str], regions: Sequence[str] | None, members: Sequence[str] | None) -> None:
@@ -322,11 +341,37 @@ def _check_names(cells: Iterable[Cell], metrics: Sequence[str], regions: Sequenc
             raise unknown("metric", pattern, known["metric"])
 
 
+# --- order -----------------------------------------------------------------------------------------------------------------------
+
+
+def _scores(pool: dict[Cell, Values], groups: Iterable[str]) -> dict[str, float]:
+    """Group -> its mean over seeds and regions of the first metric in `pool`, of the main prediction where it has one; NaN where it has none."""
+    main = next(iter(pool))[3]
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in groups}
+    for (group, member, _, metric), values in pool.items():
+        if metric == main:
+            found[group].setdefault(member, []).append(_mean(values))
+    return {name: mean_of_known(members.get("", [m for means in members.values() for m in means])) for name, members in found.items()}
+
+
+def _rank(name: str, score: float, lower: bool) -> tuple[bool, float, str]:
+    return math.isnan(score), score if lower else -score, name
+
+
+def _order(metric: str) -> str:
+    return f"Groups stand best first, by their mean {metric} over regions ({'lower' if lower_is_better(metric) else 'higher'} is better)."
+
+
 # --- summing up ------------------------------------------------------------------------------------------------------------------
 
 
 _CELL_COLUMNS: tuple[str, ...] = ("group", "member", "region", "metric", "mean", "std", "median", "q25", "q75", "n_seeds", "n_folds")
 _CELL_COLUMNS += ("n_cases", "missing", "std_cases", "oracle", *COST, "note")
+
+
+def _mean(values: Values) -> float:
+    """Over seeds, of each seed's mean over cases."""
+    return mean_of_known(mean_of_known(cases.values()) for cases in values.values())
 
 
 def _summed_up(cell: Cell, values: Values, seeds: Mapping[Any, Sequence[Run]], oracle: bool) -> Record:
@@ -398,7 +443,7 @@ def _caption(groups: Groups) -> str:
 
 def _notes(groups: Groups, keys: Sequence[str]) -> list[str]:
     absent = [key for key in keys if any(setting(run.settings, key) is ABSENT for seeds in groups.values() for run in runs_of(seeds))]
-    notes = [f"some configs have no key {key}; its value stands as {ABSENT}" for key in absent]
+    notes = [f"some configs have no key {key}; the names of their groups leave it out" for key in absent]
     if len({_data(seeds) for seeds in groups.values()}) > 1:
         notes.append("the groups differ in data.name or data._target_; their cases are taken to be the same because their names are")
     return notes

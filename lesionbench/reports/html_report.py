@@ -6,13 +6,15 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lesionbench.reports.comparison import Comparison
+from lesionbench.reports.html_page import Section, note, page, table
+from lesionbench.reports.runs import Values
 from lesionbench.reports.sheets import Sheet
 
 if TYPE_CHECKING:
@@ -21,49 +23,40 @@ if TYPE_CHECKING:
 PICTURES = ("best", "median", "worst")
 SMOOTHED = 40  # points of a training curve that is drawn
 PARAMETERS, SECONDS = "parameters", "wall_s"
+ACROSS = 3  # panels beside each other
+LABEL = 44  # characters of a name on one line of a plot
+POINTS, FEWEST_POINTS = 200, 20  # drawn of a box at most, and at most in spite of FIGURE_POINTS
+FIGURE_POINTS = 20_000  # of all boxes of a figure
 
 
 def write_html(comparison: Comparison, path: Path | str) -> Path:
     """Writes the report to `path` and returns it. Curves, calibration and pictures are read from the run folders that count."""
     sections = [
-        _section("Results", "".join(_sheet(sheet) for sheet in comparison.sheets())),
-        _section("Spread over cases", "".join(_svg(figure, name) for name, figure in _boxes(comparison))),
-        _section("Differences to the baseline", _differences(comparison)),
-        _section("Training", _training(comparison)),
-        _section("Calibration", _calibration(comparison)),
-        _section("Cost", _costs(comparison)),
-        _section("Pictures", _pictures(comparison)),
-        _section("Runs", _runs(comparison)),
+        Section("Results", parts=[_sheet(sheet) for sheet in comparison.sheets()]),
+        Section("Spread over cases", parts=list(_boxes(comparison))),
+        Section("Differences to the baseline", _differences(comparison)),
+        Section("Training", _training(comparison)),
+        Section("Calibration", _calibration(comparison)),
+        Section("Cost", _costs(comparison)),
+        _pictures(comparison),
+        Section("Runs", _runs(comparison)),
     ]
-    title = "Comparison by " + ", ".join(comparison.group_by)
-    remarks = "".join(f"<p class=note>{html.escape(line)}</p>" for line in [comparison.caption, *comparison.remarks()] if line)
-    page = f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-    page += f"<h1>{html.escape(title)}</h1>{remarks}{''.join(sections)}<script>{_SCRIPT}</script></body></html>\n"
+    remarks = "".join(note(line) for line in [comparison.caption, *comparison.remarks()] if line)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page("Comparison by " + ", ".join(comparison.group_by), remarks, sections), encoding="utf-8")
     return path
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{body}"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------------------
 
 
-def _sheet(sheet: Sheet) -> str:
-    head = "".join(f"<th>{_lines(name)}</th>" for name in sheet.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{_lines(cell)}</td>" for cell in row) + "</tr>" for row in sheet.rows)
+def _sheet(sheet: Sheet) -> Section:
     copies = "".join(
-        f"<details><summary>{kind}</summary><button onclick=copy_text(this)>copy</button><pre>{html.escape(text)}</pre></details>"
+        f"<details><summary>{kind}</summary><button type=button onclick=copy_text(this)>copy</button><pre>{html.escape(text)}</pre></details>"
         for kind, text in (("LaTeX", latex(sheet)), ("CSV", comma_separated(sheet)))
     )
-    return f"<h3>{html.escape(sheet.title)}</h3><table><tr>{head}</tr>{rows}</table>{copies}"
-
-
-def _lines(text: str) -> str:
-    return "<br>".join(html.escape(line) for line in text.split("\n"))
+    return Section(sheet.name or sheet.title, table(sheet) + copies, heading=sheet.title)
 
 
 def latex(sheet: Sheet) -> str:
@@ -89,42 +82,93 @@ def comma_separated(sheet: Sheet) -> str:
 # --- plots -----------------------------------------------------------------------------------------------------------------------
 
 
-def _boxes(comparison: Comparison) -> Iterable[tuple[str, "Figure"]]:
-    """One figure per metric: a panel per region, a box per group and member over all cases, seeds and folds."""
+def _boxes(comparison: Comparison) -> Iterator[Section]:
+    """One figure per metric: a panel per region, a box per group and member over all cases, seeds and folds, every case a point."""
     for metric in dict.fromkeys(cell[3] for cell in comparison.values):
         cells = [cell for cell in comparison.values if cell[3] == metric]
         regions, names = (list(dict.fromkeys(part)) for part in zip(*((cell[2], cell[:2]) for cell in cells), strict=True))
         figure, axes = _rows([_name(name) for name in names], len(regions))
-        for axis, region in zip(axes, regions, strict=True):
-            shown = [cell for cell in cells if cell[2] == region]
-            places = [_place(names, cell[:2]) for cell in shown]
+        heights, limit = _heights(names), max(FEWEST_POINTS, min(POINTS, FIGURE_POINTS // len(cells)))
+        by_region = {region: [cell for cell in cells if cell[2] == region] for region in regions}
+        points, thinned = [], False
+        for axis, (region, shown) in zip(axes, by_region.items(), strict=True):
+            measured = {cell: _measured(comparison.values[cell]) for cell in shown}
+            numbers = [values for values, *_ in measured.values()]
             boxes = axis.boxplot(
-                [comparison.values[c] for c in shown], positions=places, orientation="horizontal", showmeans=True, patch_artist=True,
-                widths=0.6, manage_ticks=False,
+                numbers, positions=[heights[cell[:2]] for cell in shown], orientation="horizontal", showmeans=True, showfliers=False,
+                patch_artist=True, widths=0.7, manage_ticks=False,
             )  # fmt: skip
-            for patch, cell in zip(boxes["boxes"], shown, strict=True):
-                patch.set_facecolor(_color(comparison, cell[0]))
+            for patch, color in zip(boxes["boxes"], _colors(comparison, [cell[0] for cell in shown]), strict=True):
+                patch.set(facecolor=color, alpha=0.6)
+            axis.set_xlim(span(end for values in numbers for end in (*values[:1], *values[-1:])))
             axis.set_title(region or "(case)", fontsize=9)
-            axis.set_xlabel(metric)
-        yield metric, figure
+            axis.set_xlabel(metric, fontsize=9)
+            for cell, found in measured.items():
+                points.append(_points(axis, heights[cell[:2]], found, limit))
+                thinned |= len(found[0]) > limit
+                if not len(found[0]):
+                    axis.text(0.02, heights[cell[:2]], "no value", fontsize=8, va="center", transform=axis.get_yaxis_transform())
+        caption = "Boxes: quartiles and median; whiskers: the last values within 1.5 interquartile ranges; triangle: mean. "
+        caption += f"Points: {f'of every box at most {limit} values, evenly over their ranks' if thinned else 'every case'}; hold the pointer over one for its name."
+        svg = _svg(figure, metric).replace("</svg>", f"{''.join(points)}</svg>")
+        yield Section(metric, _figure(svg, caption))
+
+
+def _measured(values: Values) -> tuple[np.ndarray, list[str], list[Any]]:
+    """The finite values (n,) in ascending order, with their cases and seeds."""
+    numbers = np.array([value for cases in values.values() for value in cases.values()])
+    order = np.argsort(numbers, kind="stable")
+    order = order[np.isfinite(numbers[order])]
+    cases = [case for cases in values.values() for case in cases]
+    seeds = [seed for seed, cases in values.items() for _ in cases]
+    return numbers[order], [cases[i] for i in order], [seeds[i] for i in order]
+
+
+def _points(axis: Any, height: float, measured: tuple[np.ndarray, list[str], list[Any]], limit: int) -> str:
+    """Measured values as SVG circles with names, about `height`; of more than `limit` as many, evenly, with both ends."""
+    values, cases, seeds = measured
+    kept = np.arange(len(values)) if len(values) <= limit else np.linspace(0, len(values) - 1, limit).round().astype(int)
+    several = len(set(seeds)) > 1
+    beside = (np.arange(len(kept)) * 0.618034 % 1 - 0.5) * 0.5  # the golden ratio spreads neighbors, and is the same every time
+    places = axis.transData.transform(np.column_stack([values[kept], height + beside]))
+    top = axis.figure.get_figheight() * axis.figure.dpi
+    names = (html.escape(f"{cases[i]}, seed {seeds[i]}" if several else cases[i]) for i in kept)
+    circles = "".join(
+        f"<circle cx='{x:.1f}' cy='{top - y:.1f}' r='1.7'><title>{name}: {value:.4g}</title></circle>"
+        for name, value, (x, y) in zip(names, values[kept].tolist(), places.tolist(), strict=True)
+    )
+    return f"<g class='cases' fill='#222' fill-opacity='.5'>{circles}</g>"
+
+
+def span(values: Iterable[float]) -> tuple[float, float]:
+    """Ends of an axis that shows these values: a little beyond the finite ones, a tenth around a single one, (0, 1) without any."""
+    known = np.array([value for value in values if math.isfinite(value)])
+    if not known.size:
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    size = max(abs(low), abs(high))
+    margin = 0.04 * (high - low) if high - low > 1e-6 * size else 0.1 * size or 0.5
+    return low - margin, high + margin
 
 
 def _differences(comparison: Comparison) -> str:
     """Mean paired difference to the baseline with its bootstrap interval, one panel per metric."""
     if comparison.baseline is None or not comparison.tests:
-        return "<p class=note>Give compare.baseline=&lt;a group&gt; for paired tests.</p>"
+        return note("Give compare.baseline=<a group> for paired tests.")
     metrics = list(dict.fromkeys(test["metric"] for test in comparison.tests))
     names = list(dict.fromkeys((t["group"], t["member"], t["region"]) for t in comparison.tests))
     figure, axes = _rows([f"{_name(name)} {name[2]}" for name in names], len(metrics))
+    heights = _heights(names)
     for axis, metric in zip(axes, metrics, strict=True):
         tests = [t for t in comparison.tests if t["metric"] == metric]
-        places = [_place(names, (t["group"], t["member"], t["region"])) for t in tests]
-        colors = [_color(comparison, t["group"]) for t in tests]
+        places = [heights[t["group"], t["member"], t["region"]] for t in tests]
+        colors = _colors(comparison, [t["group"] for t in tests])
         axis.hlines(places, [t["ci_low"] for t in tests], [t["ci_high"] for t in tests], colors=colors, lw=2)
         axis.scatter([t["mean_difference"] for t in tests], places, s=16, c=colors, zorder=2)
         axis.axvline(0, color="0.5", lw=0.8)
+        axis.set_xlim(span([0.0, *(t[name] for t in tests for name in ("ci_low", "mean_difference", "ci_high"))]))
         axis.set_title(f"{metric} ({tests[0]['better']} is better)", fontsize=9)
-    return f"<p>Difference to {html.escape(comparison.baseline)}, mean and 95 % interval.</p>{_svg(figure, 'differences')}"
+    return _figure(_svg(figure, "differences"), f"Difference to {comparison.baseline}, mean and 95 % interval.")
 
 
 def _training(comparison: Comparison) -> str:
@@ -133,19 +177,20 @@ def _training(comparison: Comparison) -> str:
     curves = {group: _curves(folders, names) for group, folders in comparison.folders.items()}
     drawn = [name for name in names if any(found.get(name) for found in curves.values())]
     if not drawn:
-        return "<p class=note>No run has a training curve.</p>"
+        return note("No run has a training curve.")
     figure, axes = _axes(len(drawn))
+    colors = dict(zip(curves, _colors(comparison, curves), strict=True))
     for axis, name in zip(axes, drawn, strict=True):
-        for group, found in curves.items():
-            if not found.get(name):
-                continue
-            at, mean, low, high = _band(found[name])
-            axis.plot(at, mean, "o-" if len(at) == 1 else "-", ms=4, color=_color(comparison, group), lw=1.3, label=group)
-            axis.fill_between(at, low, high, color=_color(comparison, group), alpha=0.15, lw=0)
-        axis.set_xlabel("iteration")
+        bands = {group: _band(found[name]) for group, found in curves.items() if found.get(name)}
+        for group, (at, mean, low, high) in bands.items():
+            axis.plot(at, mean, "o-" if len(at) == 1 else "-", ms=4, color=colors[group], lw=1.3, label=group)
+            axis.fill_between(at, low, high, color=colors[group], alpha=0.15, lw=0)
+        axis.set_xlim(span(step for band in bands.values() for step in band[0]))
+        axis.set_ylim(span(value for band in bands.values() for part in band[2:] for value in part))
+        axis.set_xlabel("iteration", fontsize=9)
         axis.set_title(name, fontsize=9)
-    axes[-1].legend(fontsize=7)
-    return _svg(figure, "training") + "<p class=note>Mean and range over the runs of a group.</p>"
+    shown = [group for group, found in curves.items() if found]
+    return _figure(_svg(figure, "training"), "Mean and range over the runs of a group.", _legend(comparison, shown))
 
 
 def _curves(folders: Sequence[str], names: Sequence[str]) -> dict[str, list[np.ndarray]]:
@@ -184,18 +229,19 @@ def _calibration(comparison: Comparison) -> str:
                 table = pooled.setdefault(region, {}).setdefault(group, {})
                 table[place] = table.get(place, 0) + counts
     if not pooled:
-        return "<p class=note>No run has region probabilities.</p>"
+        return note("No run has region probabilities.")
     figure, axes = _axes(len(pooled))
+    shown = [group for group in comparison.folders if any(group in groups for groups in pooled.values())]
+    colors = dict(zip(shown, _colors(comparison, shown), strict=True))
     for axis, (region, groups) in zip(axes, pooled.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.8)
         for group, table in groups.items():
             voxels, probability, true = np.array([table[place] for place in sorted(table)]).T
-            axis.plot(probability / voxels, true / voxels, "o-", ms=3, lw=1, color=_color(comparison, group), label=group)
+            axis.plot(probability / voxels, true / voxels, "o-", ms=3, lw=1, color=colors[group], label=group)
         axis.set_title(region, fontsize=9)
-        axis.set_xlabel("predicted probability")
-    axes[0].set_ylabel("share of true voxels")
-    axes[-1].legend(fontsize=7)
-    return _svg(figure, "calibration")
+        axis.set_xlabel("predicted probability", fontsize=9)
+    axes[0].set_ylabel("share of true voxels", fontsize=9)
+    return _figure(_svg(figure, "calibration"), "The gray line is perfect calibration.", _legend(comparison, shown))
 
 
 def _calibration_counts(path: Path) -> dict[tuple[str, int], np.ndarray]:
@@ -211,24 +257,29 @@ def _costs(comparison: Comparison) -> str:
     """The first metric, averaged over regions, against parameters and training time."""
     records = comparison.cells or comparison.dataset
     first = records[0]["metric"]
+    means: dict[str, list[float]] = {}
+    for record in records:
+        if record["member"] == "" and record["metric"] == first and math.isfinite(record["mean"]):
+            means.setdefault(record["group"], []).append(record["mean"])
+    groups = [group for group in comparison.groups if group["group"] in means]
+    colors = _colors(comparison, [group["group"] for group in groups])
     figure, axes = _axes(2)
     for axis, cost in zip(axes, (PARAMETERS, SECONDS), strict=True):
-        for group in comparison.groups:
-            known = [r["mean"] for r in records if (r["group"], r["member"], r["metric"]) == (group["group"], "", first)]
-            known = [mean for mean in known if math.isfinite(mean)]
-            if known and math.isfinite(group[cost]):
-                axis.plot(group[cost], np.mean(known), "o", color=_color(comparison, group["group"]), label=group["group"])
-        axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost])
-        spent = [line.get_xdata()[0] for line in axis.get_lines()]
+        for group, color in zip(groups, colors, strict=True):
+            if math.isfinite(group[cost]):
+                axis.plot(group[cost], np.mean(means[group["group"]]), "o", color=color, label=group["group"])
+        axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost], fontsize=9)
+        spent, scores = ([float(line.get_data()[place][0]) for line in axis.get_lines()] for place in (0, 1))
+        axis.set_ylim(span(scores))
         if spent and 0 < 10 * min(spent) <= max(spent):  # over less than a decade a logarithmic axis writes its labels over each other
             axis.set_xscale("log")
-    axes[0].set_ylabel(f"{first}, mean over regions")
-    if axes[-1].get_lines():
-        axes[-1].legend(fontsize=7)
-    return _svg(figure, "cost")
+        else:
+            axis.set_xlim(span(spent))
+    axes[0].set_ylabel(f"{first}, mean over regions", fontsize=9)
+    return _figure(_svg(figure, "cost"), "", _legend(comparison, [group["group"] for group in groups]))
 
 
-def _pictures(comparison: Comparison) -> str:
+def _pictures(comparison: Comparison) -> Section:
     """Best, median and worst case of the first run of every group, side by side."""
     rows = []
     for name in PICTURES:
@@ -237,10 +288,12 @@ def _pictures(comparison: Comparison) -> str:
             path = next((p for p in (Path(f) / "figures" / f"{name}.png" for f in folders) if p.exists()), None)
             if path is not None:
                 data = base64.b64encode(path.read_bytes()).decode()
-                cells.append(f"<figure><figcaption>{html.escape(group)}</figcaption><img src='data:image/png;base64,{data}'></figure>")
+                cells.append(
+                    f"<figure><figcaption>{html.escape(group)}</figcaption><img alt='' src='data:image/png;base64,{data}'></figure>"
+                )
         if cells:
-            rows.append(f"<h3>{name} case of each</h3><div class=row>{''.join(cells)}</div>")
-    return "".join(rows) or "<p class=note>No run has pictures.</p>"
+            rows.append(Section(f"{name} case of each", f"<div class=pictures>{''.join(cells)}</div>"))
+    return Section("Pictures", "" if rows else note("No run has pictures."), rows)
 
 
 def _runs(comparison: Comparison) -> str:
@@ -250,35 +303,67 @@ def _runs(comparison: Comparison) -> str:
     )
 
 
-def _axes(count: int) -> tuple["Figure", list[Any]]:
-    from matplotlib.figure import Figure
+# --- figures ---------------------------------------------------------------------------------------------------------------------
 
-    figure = Figure(figsize=(4.4 * count, 3.4))
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    figure.subplots_adjust(left=0.75 / (4.4 * count), right=1 - 0.15 / (4.4 * count), bottom=0.16, top=0.9)
+
+def _axes(count: int) -> tuple["Figure", list[Any]]:
+    """Panels with axes of their own, `ACROSS` in a row."""
+    rows, columns = -(-count // ACROSS), min(count, ACROSS)
+    width, height = 4.4 * columns, 3.4 * rows
+    figure, axes = _panels(count, rows, columns, (width, height), sharey=False)
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - 0.25 / width, bottom=0.55 / height, top=1 - 0.35 / height, wspace=0.75 / 3.5, hspace=0.9 / 2.5
+    )
     for axis in axes:
         axis.locator_params(nbins=6)
-    return figure, list(axes)
+    return figure, axes
 
 
-def _rows(labels: Sequence[str], panels: int) -> tuple["Figure", list[Any]]:
+def _rows(labels: Sequence[str], count: int) -> tuple["Figure", list[Any]]:
     """Panels that share one named row for each label, the first on top; room for the names is reckoned from their length."""
-    from matplotlib.figure import Figure
-
-    left, height = 0.3 + 0.065 * max(len(label) for label in labels), 1.0 + 0.24 * len(labels)
-    width = left + 3.6 * panels
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=left / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.08)
-    axes[0].set_yticks(range(len(labels)), list(labels)[::-1], fontsize=8)
-    axes[0].set_ylim(-0.6, len(labels) - 0.4)
+    rows, columns = -(-count // ACROSS), min(count, ACROSS)
+    names = [_folded(label) for label in labels]
+    lines = max(name.count("\n") + 1 for name in names)
+    left = 0.3 + 0.065 * max(len(line) for name in names for line in name.split("\n"))
+    body = 0.2 + max(0.3, 0.08 + 0.14 * lines) * len(names)
+    width, height = left + 3.6 * columns, (body + 0.8) * rows
+    figure, axes = _panels(count, rows, columns, (width, height), sharey=True)
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.25 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.14, hspace=0.8 / body
+    )
+    axes[0].set_yticks(range(len(names)), names[::-1])
+    axes[0].set_ylim(-0.6, len(names) - 0.4)
     for axis in axes:
         axis.locator_params(axis="x", nbins=5)
-    return figure, list(axes)
+    return figure, axes
 
 
-def _place(names: Sequence[Any], name: Any) -> int:
-    return len(names) - 1 - names.index(name)
+def _folded(label: str) -> str:
+    """A name on lines of about `LABEL` characters, broken after spaces, underscores and slashes."""
+    lines = [""]
+    for word in re.findall(r"[^\s_/]*[\s_/]*", label):
+        if lines[-1] and len(lines[-1]) + len(word) > LABEL:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def _panels(count: int, rows: int, columns: int, size: tuple[float, float], sharey: bool) -> tuple["Figure", list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=72)  # of SVG: a pixel is a point
+    axes = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+    for axis in axes:
+        axis.ticklabel_format(useOffset=False)  # "0.8", not "1e-3+8e-1"
+        axis.tick_params(labelsize=8)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def _heights(names: Sequence[Any]) -> dict[Any, int]:
+    """Name -> where its row is, the first on top."""
+    return {name: len(names) - 1 - place for place, name in enumerate(names)}
 
 
 def _svg(figure: "Figure", name: str) -> str:
@@ -288,24 +373,30 @@ def _svg(figure: "Figure", name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # text stays text; ids differ between the plots of a page
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
-    return f"<div class=plot>{text[text.index('<svg') :]}</div>"
+    return f"<div class=plot style='--w:{figure.get_figwidth() * 72:.0f}pt'>{text[text.index('<svg') :]}</div>"
 
 
-def _color(comparison: Comparison, group: str) -> Any:
+def _figure(plot: str, caption: str, legend: str = "") -> str:
+    """A plot with the legend and the caption (plain text) below."""
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{plot}{legend}{below}</figure>"
+
+
+def _legend(comparison: Comparison, groups: Sequence[str]) -> str:
+    from matplotlib.colors import to_hex
+
+    colors = map(to_hex, _colors(comparison, groups))
+    entries = (f"<li><i style='background:{color}'></i>{html.escape(group)}</li>" for group, color in zip(groups, colors, strict=True))
+    return f"<ul class=legend>{''.join(entries)}</ul>"
+
+
+def _colors(comparison: Comparison, groups: Iterable[str]) -> list[Any]:
+    """The color of each of these groups, the same in all plots."""
     import matplotlib
 
-    return matplotlib.colormaps["tab20"](list(comparison.folders).index(group) % 20)
+    palette, places = matplotlib.colormaps["tab20"], {group: place for place, group in enumerate(comparison.folders)}
+    return [palette(places[group] % 20) for group in groups]
 
 
 def _name(cell: Sequence[str]) -> str:
     return f"{cell[0]}: {cell[1]}" if cell[1] else cell[0]
-
-
-_STYLE = """
-body{font:14px/1.4 sans-serif;margin:2em auto;max-width:1500px;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left;vertical-align:top}
-th{background:#f3f3f3}h2{border-bottom:2px solid #ddd;margin-top:2em}.note{color:#666}.plot svg{max-width:100%;height:auto}
-.row{display:flex;gap:1em;overflow-x:auto}figure{margin:0}figure img{max-width:640px}pre{background:#f7f7f7;padding:.6em;overflow-x:auto}
-details{margin:.3em 0}
-"""
-_SCRIPT = "function copy_text(b){navigator.clipboard.writeText(b.nextElementSibling.textContent);b.textContent='copied'}"

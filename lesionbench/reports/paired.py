@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from lesionbench.reports.runs import LOWER_IS_BETTER, Cell, Record, Values, mean_of_known, sorted_cells
+from lesionbench.reports.runs import Cell, Record, Values, lower_is_better, mean_of_known
 from lesionbench.reports.statistics import MIN_PAIRS, bootstrap_interval, differences, holm, paired_tests
 
 TEST_COLUMNS: tuple[str, ...] = ("metric", "group", "baseline", "member", "region", "n", "missing", "mean_difference", "ci_low")
@@ -14,9 +14,9 @@ TEST_COLUMNS += ("note", "oracle")
 
 def tests_against(pool: dict[Cell, Values], baseline: str, oracle: set[Cell]) -> list[Record]:
     """Every group against the baseline. Holm's correction takes all comparisons of one metric (all groups, members, regions) as a family,
-    for each of the two tests."""
+    for each of the two tests. Tests stand in the order of `pool`."""
     tests = []
-    for cell, values in sorted_cells(pool, baseline):
+    for cell, values in pool.items():
         reference = (baseline, *cell[1:])
         if cell[0] != baseline and reference in pool:
             tuned = bool({cell, reference} & oracle)
@@ -40,7 +40,7 @@ def _test(cell: Cell, values: Values, baseline: str, reference: Values) -> Recor
     a, b = ([side.get(case, math.nan) for case in cases] for side in (ours, theirs))
     result = paired_tests(a, b)
     low, high = bootstrap_interval(differences(a, b), "/".join((baseline, *cell)))
-    lower = metric.startswith(LOWER_IS_BETTER)
+    lower = lower_is_better(metric)
     return {
         "metric": metric,
         "group": group,

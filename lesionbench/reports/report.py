@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lesionbench.installation import command
+from lesionbench.reports.sheets import console
 from lesionbench.results import TUNED, depends_on_oracle, is_oracle
 
 
@@ -31,27 +32,25 @@ def curve_names(folder: Path) -> list[str]:
 
 def print_run(folder: Path) -> None:
     """Prints the results table of a run folder, the paths in it, and the commands that go on from it."""
-    from rich.console import Console
-
     summary = json.loads((folder / "summary.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    console = Console()
+    out = console()
     cost, test = summary.get("cost") or {}, summary.get("test") or {}
     done = f"{config['model']['_target_'].rsplit('.', 1)[-1]} on {config['data']['_target_'].rsplit('.', 1)[-1]}"
     trained = ""
     if cost.get("iterations"):
         work = f"tested after {cost['iterations']} iterations," if config["job"] == "test" else f"{cost['iterations']} iterations"
         trained = f", {work} in {cost.get('wall_s', 0):.0f} s, {cost.get('parameters', 0) / 1e6:.2f} M parameters"
-    console.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
+    out.print(f"\n[bold]{summary['experiment']}[/bold] seed {summary['seed']}: {done}{trained}")
     for member, regions in test.items():
-        console.print(_results(member, regions))
+        out.print(_results(member, regions))
     for member, regions in (summary.get("dataset") or {}).items():
-        console.print(_dataset_table(member, regions))
-    _baseline(console, folder)
+        out.print(_dataset_table(member, regions))
+    _baseline(out, folder)
     for line in _paths(folder, config["runs"], config.get("select")):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
-        console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
+        out.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
 
 
 def _results(member: str, regions: dict[str, Any]) -> Any:

@@ -173,8 +173,13 @@ def check_keys(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Non
                 raise unknown("config key", ".".join(parts[: depth + 1]), known)
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether smaller values of a metric are the better ones."""
+    return metric.startswith(LOWER_IS_BETTER)
+
+
 def value_text(value: Any) -> str:
-    """A value of a config as the name of a group shows it."""
+    """A value of a config as text."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
 
 
@@ -207,7 +212,7 @@ def _same_config(a: Run, b: Run) -> bool:
 
 
 def _tested_twice(group: str, seed: Any, a: Run, b: Run) -> SuiteError:
-    first, second = (_flat(_portable(run.settings)) for run in (a, b))
+    first, second = (flat(_portable(run.settings)) for run in (a, b))
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key, ABSENT) != second.get(key, ABSENT))
     return SuiteError(
         f"group '{group}', seed {seed}: case(s) {shortened(a.cases & b.cases)} were tested by two runs with different configs:\n"
@@ -222,17 +227,18 @@ def _portable(settings: Record) -> Record:
     return json.loads(text.replace(json.dumps(where)[1:-1], "<run folder>") if where else text)
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
     if not isinstance(settings, Mapping) or not settings:
         return {prefix: settings}
-    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {k: v for name, value in settings.items() for k, v in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
-def sorted_cells(pool: dict[Cell, Values], baseline: str | None) -> list[tuple[Cell, Values]]:
-    """By metric, baseline first, group, then member and region in their order of appearance."""
-    places = [list(dict.fromkeys(cell[i] for cell in pool)) for i in range(4)]
+def sorted_cells(pool: dict[Cell, Values], groups: Iterable[str]) -> dict[Cell, Values]:
+    """By metric in order of appearance, then in the order of `groups`, then by member and region in their order of appearance."""
+    places = [list(groups), *(list(dict.fromkeys(cell[i] for cell in pool)) for i in (1, 2, 3))]
     rank = [{name: i for i, name in enumerate(names)} for names in places]
-    return sorted(pool.items(), key=lambda c: (rank[3][c[0][3]], c[0][0] != baseline, c[0][0], rank[1][c[0][1]], rank[2][c[0][2]]))
+    return {cell: pool[cell] for cell in sorted(pool, key=lambda c: (rank[3][c[3]], rank[0][c[0]], rank[1][c[1]], rank[2][c[2]]))}
 
 
 def runs_of(seeds: Mapping[Any, Sequence[Run]]) -> list[Run]:

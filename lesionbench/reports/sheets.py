@@ -2,23 +2,32 @@
 
 import csv
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesionbench.reports.runs import COST, Record
 from lesionbench.results import TUNED
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 @dataclass
 class Sheet:
-    """A table as text. The first `fixed` columns name a row; the columns after them may move to a further table where space is short."""
+    """A table as text. The first `fixed` columns name a row; the columns after them may move to a further table where space is short.
+
+    `name` is short for `title`, as a table of contents has it.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     fixed: int
+    name: str = ""
 
     def split(self, width: int) -> list["Sheet"]:
         """The sheet as one or more that fit a terminal of `width` columns, each with the columns that name a row."""
@@ -39,7 +48,7 @@ class Sheet:
 
 def metric_sheet(metric: str, cells: Sequence[Record]) -> Sheet:
     """One metric, per group, member and region."""
-    return _sheet(f"{metric}: mean ± std over seeds, median [quartiles] over all cases", cells, _cell_text)
+    return _sheet(metric, f"{metric}: mean ± std over seeds, median [quartiles] over all cases", cells, _cell_text)
 
 
 def fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) -> Sheet:
@@ -61,16 +70,17 @@ def fold_sheet(metric: str, cells: Sequence[Record], folds: Sequence[Record]) ->
             body.append([*label, f"fold {fold}", *(means.get(r, "") for r in regions)])
     names = ["group", "member"] if with_members else ["group"]
     columns = [*names, "over cases", *(region or "(case)" for region in regions)]
-    return Sheet(f"{metric} in cross-validation: statistics over the cases of all folds, means of folds", columns, body, len(names) + 1)
+    title = f"{metric} in cross-validation: statistics over the cases of all folds, means of folds"
+    return Sheet(title, columns, body, len(names) + 1, f"{metric}, folds")
 
 
 def dataset_sheet(metric: str, records: Sequence[Record]) -> Sheet:
     """One metric that was measured over all test voxels as one set."""
     folds = ", of the mean over folds" if any(r["n_folds"] > 1 for r in records) else ""
-    return _sheet(f"{metric} over all test voxels as one set: mean ± std over seeds{folds}", records, _mean_text)
+    return _sheet(f"{metric}, all voxels", f"{metric} over all test voxels as one set: mean ± std over seeds{folds}", records, _mean_text)
 
 
-def _sheet(title: str, cells: Sequence[Record], text: Callable[[Record], str]) -> Sheet:
+def _sheet(name: str, title: str, cells: Sequence[Record], text: Callable[[Record], str]) -> Sheet:
     """One row per group and member, one column per region."""
     regions = list(dict.fromkeys(cell["region"] for cell in cells))
     with_members = any(cell["member"] for cell in cells)
@@ -83,7 +93,7 @@ def _sheet(title: str, cells: Sequence[Record], text: Callable[[Record], str]) -
         label = group + TUNED * any(cell["oracle"] for cell in found.values())
         texts = [text(found[region]) if region in found else "" for region in regions]
         body.append([label, *([member or "(main)"] if with_members else []), *texts])
-    return Sheet(title, [*names, *(region or "(case)" for region in regions)], body, len(names))
+    return Sheet(title, [*names, *(region or "(case)" for region in regions)], body, len(names), name)
 
 
 def _mean_text(cell: Record) -> str:
@@ -99,7 +109,8 @@ def group_sheet(groups: Sequence[Record]) -> Sheet:
     """What every group consists of and what its runs cost."""
     counts = ("runs", "seeds", "folds", "cases")
     rows = [[g["group"], *(str(g[name]) for name in counts), *(_number(g[name]) for name in COST)] for g in groups]
-    return Sheet("runs, and their cost (mean over runs)", ["group", *counts, *(name.replace("_", " ") for name in COST)], rows, 1)
+    columns = ["group", *counts, *(name.replace("_", " ") for name in COST)]
+    return Sheet("runs, and their cost (mean over runs)", columns, rows, 1, "runs and cost")
 
 
 def test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
@@ -126,7 +137,7 @@ def test_sheet(metric: str, tests: Sequence[Record]) -> Sheet:
     better = tests[0]["better"] if tests else ""
     title = f"{metric} against {baseline} ({better} is better; p corrected by Holm over the {len(tests)} comparisons of this table)"
     columns = [*names, "difference\n[95 % CI]", "dz", "win/\ntie/\nloss", "pairs", "p\nWilcoxon", "p\nt-test"]
-    return Sheet(title, columns, rows, len(names))
+    return Sheet(title, columns, rows, len(names), f"{metric}, tests")
 
 
 def _p_text(test: Record, name: str) -> str:
@@ -140,6 +151,20 @@ def _number(value: float, sign: str = "") -> str:
     if math.isnan(value):
         return "-"
     return f"{value:{sign},.{3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
+
+
+def terminal_width() -> int | None:
+    """Columns that tables have to fit into: those of the terminal, or COLUMNS; None where the output goes to a file or a program."""
+    from rich.console import Console
+
+    return Console().width if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+
+
+def console() -> "Console":
+    """A console that folds lines in a terminal and leaves them whole elsewhere, where rich alone would take 80 columns."""
+    from rich.console import Console
+
+    return Console(width=terminal_width() or 100_000)
 
 
 def markdown_cell(text: str) -> str:
