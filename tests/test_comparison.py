@@ -274,10 +274,10 @@ def test_baseline_is_named_by_values_alone_where_they_are_of_one_group(tmp_path)
         compare(tmp_path, group_by=["model.lr", "experiment"], baseline="1")
 
 
-@pytest.mark.parametrize(("metrics", "order"), [(None, "bcad"), (["hd95_mm", "dice"], "cbad"), (["ece"], "cabd")])
+@pytest.mark.parametrize(("metrics", "order"), [(None, "bcaA"), (["hd95_mm", "dice"], "cbaA"), (["ece"], "cabA")])
 def test_groups_stand_best_first_by_the_main_metric(tmp_path, metrics, order):
     """By the mean over regions of the main prediction; a group without a value stands last, equal ones by name."""
-    scores = {"a": (0.5, 9.0, 0.2), "b": (0.7, 8.0, 0.2), "c": (0.6, 7.0, 0.1), "d": (math.nan, math.nan, math.nan)}
+    scores = {"a": (0.5, 9.0, 0.2), "b": (0.7, 8.0, 0.2), "c": (0.6, 7.0, 0.1), "A": (math.nan, math.nan, math.nan)}
     for name, (dice, distance, ece) in scores.items():
         shift = 0.1 if name == "b" else 0
         rows = [

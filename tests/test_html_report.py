@@ -233,6 +233,18 @@ def test_axes_of_equal_values_have_a_range_and_distinct_ticks(tmp_path, monkeypa
                 assert getattr(axis, f"{side}axis").get_offset_text().get_text() in ("", "1e6")
 
 
+def test_ticks_of_values_near_each_other_are_whole_numbers_of_their_own(tmp_path, monkeypatch):
+    """Not the end of one, with the rest of it as an offset beside the axis."""
+    make_run(tmp_path, values={case: 1234.5 + i / 1000 for i, case in enumerate(CASES)})
+    figures = {}
+    monkeypatch.setattr(html_report, "_svg", lambda figure, name: figures.setdefault(name, figure) and "")
+    write_html(compare([tmp_path]), tmp_path / "report.html")
+    figures["dice"].canvas.draw()
+    ticks = [tick.get_text() for tick in figures["dice"].axes[0].get_xticklabels()]
+    assert len(set(ticks)) == len(ticks) > 1
+    assert all(tick.startswith("1234.5") for tick in ticks[1:-1])
+
+
 def test_many_regions_stand_in_rows_and_long_names_on_lines(tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(html_report, "_svg", lambda figure, name: figures.setdefault(name, figure) and "")
@@ -283,6 +295,7 @@ def test_numbers_are_sorted_as_numbers():
     assert "<td>a_<wbr>b/<wbr>c, <wbr>d</td><td class=n data-v='0.5'>0.5</td>" in text
     assert "<td>&lt;e&gt;</td><td class=n>-</td>" in text
     assert text.count("<th scope=col><button type=button") == 2
+    assert "data-v='Infinity'" in table(Sheet("t", ["group", "hd95"], [["a", "inf"]], fixed=1))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")

@@ -269,12 +269,9 @@ def _costs(comparison: Comparison) -> str:
             if math.isfinite(group[cost]):
                 axis.plot(group[cost], np.mean(means[group["group"]]), "o", color=color, label=group["group"])
         axis.set_xlabel({PARAMETERS: "parameters", SECONDS: "seconds of training"}[cost], fontsize=9)
-        spent, scores = ([float(line.get_data()[place][0]) for line in axis.get_lines()] for place in (0, 1))
-        axis.set_ylim(span(scores))
+        spent = [line.get_xdata()[0] for line in axis.get_lines()]
         if spent and 0 < 10 * min(spent) <= max(spent):  # over less than a decade a logarithmic axis writes its labels over each other
             axis.set_xscale("log")
-        else:
-            axis.set_xlim(span(spent))
     axes[0].set_ylabel(f"{first}, mean over regions", fontsize=9)
     return _figure(_svg(figure, "cost"), "", _legend(comparison, [group["group"] for group in groups]))
 
