@@ -244,7 +244,8 @@ def test_the_folder_of_ones_own_goes_before_the_overrides(tmp_path):
     for given in (["a=1", f"--config-dir={folder}", "b=2"], ["a=1", "b=2", "--config-dir", folder], ["-cd", folder, "a=1", "b=2"]):
         assert own_folder(given) == expected
     assert own_folder(expected[1]) == expected
-    assert own_folder(["a=1", "-m"]) == (None, ["a=1", "-m"])
+    assert own_folder(["a=1", "-m", "b=2"]) == (None, ["-m", "a=1", "b=2"])
+    assert own_folder(["a=1", "--multirun", "-cd", folder]) == (tmp_path, ["--config-dir", folder, "--multirun", "a=1"])
     for given in (["--config-dir"], ["--config-dir="], [f"--config-dir={folder}/none"]):
         with pytest.raises(SuiteError, match=r"--config-dir=.*: no such folder"):
             own_folder(given)

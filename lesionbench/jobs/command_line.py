@@ -43,26 +43,29 @@ OPTIONS = {
 
 
 def own_folder(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The user's own folder of configurations (`--config-dir`), and the arguments with it in front.
+    """The user's own folder of configurations (`--config-dir`), and the arguments with it, and `-m`, in front.
 
-    Lightning adds overrides at the end when it repeats the command for a further process; there they must not follow a flag.
+    Hydra takes no overrides on both sides of a flag, and Lightning adds some at the end when it repeats the command for a further process.
 
     Raises:
         SuiteError: the folder does not exist, or none is named.
     """
+    sweep: list[str] = []
     left, named = [], None
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
             named = value if equals else next(rest, "")
+        elif argument in ("-m", "--multirun"):
+            sweep = [argument]
         else:
             left.append(argument)
     if named is None:
-        return None, left
+        return None, [*sweep, *left]
     if not named or not Path(named).is_dir():
         raise SuiteError(f"--config-dir={named}: no such folder; it holds what conf/ holds, such as model/mine.yaml")
-    return Path(named), ["--config-dir", named, *left]
+    return Path(named), ["--config-dir", named, *sweep, *left]
 
 
 def help_text(own: Path | None = None) -> str:
