@@ -130,5 +130,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log.*sync_dist")  # equal on every process already
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation part, on purpose
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # how it ends the others when a forked process has ended
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

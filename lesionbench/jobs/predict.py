@@ -10,6 +10,7 @@ from lesionbench.jobs.assembled import Assembled, quiet
 from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
+from lesionbench.stopping import Stopped
 
 
 def predict(cfg: DictConfig) -> None:
@@ -32,7 +33,13 @@ def predict(cfg: DictConfig) -> None:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
     run.prepare()
-    run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    try:
+        run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    except Stopped as stopped:
+        stopped.left = (
+            f"what is written stays in {cfg.run_folder}/predictions; the same command with overwrite=true predicts all cases again"
+        )
+        raise
     say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
 
 
