@@ -14,7 +14,7 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.multiprocessing import ProcessExitedException
 
-from lesionbench.stopping import STOPS, Stopped, request
+from lesionbench.stopping import STOPS, Stopped, end_forked, request
 
 REQUEUE = getattr(signal, "SIGUSR2", None)
 """On which the launcher submitit queues a job again and ends it at once; None on Windows."""
@@ -62,15 +62,16 @@ class _Signals(_SignalConnector):
         """The handler, also of processes that are forked."""
         self.frame = self.frame or frame
         first, launcher = request.number is None, self.trainer.strategy.launcher
+        early = not self._registered or self.trainer.sanity_checking
         if os.getpid() != self._process:  # forked: the process that it comes from says when to end at once
             request.number = request.number or number
-        else:
-            if launcher is not None and (first or request.ends(number)):
-                launcher.kill(number if first else signal.SIGKILL)  # the signal may have been sent to this process alone
-            request.made(number)
-            if isinstance(launcher, _MultiProcessingLauncher):
-                return  # the forked processes train, this one waits for them
-        if first and (not self._registered or self.trainer.sanity_checking):
+            if early:
+                end_forked(number)
+            return
+        if launcher is not None and (first or request.ends(number)):
+            launcher.kill(number if first else signal.SIGKILL)  # the signal may have been sent to this process alone
+        request.made(number)
+        if first and early and not isinstance(launcher, _MultiProcessingLauncher):  # which has others train and waits for them
             raise Stopped(number)
 
     def register_signal_handlers(self) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -53,11 +53,19 @@ request = StopRequest()
 
 def stop_at_signals() -> None:
     """Has the signals raise `Stopped` wherever the program is; a handler of a launcher's, or a signal that the shell has ignored, stays."""
+    program = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != program:
+            end_forked(number)
+        if request.made(number):
+            raise Stopped(number)
+
     for number in STOPS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
 
 
-def _stop(number: int, frame: FrameType | None) -> Any:
-    if request.made(number):
-        raise Stopped(number)
+def end_forked(number: int) -> NoReturn:
+    """Ends a forked process; an exception could go on into what the program was doing when it forked."""
+    os._exit(128 + number)

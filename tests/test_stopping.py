@@ -143,11 +143,12 @@ def test_stop_in_a_sweep_ends_the_sweep(folder, tmp_path):
     assert "Traceback" not in printed
 
 
-def test_two_processes_stop_at_the_same_batch(folder, tmp_path):
-    common = [*SMALL, f"data.root={folder}", "trainer=ddp_sim", "data.batch_size=1", "data.num_workers=1"]
+@pytest.mark.parametrize(("accumulate", "asked"), [(1, 5), (2, 4)])  # the second in the middle of a window
+def test_two_processes_stop_at_the_same_batch(folder, tmp_path, accumulate, asked):
+    common = [*SMALL, f"data.root={folder}", "trainer=ddp_sim", "data.batch_size=1", "data.num_workers=1", f"accumulate={accumulate}"]
     run(*common, f"runs={tmp_path / 'whole'}")
     common.append(f"runs={tmp_path / 'stopped'}")
-    code, printed = program(tmp_path / "log", *common, *signals("on_train_batch_start", signal.SIGTERM, 5))
+    code, printed = program(tmp_path / "log", *common, *signals("on_train_batch_start", signal.SIGTERM, asked))
     (found,) = run_folders(tmp_path / "stopped")
     told = [line for line in printed.splitlines() if not line.startswith("Initializing distributed")]
     assert told == [f"stopped by SIGTERM: {found} has a checkpoint after iteration 6; the same command with resume=true continues it"]

@@ -30,8 +30,12 @@ def main() -> None:
 
         sys.exit(f"error: {error}{notes(error)}")
     except Stopped as stopped:
+        from multiprocessing import active_children
+
         from lesionbench.jobs.console import first_process
 
+        for process in active_children():  # the signal may have been sent to this process alone
+            process.terminate()
         if first_process():
             print(stopped, file=sys.stderr, flush=True)
         raise

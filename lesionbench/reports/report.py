@@ -55,11 +55,11 @@ def print_run(folder: Path) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         console.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
-    if trained:
-        console.print(
-            "The same command may give other figures on another processor or with other threads, which add in another order "
-            "(measured for `make run`: mean Dice by up to 0.02, mean HD95 by up to 21 mm)."
-        )
+        if trained:
+            console.print(
+                "The same command may give other figures on another processor or with other threads, which add in another order "
+                "(measured for `make run`: mean Dice by up to 0.02, mean HD95 by up to 21 mm)."
+            )
 
 
 def _results(member: str, regions: dict[str, Any]) -> Any:
