@@ -30,7 +30,7 @@ def stopped_between_batches(trainer: pl.Trainer) -> Iterator[None]:
     Raises:
         Stopped: once the training has ended because it was asked to.
     """
-    signals = _Signals(trainer)
+    signals = Signals(trainer)
     trainer._signal_connector = signals
     if trainer.world_size > 1:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = signals.agree
@@ -50,7 +50,7 @@ def stopped_between_batches(trainer: pl.Trainer) -> Iterator[None]:
         raise Stopped(request.number)
 
 
-class _Signals(_SignalConnector):
+class Signals(_SignalConnector):
     """Lightning's, less its handler of SIGTERM, which talks to other processes wherever this one may be."""
 
     def __init__(self, trainer: pl.Trainer) -> None:

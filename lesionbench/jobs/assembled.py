@@ -54,6 +54,7 @@ class Assembled:
         from hydra.utils import instantiate
 
         from callbacks import CurvesLogger
+        from callbacks.stopping import Signals
 
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
         strategy = options.get("strategy")
@@ -82,6 +83,7 @@ class Assembled:
                 "" if options.get("accelerator") == "cpu" else "\nWithout a GPU write trainer=cpu; docs/scaling.md has the other trainers."
             )
             raise SuiteError(f"{asked}: {error}{hint}") from error
+        trainer._signal_connector = Signals(trainer)
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
 
