@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from callbacks.nan_guard import NanGuard, NonFiniteLoss, advice
 from callbacks.wandb_run import WandbRun
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.stopping import Stopped
 
 
 class BestAndLast(Checkpoint):
@@ -117,8 +118,8 @@ class BestAndLast(Checkpoint):
                 logger.log_checkpoints(self.folder / "checkpoints")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or pl_module.iteration == self._saved or isinstance(exception, NonFiniteLoss):
-            return
+        if trainer.state.fn != TrainerFn.FITTING or pl_module.iteration == self._saved or isinstance(exception, NonFiniteLoss | Stopped):
+            return  # `Stopped` comes ahead of the first batch, where a checkpoint to go on from may be half read
         if not isinstance(exception, SIGTERMException) and (trainer.world_size > 1 or self._within_batch):
             return
         if not _finite(pl_module):

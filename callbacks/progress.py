@@ -1,5 +1,6 @@
 """Progress for people at a terminal and for log files."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,16 +20,16 @@ def progress_bar() -> ProgressBar:
 class LineProgress(ProgressBar):
     """Prints `epoch 3/10  loss 0.4321  val/dice 0.712  4.1 it/s  ETA 0:01:23` at every epoch end, from rank zero.
 
-    The loss is the mean over the epoch's batches; the speed leaves validation out, the remaining time includes it.
+    The loss is the mean over the epoch's batches; the speed leaves validation out, the remaining time includes it. A run that is resumed
+    counts the batches of this process alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._started = self._evaluated = self._paused = 0.0
-        self._losses: list[torch.Tensor] = []
-        self._batches = self._epochs = 0
-        self._session = 0.0
+        self._begin_epoch()
+        self._paused = self._trained_s = self._evaluated_s = 0.0  # the last two of all epochs
+        self._trained = self._epochs = 0
 
     def enable(self) -> None:
         self._enabled = True
@@ -41,10 +42,15 @@ class LineProgress(ProgressBar):
             print(*args, **{"flush": True, **kwargs})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._session, self._epochs = time.monotonic(), 0
+        self._trained_s, self._evaluated_s, self._trained, self._epochs = 0.0, 0.0, 0, 0
+        self._begin_epoch()  # one that is resumed in the middle has no start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started, self._evaluated, self._batches, self._losses = time.monotonic(), 0.0, 0, []
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._started, self._evaluated, self._batches = time.monotonic(), 0.0, 0
+        self._losses: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batches += 1
@@ -59,15 +65,18 @@ class LineProgress(ProgressBar):
         self._evaluated += time.monotonic() - self._paused
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        now = time.monotonic()
+        trained_s = time.monotonic() - self._started - self._evaluated
         self._epochs += 1
+        self._trained += self._batches
+        self._trained_s += trained_s
+        self._evaluated_s += self._evaluated
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else "")]
         parts += [f"loss {float(total) / self._batches:.4f}" for total in self._losses]
         parts += [f"{name} {float(value):.3f}" for name, value in trainer.callback_metrics.items() if name == "val/dice"]
-        parts.append(f"{self._batches / max(now - self._started - self._evaluated, 1e-9):.1f} it/s")
-        if (trainer.max_epochs or -1) > 0:
-            left = (now - self._session) / self._epochs * (trainer.max_epochs - trainer.current_epoch - 1)
-            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        parts.append(f"{self._batches / max(trained_s, 1e-9):.1f} it/s")
+        if (trainer.max_epochs or -1) > 0 and math.isfinite(trainer.num_training_batches):
+            epoch_s = self._trained_s / max(self._trained, 1) * trainer.num_training_batches + self._evaluated_s / self._epochs
+            parts.append(f"ETA {timedelta(seconds=round(epoch_s * (trainer.max_epochs - trainer.current_epoch - 1)))}")
         self.print("  ".join(parts))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -22,6 +22,7 @@ from datamodules.sampling import Sampling
 from datamodules.split import Split
 from datamodules.transforms.augmentation import Chain
 from datamodules.whole_cases import WholeCases, WholeCaseSampler
+from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
@@ -308,18 +309,20 @@ class CaseDataModule(pl.LightningDataModule):
             repeat=self.repeat,
         )
         sampler = KeyedSampler(self.batches_per_epoch, batch_size, rank, world, self._start)
-        return DataLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=collate, **self._loading)
+        return WorkerLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=collate, **self._loading)
 
     @property
     def _loading(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return {"num_workers": self.num_workers, "worker_init_fn": heed_parent, "pin_memory": torch.cuda.is_available()}
 
     def case_loader(self, cases: Sequence[Case]) -> DataLoader:
         """Whole cases, each once over all processes."""
         data = WholeCases(
             cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
         )
-        return DataLoader(data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading)
+        return WorkerLoader(
+            data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading
+        )
 
     def unlabeled_loader(self) -> DataLoader:
         """Whole unlabeled training cases, without labels even where there are some."""

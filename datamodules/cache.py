@@ -11,13 +11,13 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 
 from datamodules.preprocessing import Prepared, Preprocessing, Stats, check_channels, preprocess, resampled_shape
 from datamodules.provenance import current, stamps
+from datamodules.workers import heed_parent, shielded
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
@@ -139,7 +140,8 @@ class CaseCache:
             return
         try:
             self._check_space(todo)
-            failures = [message for message in _shown(self._outcomes(todo, workers), len(todo), progress) if message]
+            with closing(self._outcomes(todo, workers)) as outcomes:  # a stop ends its processes, too
+                failures = [message for message in _shown(outcomes, len(todo), progress) if message]
         except BrokenProcessPool:
             raise SuiteError("a process that prepared cases died, most likely for want of memory; use fewer workers") from None
         except OSError as error:
@@ -304,18 +306,22 @@ class CaseCache:
                 f"are free there; {ADVICE}"
             )
 
-    def _outcomes(self, cases: Sequence[Case], workers: int) -> Iterator[str]:
+    def _outcomes(self, cases: Sequence[Case], workers: int) -> Generator[str, None, None]:
         """Builds the cases; for each, in any order, what went wrong with it or ""."""
         if not workers:
             yield from map(self._attempt, cases)
             return
         # spawn: forking a process that already runs threads can dead-lock
-        with ProcessPoolExecutor(min(workers, len(cases)), get_context("spawn"), _one_thread) as pool:
+        with ProcessPoolExecutor(min(workers, len(cases)), get_context("spawn"), _start_worker) as pool:
+            others = active_children()
+            with shielded():  # processes start at the first submission
+                futures = [pool.submit(self._attempt, case) for case in cases]
             try:
-                for future in as_completed([pool.submit(self._attempt, case) for case in cases]):
+                for future in as_completed(futures):
                     yield future.result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for process in {*active_children()} - {*others}:
+                    process.terminate()
                 raise
 
     def _attempt(self, case: Case) -> str:
@@ -390,5 +396,6 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    heed_parent()
     torch.set_num_threads(1)

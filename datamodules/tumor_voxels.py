@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import CaseDataModule
 from datamodules.preprocessing import Preprocessing
 from datamodules.samples import KeyedSampler, collate
+from datamodules.workers import WorkerLoader
 from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
@@ -106,7 +107,7 @@ class TumorVoxels(CaseDataModule):
     def stream_loader(self, name: str, spec: Mapping[str, Any]) -> DataLoader:
         samples = VoxelSamples(self.voxel_store, [c.id for c in self.parts["train"]], self.voxels, self.seed)
         sampler = KeyedSampler(self.batches_per_epoch, self.batch_size, *self._rank_world, self._start)
-        return DataLoader(samples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loading)
+        return WorkerLoader(samples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loading)
 
     def voxel_sample(self, count: int | None, seed: object) -> np.ndarray:
         """At most `count` voxels of every training case (None = all), (N, M)."""

@@ -3,6 +3,8 @@
 import csv
 import multiprocessing
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +52,31 @@ def run_killed(*overrides: str) -> int:
     process.start()
     process.join(300)
     return process.exitcode
+
+
+def program(log: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """The command line in a process and process group of its own, where `before` is called first: exit code and what it printed, in `log`."""
+    process = multiprocessing.get_context("fork").Process(target=_program, args=(log, arguments, before))
+    process.start()
+    process.join(300)
+    return process.exitcode, log.read_text()
+
+
+def _program(log: Path, arguments: Sequence[str], before: Callable[[], None]) -> None:
+    from lesionbench.jobs.program import main
+
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.pop("LESIONBENCH_RUN_FOLDER", None)
+    GlobalHydra.instance().clear()
+    sys.argv = ["run.py", *arguments]
+    before()
+    main()
 
 
 def run_folders(runs: Path) -> list[Path]:

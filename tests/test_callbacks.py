@@ -565,6 +565,31 @@ def test_line_progress_shows_the_mean_loss(tmp_path, capsys):
     assert "loss 2.5000" in capsys.readouterr().out
 
 
+def test_line_progress_of_a_resumed_run_counts_this_process_alone(tmp_path, capsys, monkeypatch):
+    """2 s a batch, 1 s a case of validation: the last three of an epoch's six batches at 0.5 a second, then a whole epoch, 6 * 2 + 3 s."""
+    clock = [1000.0]
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: clock[0])
+
+    class Slow(Tiny):
+        def training_step(self, batch, batch_idx):
+            clock[0] += 2
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            clock[0] += 1
+            super().validation_step(batch, batch_idx)
+
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, Slow([0.1, 0.2], stop_at=2), BestAndLast(str(tmp_path)))
+    clock[0] += 500
+    capsys.readouterr()
+    resumed = tmp_path / "checkpoints/last.ckpt"
+    fit(tmp_path, Slow([0.1, 0.2]), BestAndLast(str(tmp_path)), LineProgress(), ckpt=resumed, enable_progress_bar=True)
+    first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.endswith("0.5 it/s  ETA 0:00:15")
+    assert second.endswith("0.5 it/s  ETA 0:00:00")
+
+
 def test_progress_bar_suits_the_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
     assert isinstance(progress_bar(), LineProgress)

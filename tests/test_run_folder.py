@@ -1,7 +1,9 @@
 """Runs that compute the same share a folder name, nothing is ever overwritten, and what a run leaves can be read at any moment."""
 
+import csv
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from lesionbench.reports.report import curve, print_run
 from lesionbench.resolvers import cap, either, offline_without_key, register
 from tests.harness import composed
 
+ROOT = Path(__file__).parent.parent
 SCHEDULED = (
     "LESIONBENCH_RUN_FOLDER", "LOCAL_RANK", "RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID",
     "SLURM_PROCID",
@@ -293,6 +296,39 @@ def test_the_report_says_what_how_good_where_and_what_next(tmp_path, capsys, mon
     ):  # fmt: skip
         assert part in text, part
     assert "predictions " not in text  # what was not written is not shown
+
+
+def test_the_report_says_why_a_case_has_dice_0(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = finished_run(tmp_path / "run")
+    (folder / "test").mkdir()
+    lines = ["case,member,region,dice,sensitivity,precision", "a,,WT,0.0,nan,0.0", "b,,ET,0.0,0.0,nan", "b,,WT,0.5,0.5,0.5", "b,rival,TC,0.0,0.0,0.0", "c,,TC,0.0,0.0,0.0"]  # fmt: skip
+    (folder / "test" / "cases.csv").write_text("\n".join(lines))
+    print_run(folder)
+    assert (
+        "Dice 0, and why: WT of a (the truth has none; the picture has the prediction alone), ET of b (nothing predicted; the picture has "
+        "the truth alone), TC of c (prediction and truth do not overlap).\n"
+    ) in capsys.readouterr().out
+    (folder / "test" / "cases.csv").write_text("\n".join([*lines, "d,,TC,0.0,0.0,0.0", "e,,TC,nan,nan,nan"]))
+    print_run(folder)
+    assert "TC of c (prediction and truth do not overlap), and 1 more in cases.csv.\n" in capsys.readouterr().out
+
+
+def test_the_report_says_how_far_figures_differ_between_machines(tmp_path, capsys, monkeypatch):
+    """As measured: the same command in the README, and with one thread on two machines."""
+    monkeypatch.setenv("COLUMNS", "300")
+    print_run(finished_run(tmp_path / "run"))
+    stated = re.search(r"mean Dice by up to ([\d.]+), mean HD95 by up to (\d+) mm", capsys.readouterr().out)
+    with (ROOT / "docs/results/supervised_simulated_one_thread.csv").open(newline="") as file:
+        measured = [(row["group"][0], row["region"], row["metric"], float(row["mean"])) for row in csv.DictReader(file)]
+    for region, dice, hd95 in re.findall(r"\| (WT|TC|ET) \| ([\d.]+) ± .*? \| ([\d.]+) ±", (ROOT / "README.md").read_text()):
+        measured += [("0", region, "dice", float(dice)), ("0", region, "hd95_mm", float(hd95))]
+    ranges = {"dice": [], "hd95_mm": []}
+    for key in {row[:3] for row in measured}:
+        values = [row[3] for row in measured if row[:3] == key]
+        ranges[key[2]].append(max(values) - min(values))
+    assert float(stated[1]) == round(max(ranges["dice"]), 2)
+    assert float(stated[2]) == round(max(ranges["hd95_mm"]))
 
 
 def test_the_time_of_a_test_is_not_given_as_that_of_the_training(tmp_path, capsys, monkeypatch):

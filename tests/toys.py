@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,24 @@ class KillAt(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.iteration == self.iteration:
             os.kill(os.getpid(), self.how)
+
+
+def signal_group(how):
+    """Sends a signal to every process of the group, from a process outside of it."""
+    subprocess.run(["kill", f"-{int(how)}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+
+
+class SignalsGroup(pl.Callback):
+    """Sends a signal to all processes of the group, as `timeout`, schedulers and Ctrl-C do, the first time that `hook` is reached."""
+
+    def __init__(self, hook: str, how: int, iteration: int = 0) -> None:
+        self.how, self.iteration = how, iteration
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer, pl_module, *_, **__):
+        if pl_module.iteration >= self.iteration and self.how and trainer.is_global_zero:
+            how, self.how = self.how, 0
+            signal_group(how)
 
 
 class PreemptedOnce(KillAt):

@@ -54,6 +54,7 @@ class Assembled:
         from hydra.utils import instantiate
 
         from callbacks import CurvesLogger
+        from callbacks.stopping import Signals
 
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
         strategy = options.get("strategy")
@@ -82,6 +83,7 @@ class Assembled:
                 "" if options.get("accelerator") == "cpu" else "\nWithout a GPU write trainer=cpu; docs/scaling.md has the other trainers."
             )
             raise SuiteError(f"{asked}: {error}{hint}") from error
+        trainer._signal_connector = Signals(trainer)
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
 
@@ -130,5 +132,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log.*sync_dist")  # equal on every process already
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation part, on purpose
     warnings.filterwarnings("ignore", message=r".*your dataloader is not resumable.*")  # the data module resumes in mid-epoch itself
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # how it ends the others when a forked process has ended
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

@@ -11,6 +11,7 @@ from lesionbench.jobs.assembled import Assembled, quiet
 from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
+from lesionbench.stopping import Stopped
 
 
 def predict(cfg: DictConfig) -> None:
@@ -37,7 +38,13 @@ def predict(cfg: DictConfig) -> None:
     wanted = len(data.predict_ids())
     left_out = data.leave_out_unusable() if cfg.on_error == "skip" else {}
     run.prepare()
-    run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    try:
+        run.trainer.predict(run.method, datamodule=run.data, return_predictions=False)
+    except Stopped as stopped:
+        stopped.left = (
+            f"what is written stays in {cfg.run_folder}/predictions; the same command with overwrite=true predicts all cases again"
+        )
+        raise
     say(f"{len(data.predict_ids())} case(s) written to {cfg.run_folder}/predictions")
     if left_out:
         reasons = "\n".join(f"  {name}: {why}" for name, why in left_out.items())

@@ -12,7 +12,9 @@ def main() -> None:
     """Composes the configuration and runs the job; mistakes of the user are answered in one screen, without a traceback."""
     from lesionbench.errors import SuiteError
     from lesionbench.jobs.command_line import help_text, named, own_folder, quoted, renamed
+    from lesionbench.stopping import Stopped, stop_at_signals
 
+    stop_at_signals()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # methods of the user's own; last, so that they hide nothing
     try:
@@ -27,6 +29,16 @@ def main() -> None:
         from lesionbench.jobs.failed_jobs import notes
 
         sys.exit(f"error: {error}{notes(error)}")
+    except Stopped as stopped:
+        from multiprocessing import active_children
+
+        from lesionbench.jobs.console import first_process
+
+        for process in active_children():  # the signal may have been sent to this process alone
+            process.terminate()
+        if first_process():
+            print(stopped, file=sys.stderr, flush=True)
+        raise
 
 
 def _print(text: str) -> None:

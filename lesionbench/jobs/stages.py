@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.jobs.validation import check_validation, waiting
+from lesionbench.stopping import Stopped
 from lesionbench.study import Pruned
 
 
@@ -43,10 +41,11 @@ def fit(cfg: DictConfig) -> float | None:
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
-        if first_process() and not _discarded(folder):
+        kept = first_process() and not _discarded(folder)
+        if kept:
             folder.update_summary(status="pruned" if isinstance(error, Pruned) else "interrupted")
-        if type(error).__name__ == "SIGTERMException":  # Lightning's, which would end the process as if all were well
-            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(error, Stopped):
+            error.left = _left(folder) if kept else "nothing had come of the run yet, and nothing is kept; the same command starts it again"
         raise
     if first_process():
         _finish(cfg, folder)
@@ -95,6 +94,15 @@ def _discarded(folder: RunFolder) -> bool:
         wandb.finish(exit_code=1)
     folder.discard()
     return True
+
+
+def _left(folder: RunFolder) -> str:
+    """Where a stopped run is, up to where it has come, and how it goes on."""
+    from lesionbench.checkpoint import read_checkpoint
+
+    found = sorted(folder.path.rglob("checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)  # a stage may have its own
+    has = f"has a checkpoint after iteration {read_checkpoint(found[-1])['lesionbench']['iteration']}" if found else "has no checkpoint"
+    return f"{folder.path} {has}; the same command with resume=true continues it"
 
 
 def _check_options(cfg: DictConfig) -> None:
@@ -182,6 +190,7 @@ def _override(cfg: DictConfig, changes: dict[str, Any], prefix: str = "") -> Non
 
 
 def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    from callbacks.stopping import stopped_between_batches
     from lesionbench.checkpoint import initialize_from, read_checkpoint, read_weights
 
     run = Assembled(cfg)
@@ -211,43 +220,14 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     for logger in run.trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
-        with _stopped_between_batches():
+        with stopped_between_batches(run.trainer):
             run.trainer.fit(run.method, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except Exception as error:
         if any(getattr(callback, "pruned", False) for callback in run.trainer.callbacks):
             raise Pruned("given up by the search") from error  # forked processes turn every error into one of theirs
         raise
-    if run.trainer.interrupted:
-        raise KeyboardInterrupt
     best = Path(cfg.run_folder) / "checkpoints" / "best.ckpt"
     return str(best if cfg.select == "best" and best.exists() else last)
-
-
-@contextmanager
-def _stopped_between_batches() -> Iterator[None]:
-    """Lets the launcher submitit, which queues a job again on SIGUSR2 and ends it at once, wait for the end of the batch and a checkpoint.
-
-    Its handler is put off: the signal is passed on as a SIGTERM, on which Lightning stops between two batches.
-    """
-    number = getattr(signal, "SIGUSR2", None)  # not on Windows
-    queue_again, caught = number and signal.getsignal(number), []
-    if number is None or not callable(queue_again):
-        yield
-        return
-
-    def stop(*arguments: Any) -> None:
-        caught.append(arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(number, stop)
-    try:
-        yield
-    except BaseException:
-        if caught:
-            queue_again(*caught[0])  # ends this process, if it is the job's first
-        raise
-    finally:
-        signal.signal(number, queue_again)
 
 
 def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:

@@ -11,6 +11,8 @@ from lesionbench.installation import command
 from lesionbench.reports.sheets import console
 from lesionbench.results import TUNED, depends_on_oracle, is_oracle
 
+ZEROS = 3  # named in the report
+
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
     """(iteration, value) of one curve of a run, from its metrics.csv."""
@@ -47,10 +49,16 @@ def print_run(folder: Path) -> None:
     for member, regions in (summary.get("dataset") or {}).items():
         out.print(_dataset_table(member, regions))
     _baseline(out, folder)
+    _zeros(out, folder)
     for line in _paths(folder, config["runs"], config.get("select")):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
         out.print("Simulated data is a stand-in: these figures say that the pipeline works, not how a method does on patients.")
+        if trained:
+            out.print(
+                "The same command may give other figures on another processor or with other threads, which add in another order "
+                "(measured for `make run`: mean Dice by up to 0.02, mean HD95 by up to 21 mm)."
+            )
 
 
 def _results(member: str, regions: dict[str, Any]) -> Any:
@@ -98,6 +106,28 @@ def _baseline(console: Any, folder: Path) -> None:
             f"For scale: the best single threshold on histogram-equalized FLAIR, chosen on these very cases, has a {found['region']} Dice of "
             f"{found['dice']:.3f}{TUNED}."
         )
+
+
+def _zeros(console: Any, folder: Path) -> None:
+    """Why cases have a Dice of 0 in a region: pictures show at most one of truth and prediction there, or none where they were cut."""
+    path = folder / "test" / "cases.csv"
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["member"] == "" and row.get("dice") and float(row["dice"]) == 0]
+    if rows:
+        named = [f"{row['region']} of {row['case']} ({_why_zero(row)})" for row in rows[:ZEROS]]
+        more = f", and {len(rows) - ZEROS} more in {path.name}" if len(rows) > ZEROS else ""
+        console.print(f"Dice 0, and why: {', '.join(named)}{more}.", highlight=False, markup=False)
+
+
+def _why_zero(row: dict[str, str]) -> str:
+    """In the terms of a picture; a ratio that is 0/0 is NaN."""
+    if row.get("sensitivity") == "nan":
+        return "the truth has none; the picture has the prediction alone"
+    if row.get("precision") == "nan":
+        return "nothing predicted; the picture has the truth alone"
+    return "prediction and truth do not overlap"
 
 
 def _paths(folder: Path, runs: str, select: str | None) -> list[str]:
