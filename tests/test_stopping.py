@@ -118,7 +118,7 @@ def test_stop_in_predict(folder, whole, tmp_path):
     def at_the_second_file():
         from callbacks import nifti_writer
 
-        real, written = nifti_writer.write_volume, []
+        real, written = nifti_writer.write_native, []
 
         def write(*arguments):
             real(*arguments)
@@ -126,7 +126,7 @@ def test_stop_in_predict(folder, whole, tmp_path):
             if len(written) == 2:
                 signal_group(signal.SIGTERM)
 
-        nifti_writer.write_volume = write
+        nifti_writer.write_native = write
 
     ckpt, out = whole / "checkpoints/best.ckpt", tmp_path / "out"
     options = ["job=predict", "experiment=supervised/folder", f"ckpt={ckpt}", f"data.root={folder}", "data.channels=[t1,flair]", f"out={out}", "trust=[tests]", "data.num_workers=2"]  # fmt: skip

@@ -416,8 +416,9 @@ def submitted(tmp_path: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_slurm_jobs_of_two_processes_each(folder, tmp_path):
+def test_slurm_jobs_of_two_processes_each(folder, tmp_path, monkeypatch):
     """A sweep of DDP runs whose processes SLURM starts equals one whose processes are forked."""
+    monkeypatch.delenv("MASTER_PORT", raising=False)  # which Lightning leaves behind; both jobs would take it
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the launcher submitit is not installed")
     arguments = [*SMALL, f"data.root={folder}", "data.batch_size=1", "callbacks.writer=null"]
     submitted(tmp_path, *arguments, "seed=0,1", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "precision=32-true", "hydra.launcher.tasks_per_node=2")  # fmt: skip
