@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -14,7 +15,24 @@ from lesionbench.errors import SuiteError
 from lesionbench.moved import current
 from lesionbench.task import Task
 
-_TRUSTED = ("lesionbench.target.", "lightning_modules.", "torch.optim.", "torch.nn.", "monai.networks.", "monai.losses.")
+# what the model configuration of a checkpoint may build, by where it is defined: classes of these kinds ...
+_KINDS: dict[str, tuple[type, ...]] = {
+    "torch.optim.": (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+    "torch.nn.": (nn.Module,),
+    "monai.networks.": (nn.Module,),
+    "monai.losses.": (nn.Module,),
+    "lightning_modules.": (nn.Module,),  # methods, networks, losses
+}
+# ... the other parts of methods, any class ...
+_PARTS = (
+    "lesionbench.target.", "lightning_modules.inferers.", "lightning_modules.losses.gated_consistency.", "lightning_modules.metrics.case_metrics.",
+    "lightning_modules.postprocessing.", "lightning_modules.ramps.", "lightning_modules.raters.rater_targets.",
+    "lightning_modules.semi_supervised.certainty_masks.",
+)  # fmt: skip
+# ... and functions that make networks and schedules
+_MAKERS = ("lightning_modules.networks.", "lightning_modules.schedules.")
+# of a data module: its classes
+_DATA = ("datamodules.",)
 _HOLDERS = ("state_dict", "model_state_dict", "model", "network_weights")  # entries under which programs keep a state_dict
 _WRAPPERS = ("module", "model", "network", "net", "_orig_mod")  # modules around a network, of which its names in a file tell
 
@@ -63,10 +81,12 @@ def _is_torchscript(path: Path) -> bool:
 def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
     """Builds the method that a checkpoint holds, with its weights: (method, what the checkpoint says of its data).
 
-    Only classes of this suite and of the libraries it builds on are instantiated; `trust` names further packages.
+    Only what makes a method is built (modules, optimizers, schedules, targets, inferers, metrics and the functions that make networks), of
+    this suite and the libraries it stands on. `trust` names further packages, or single classes and functions of them; it is the caller's
+    word at every depth: what the checkpoint itself says of trust does not count.
 
     Raises:
-        SuiteError: a checkpoint without model configuration, a class from a package that is not trusted, weights that do not fit.
+        SuiteError: a checkpoint without model configuration, anything else that it would have built, weights that do not fit.
     """
     checkpoint = read_checkpoint(path)
     own = checkpoint.get("lesionbench")
@@ -74,8 +94,8 @@ def load_method(path: str | Path, trust: Sequence[str] = ()) -> tuple[Any, dict[
         raise SuiteError(
             f"{path}: holds weights but no model configuration; it was not written by this program, so name its experiment to use it"
         )
-    own["model"] = current(own["model"])
-    _refuse_strangers(own["model"], path, trust)
+    own["model"] = _trusting(current(own["model"]), trust)
+    refuse_strangers(own["model"], path, trust)
     task = Task.from_dict(own["task"])
     method = build_method(own["model"], task)
     try:
@@ -102,32 +122,66 @@ def build_method(config: Mapping[str, Any], task: Task) -> Any:
     return method
 
 
-def _refuse_strangers(config: Any, path: str | Path, trust: Sequence[str]) -> None:
+def _trusting(config: Any, trust: Sequence[str]) -> Any:
+    """The configuration with the caller's trust in place of its own: that of ensembles and wrappers, which load checkpoints in turn."""
+    if isinstance(config, Mapping):
+        return {key: list(trust) if key == "trust" else _trusting(value, trust) for key, value in config.items()}
+    return [_trusting(value, trust) for value in config] if isinstance(config, list | tuple) else config
+
+
+def refuse_strangers(config: Any, path: str | Path, trust: Sequence[str] = (), kind: str = "method") -> None:
+    """Refuses a configuration (plain data) from a file that the user may not have written, if it would have more built than it is for.
+
+    Args:
+        config: with `_target_`s at any depth.
+        path: of the file, for the message.
+        trust: packages, or single classes and functions, that may be built besides.
+        kind: `method`, or `data` for a data module.
+
+    Raises:
+        SuiteError: something that makes no part of a method or data module, or a value that would be computed; names it and the file.
+    """
     if isinstance(config, str) and "${" in config:  # Hydra would compute it, and it could compute another class to build
-        raise SuiteError(f"{path}: its model configuration holds '{config}' where a plain value is expected; refused")
+        raise SuiteError(f"{path}: its configuration holds '{config}' where a plain value is expected; refused")
     if isinstance(config, Mapping):
         if "_target_" in config:
-            _refuse_stranger(str(config["_target_"]), path, (*_TRUSTED, *(f"{t}." for t in trust)))
+            _refuse_stranger(str(config["_target_"]), path, trust, kind)
         config = list(config.values())
     if isinstance(config, list | tuple):
         for value in config:
-            _refuse_strangers(value, path, trust)
+            refuse_strangers(value, path, trust, kind)
 
 
-def _refuse_stranger(target: str, path: str | Path, allowed: tuple[str, ...]) -> None:
-    """Refuses a target that has a strange name, or that a trusted module has only imported from elsewhere (`lightning_modules.x.os.system`)."""
-    home = target
-    if target.startswith(allowed):
+def _refuse_stranger(target: str, path: str | Path, trust: Sequence[str], kind: str) -> None:
+    """Refuses also what a known module has only imported from elsewhere (`lightning_modules.x.os.system`)."""
+    home, found = target, None
+    if target.startswith((*_KINDS, *_PARTS) if kind == "method" else _DATA) or _within(target, trust):
         from hydra.utils import get_object
 
         try:
-            home = f"{getattr(get_object(target), '__module__', None)}.{target.rpartition('.')[2]}"
+            found = get_object(target)
+            home = f"{getattr(found, '__module__', None)}.{target.rpartition('.')[2]}"
         except Exception as error:
             raise SuiteError(
                 f"{path}: would build '{target}', which this installation does not have ({str(error).splitlines()[0]})"
             ) from None
-    if not home.startswith(allowed):
-        raise SuiteError(f"{path}: would build '{home}', which is not of this suite; if you trust it, say trust=[{home.split('.')[0]}]")
+    known = _makes_a_part(found, home) if kind == "method" else isinstance(found, type) and home.startswith(_DATA)
+    if not known and not _within(home, trust):
+        raise SuiteError(
+            f"{path}: would build '{home}', which makes no {kind} of this suite; if you trust it, say trust=[{home}], "
+            f"or trust=[{home.split('.')[0]}] for all of its package"
+        )
+
+
+def _within(name: str, trust: Sequence[str]) -> bool:
+    return any(name == trusted or name.startswith(f"{trusted}.") for trusted in trust)
+
+
+def _makes_a_part(found: Any, home: str) -> bool:
+    """Whether an object of the suite, or of the libraries it stands on, makes a part of a method."""
+    if isinstance(found, type):
+        return home.startswith(_PARTS) or any(home.startswith(place) and issubclass(found, kinds) for place, kinds in _KINDS.items())
+    return isfunction(found) and home.startswith(_MAKERS) and found.__qualname__ == home.rpartition(".")[2] and found.__name__[0] != "_"
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

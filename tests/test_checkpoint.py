@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lesionbench.checkpoint import _refuse_strangers, build_method, initialize_from, load_method, read_checkpoint, read_weights
+from lesionbench.checkpoint import build_method, initialize_from, load_method, read_checkpoint, read_weights, refuse_strangers
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.command_line import CONF
 from lesionbench.task import Task
@@ -126,6 +126,11 @@ def strangers(marker: str) -> dict[str, dict]:
         "the suite's own loader": {**MODEL, "loss": {"_target_": "lesionbench.checkpoint.load_method", "path": "x", "trust": ["os"]}},
         "a name that begins alike": {**MODEL, "loss": {"_target_": "torch.nnx.Loss"}},
         "built in": {**MODEL, "loss": {"_target_": "builtins.eval", "_args_": [f"__import__('os').mkdir('{marker}')"]}},
+        "a function of the suite": {**MODEL, "loss": {"_target_": "lightning_modules.habitats.stages.write_checkpoint", "path": marker}},
+        "a function of a library": {**MODEL, "loss": {"_target_": "monai.networks.utils.save_state", "src": {}, "path": marker}},
+        "a class of the suite that writes": {**MODEL, "loss": {"_target_": "lightning_modules.habitats.EvaluationLog", "path": marker}},
+        "a method of a class": {**MODEL, "loss": {"_target_": "lightning_modules.Supervised.to_onnx", "file_path": marker}},
+        "a private maker": {**MODEL, "loss": {"_target_": "lightning_modules.schedules._per_iteration"}},
         "missing here": {**MODEL, "loss": {"_target_": "lightning_modules.losses.Vanished"}},
     }
 
@@ -134,15 +139,37 @@ def strangers(marker: str) -> dict[str, dict]:
 def test_strangers_are_not_built(where, tmp_path):
     marker = tmp_path / "made"
     path = saved(tmp_path / "x.ckpt", model=strangers(str(marker))[where])
-    with pytest.raises(SuiteError, match=r"x\.ckpt: (would build|its model configuration)"):
+    with pytest.raises(SuiteError, match=r"x\.ckpt: (would build|its configuration)"):
         load_method(path, trust=["tests"])
     assert not marker.exists()
 
 
 def test_an_untrusted_package_is_named_with_the_remedy(tmp_path):
     path = saved(tmp_path / "x.ckpt")
-    with pytest.raises(SuiteError, match=r"'tests\.toys\.small_net'.*trust=\[tests\]"):
+    with pytest.raises(SuiteError, match=r"'tests\.toys\.small_net'.*trust=\[tests\.toys\.small_net\].*trust=\[tests\]"):
         load_method(path)
+    with pytest.raises(SuiteError, match=r"'tests\.toys\.small_net'"):
+        load_method(path, trust=["tests.toys.small"])
+    assert load_method(path, trust=["tests.toys.small_net"])[0].iteration == 17
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_trust_is_the_word_of_the_caller_at_every_depth(depth, tmp_path):
+    """A checkpoint of checkpoints cannot vouch for what is in them."""
+    path = saved(tmp_path / "inner.ckpt")
+    for level in range(depth):
+        outer = {"_target_": "lightning_modules.MissingModalities", "checkpoint": str(path), "trust": ["tests"]}
+        method = build_method(outer, TASK)
+        checkpoint = {"state_dict": method.state_dict()}
+        method.on_save_checkpoint(checkpoint)
+        path = tmp_path / f"outer{level}.ckpt"
+        torch.save(checkpoint, path)
+    with pytest.raises(SuiteError, match=r"inner\.ckpt: would build 'tests\.toys\.small_net'"):
+        load_method(path)
+    content = torch.load(path, weights_only=True)
+    content["lesionbench"]["model"]["trust"] = []
+    torch.save(content, path)
+    assert load_method(path, trust=["tests"])[0].config["trust"] == ["tests"]
 
 
 def test_an_import_of_a_trusted_module_is_named_by_where_it_comes_from(tmp_path):
@@ -156,7 +183,7 @@ def test_every_target_of_the_suite_is_trusted():
     targets = {t for f in files for t in re.findall(r"_target_:\s*([\w.]+)", f.read_text())}
     assert len(targets) > 20
     for target in targets:
-        _refuse_strangers({"_target_": target}, "x", [])
+        refuse_strangers({"_target_": target}, "x")
 
 
 def test_weights_without_configuration_and_weights_that_do_not_fit_are_refused(tmp_path):

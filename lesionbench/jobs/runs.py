@@ -17,7 +17,7 @@ def tune(cfg: DictConfig) -> None:
     options = OmegaConf.to_container(cfg.tune, resolve=True)
     rules = instantiate(cfg.postprocessing, _convert_="all")
     out = Path(cfg.out or "thresholds.json")
-    found = tune_smallest_volume(options.pop("runs") or [cfg.runs], rules=rules, **options)
+    found = tune_smallest_volume(options.pop("runs") or [cfg.runs], rules=rules, trust=cfg.trust, **options)
     say(f"{found.report()}\nwritten to {found.write(out)}; apply it with postprocessing=tuned postprocessing.thresholds={out}")
 
 

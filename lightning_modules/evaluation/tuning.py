@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 
-from lesionbench.checkpoint import read_checkpoint
+from lesionbench.checkpoint import read_checkpoint, refuse_strangers
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import read_volume
 from lesionbench.moved import current
@@ -110,6 +110,7 @@ def tune(
     grid: Sequence[int] | None = None,
     rules: PostProcessing | None = None,
     data_root: str | None = None,
+    trust: Sequence[str] = (),
 ) -> Tuned:
     """Chooses the smallest volume of `region` on the predictions that tested runs (the folds of a cross-validation) left in their folders.
 
@@ -120,6 +121,7 @@ def tune(
         grid: see `best_threshold`.
         rules: their components are removed before volumes are measured; they must have no smallest volume.
         data_root: where the data of the runs are, if not where they were.
+        trust: packages whose data sets the runs may name.
 
     Raises:
         SuiteError: predictions of a case whose patient the run was trained or selected on, or that cannot be shown to be held out;
@@ -139,7 +141,7 @@ def tune(
             problems.append(f"{folder}: {run.status}")
             continue
         try:
-            cases += held_out(folder, region, metric, rules, data_root)
+            cases += held_out(folder, region, metric, rules, data_root, trust)
             folders.append(str(folder))
         except SuiteError as error:
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
@@ -158,7 +160,9 @@ def tune(
     return Tuned(region, metric, threshold, tried[0], tried[threshold], honest, patients, folders, tried)
 
 
-def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None) -> list[HeldOut]:
+def held_out(
+    folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None, trust: Sequence[str] = ()
+) -> list[HeldOut]:
     """What the predictions of one run say about every threshold; arguments as in `tune`.
 
     Raises:
@@ -170,7 +174,9 @@ def held_out(folder: Path, region: str, metric: str, rules: PostProcessing, data
     before = config.get("postprocessing") or {}
     if before.get("min_volume") or before.get("thresholds"):
         raise SuiteError("its predictions went through a smallest volume already; test it with postprocessing.min_volume=null")
-    data = instantiate({**config["data"], **({"root": data_root} if data_root else {})}, _convert_="all")
+    described = {**config["data"], "augmentation": None, **({"root": data_root} if data_root else {})}  # nothing is trained
+    refuse_strangers(described, folder / "config.yaml", trust, kind="data")
+    data = instantiate(described, _convert_="all")
     task = data.task
     if region not in task.regions:
         raise unknown("region (tune.region)", region, task.regions)

@@ -383,6 +383,16 @@ def test_tune_refuses_cases_with_other_contents(trained, folder, tmp_path):
         run("job=tune", *runs)
 
 
+def test_tune_builds_nothing_but_data_sets(trained, tmp_path):
+    forged = shutil.copytree(trained["fold0"], tmp_path / "forged")
+    config = yaml.safe_load((forged / "config.yaml").read_text())
+    config["data"]["split"] = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
+    (forged / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SuiteError, match=r"config\.yaml: would build 'os\.mkdir', which makes no data of this suite"):
+        run("job=tune", f"tune.runs=[{forged}]", "tune.region=lesion", f"out={tmp_path / 'x.json'}")
+    assert not (tmp_path / "made").exists()
+
+
 def test_tune_refuses_cases_that_were_not_held_out(trained, folder, tmp_path):
     forged = tmp_path / "forged"
     shutil.copytree(trained["fold0"], forged)
