@@ -114,10 +114,8 @@ def build_method(config: Mapping[str, Any], task: Task) -> Any:
     maker = instantiate({**config, "_partial_": True}, _convert_="all")
     try:
         method = maker(task=task)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise SuiteError(f"model ({config['_target_']}): {error}") from error
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SuiteError(f"model ({config['_target_']}): cannot be built: {type(error).__name__}: {error}") from error
     method.config = dict(config)
     return method
 

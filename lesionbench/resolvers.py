@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lesionbench.errors import SuiteError
+
 
 def register() -> None:
     """Makes the resolvers known to OmegaConf; may be called again."""
@@ -18,6 +20,8 @@ def register() -> None:
 
 def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
     """Every size at most `limit`; null stays null, no limit changes nothing. Whole volumes (sizes null) become cubes of `limit`."""
+    if sizes is not None and (isinstance(sizes, str) or not all(isinstance(s, int) and s > 0 for s in sizes)):
+        raise SuiteError(f"patch={sizes}: expected voxels along each axis, as in patch=[64,64,64], or null")
     if limit is None:
         return None if sizes is None else list(sizes)
     return [limit] * 3 if sizes is None else [min(s, limit) for s in sizes]

@@ -198,19 +198,31 @@ class Method(pl.LightningModule):
 
     # optimizers
 
-    def configure_optimizers(self) -> Any:
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer of every group that is trained.
+
+        Raises:
+            SuiteError: there is none, or its options do not fit.
+        """
         trained = {name: [p for p in params if p.requires_grad] for name, params in self.optimizer_groups().items()}
         groups = {name: params for name, params in trained.items() if params}
         if not groups:
-            return None
+            return {}
         if self.optimizer is None:
             raise SuiteError(f"{type(self).__name__} trains {', '.join(groups)} but model.optimizer is null")
         self._names = list(groups)
         makers = self._by_name("optimizer", self.optimizer)
         try:
-            optimizers = [makers[name](params) for name, params in groups.items()]
+            return {name: makers[name](params) for name, params in groups.items()}
         except (TypeError, ValueError) as error:
-            raise SuiteError(f"model.optimizer: {error}") from error
+            given = {name: getattr(maker, "keywords", {}) for name, maker in makers.items()}
+            raise SuiteError(f"model.optimizer: {error} (given {given})") from error
+
+    def configure_optimizers(self) -> Any:
+        made = self._optimizers()
+        groups, optimizers = list(made), list(made.values())
+        if not groups:
+            return None
         if self.scheduler is None:
             return optimizers
         total = self.trainer.estimated_stepping_batches
@@ -301,9 +313,10 @@ class Method(pl.LightningModule):
         """Refuses a data module that the method cannot be trained on, before anything is prepared.
 
         Raises:
-            SuiteError: other streams than `streams`, an extra map that nobody writes, or parts that cannot be frozen.
+            SuiteError: other streams than `streams`, an extra map that nobody writes, parts that cannot be frozen, or options that no optimizer has.
         """
         self._freeze()
+        self._optimizers()
         offered = tuple(getattr(data, "streams", self.streams))
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")

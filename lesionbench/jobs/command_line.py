@@ -239,6 +239,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
     """A configuration error of Hydra or OmegaConf in one screen: what was wrong, what exists, the nearest match."""
     text, own = str(error), own_folder(arguments)[0]
     from hydra.errors import InstantiationException, OverrideParseException
+    from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
@@ -249,6 +250,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
         return SuiteError(f"a search needs Optuna: {install('sweeps')}")
     if isinstance(error, InstantiationException):  # a class that does not exist, or an argument that it does not have
         return SuiteError(re.sub(r", (set|see) .*?HYDRA_FULL_ERROR=1.*?(?=\n|$)", "", text).replace("\nfull_key: ", "\nin: "))
+    if isinstance(error, InterpolationResolutionError) and not isinstance(error, InterpolationKeyError):
+        place, reason = re.search(r"full_key: (\S+)", text), re.sub(r"^.* raised while resolving interpolation: ", "", text.splitlines()[0])
+        return SuiteError(f"{place.group(1)}: {reason}" if place else reason)
     key = (
         re.search(r"full_key: (\S+)", text)
         or re.search(r"Could not override '([^']+)'", text)
@@ -258,7 +262,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> SuiteError:
         return SuiteError(_unused_group(key.group(1), own, arguments))
     if key:
         return SuiteError(_unknown_key(key.group(1), arguments, own))
-    missing = re.search(r"Could not find '([^']+)'", text)
+    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if missing and missing.group(1).startswith("hydra/launcher/"):
         extra = "ray" if missing.group(1).endswith("ray") else "sweeps"
         return SuiteError(f"launcher={missing.group(1).rpartition('/')[2]} is not installed: {install(extra)}")

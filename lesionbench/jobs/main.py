@@ -7,9 +7,12 @@ from omegaconf import DictConfig
 from lesionbench.errors import unknown
 from lesionbench.jobs.data import check, prepare, show, simulate
 from lesionbench.jobs.methods import methods
+from lesionbench.jobs.options import check_options
 from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
+
+_ON_DATA = ("fit", "test", "predict", "check", "prepare", "show")  # what the options of training, data and inference are about
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -20,6 +23,8 @@ def run_job(cfg: DictConfig) -> float | None:
     """
     if cfg.job not in JOBS:
         raise unknown("job", cfg.job, JOBS)
+    if cfg.job in _ON_DATA:
+        check_options(cfg)
     return JOBS[cfg.job](cfg)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lesionbench.errors import SuiteError, unknown
+from lesionbench.errors import SuiteError
 from lesionbench.jobs.assembled import Assembled, quiet
 from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble import ensemble_model
@@ -20,8 +20,6 @@ def predict(cfg: DictConfig) -> None:
     from callbacks import progress_bar
 
     quiet()
-    if cfg.on_error not in ("stop", "skip"):
-        raise unknown("on_error", cfg.on_error, ["stop", "skip"])
     source = _from_ensemble if is_ensemble(cfg.ckpt) else _from_checkpoint if cfg.ckpt else _from_experiment
     method, data = source(cfg)
     with open_dict(cfg):

@@ -26,6 +26,8 @@ def main() -> None:
             sys.argv[1:] = arguments = quoted(arguments)
             _run(arguments)
     except SuiteError as error:
+        if os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
         from lesionbench.jobs.failed_jobs import notes
 
         sys.exit(f"error: {error}{notes(error)}")

@@ -107,12 +107,6 @@ def _left(folder: RunFolder) -> str:
 
 def _check_options(cfg: DictConfig) -> None:
     """What can be said before anything is built."""
-    for option in ("seed", "epochs", "accumulate", "data.batch_size", "data.samples_per_epoch"):
-        value, least = OmegaConf.select(cfg, option), 0 if option == "seed" else 1
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise SuiteError(f"{option}={value}: expected a whole number, at least {least}")
-    if cfg.select not in ("best", "last"):
-        raise unknown("select", cfg.select, ["best", "last"])
     for stage in cfg.stages:
         if stage.run not in STAGES:
             raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
