@@ -233,6 +233,15 @@ def normalize_patch(patch: np.ndarray, stats: Stats, settings: Preprocessing, da
     return out
 
 
+def outside(stats: Stats, settings: Preprocessing, dataset_stats: Stats | None = None) -> np.ndarray:
+    """What lies beyond the border of a case, as a network sees it: the normalized background value of every channel (M,), float32.
+
+    Arguments as in `normalize_patch`. All that fills a place where no voxel was measured takes this value.
+    """
+    beyond = np.full((len(stats["count"]), 1, 1, 1), settings.background, np.float32)
+    return normalize_patch(beyond, stats, settings, dataset_stats)[:, 0, 0, 0]
+
+
 def dataset_statistics(stats: Sequence[Stats]) -> Stats:
     """Mean and deviation per channel over the foreground voxels of many cases: {"mean": [M], "std": [M]}.
 

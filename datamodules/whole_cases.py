@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.cache import CaseCache
-from datamodules.preprocessing import Preprocessing, foreground, normalize_patch
+from datamodules.preprocessing import Preprocessing, foreground, normalize_patch, outside
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
@@ -45,6 +45,7 @@ class WholeCases(Dataset):
         raw = cached.read(None)
         item = {
             "image": torch.from_numpy(normalize_patch(raw, cached.stats, self.preprocessing, self.statistics)),
+            "outside": torch.from_numpy(outside(cached.stats, self.preprocessing, self.statistics)),
             "brain_mask": torch.from_numpy(foreground(raw, self.preprocessing.background))[None],
             "channel_mask": torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool)),
             "case": case.id,

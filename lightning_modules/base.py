@@ -19,7 +19,7 @@ from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.raters import majority
 from lesionbench.task import Task
 from lightning_modules.freezing import freeze, rest
-from lightning_modules.inferers import Inferer, Mirrored
+from lightning_modules.inferers import Inferer, Mirrored, Predictor
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
 from lightning_modules.ramps import batches
@@ -123,6 +123,17 @@ class Method(pl.LightningModule):
     def tuned_on(self, batch: Batch) -> bool:
         """Whether the labels that the method predicts come from a threshold that was chosen on this very case; its rows then say so."""
         return False
+
+    def infer(self, batch: Batch, predictor: Predictor, channels: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """Maps of the whole case in `batch`, by the method's inferer; beyond its border lies `batch["outside"]`, as in training.
+
+        Args:
+            predictor: maps of one view, see `inferers`.
+            channels: those that the predictor gets.
+        """
+        outside = batch.get("outside")
+        beyond = {} if outside is None or not outside.any() else {"outside": outside[:, channels]}
+        return self.inferer(batch["image"][:, channels], predictor, self.task.slice_axis, **beyond)
 
     def mirror(self, axes: Sequence[int]) -> None:
         """From now on predicts with test-time mirroring along these axes (see `inferers.Mirrored`)."""
@@ -316,7 +327,8 @@ class Method(pl.LightningModule):
             SuiteError: other streams than `streams`, an extra map that nobody writes, parts that cannot be frozen, or options that no optimizer has.
         """
         self._freeze()
-        self._optimizers()
+        if self.optimizer is not None:
+            self._optimizers()
         offered = tuple(getattr(data, "streams", self.streams))
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")

@@ -18,9 +18,16 @@ Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Inferer(Protocol):
-    """What runs a predictor over the image (B, M, X, Y, Z) of whole cases; `axis` is the one that slices are cut along."""
+    """What runs a predictor over the image (B, M, X, Y, Z) of whole cases.
 
-    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]: ...
+    Args:
+        axis: the one that slices are cut along.
+        outside: what lies beyond the border (B, M); None = 0.
+    """
+
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]: ...
 
 
 class Whole:
@@ -29,15 +36,17 @@ class Whole:
     def __init__(self, divisor: int | Sequence[int] | None = None) -> None:
         self.divisor = divisor
 
-    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
-        return padded(image, self.divisor, predictor)
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        return padded(image, self.divisor, predictor, outside=outside)
 
 
 class Window:
     """Overlapping 3D windows (B, C, x, y, z), blended.
 
     Args:
-        patch: window size in voxels; an axis on which the case is smaller is padded with 0.
+        patch: window size in voxels; an axis on which the case is smaller is padded with what lies outside.
         overlap: share of a window that its neighbor covers, 0 <= overlap < 1.
         blending: `gaussian` (sigma = 1/8 of the window, as nnU-Net, Isensee et al. 2021) or `constant`.
         batch: windows per forward pass.
@@ -52,12 +61,14 @@ class Window:
             raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
         self.patch, self.overlap, self.blending, self.batch = tuple(patch), overlap, blending, batch
 
-    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         shape = image.shape[2:]
         short = [max(p - s, 0) for p, s in zip(self.patch, shape, strict=True)]
         near = [s // 2 for s in short]
         margins = [m for a in (2, 1, 0) for m in (near[a], short[a] - near[a])]
-        image = pad(image, margins) if any(short) else image
+        image = _grown(image, margins, outside) if any(short) else image
         weight = self._weight().to(image.device)
         total: dict[str, torch.Tensor] = {}
         norm = image.new_zeros(image.shape[2:], dtype=torch.float32)
@@ -100,8 +111,16 @@ class SliceWise:
         """The slices of a volume, in order."""
         return to_slices(image, axis)
 
-    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
-        parts = [padded(views, self.divisor, predictor, axes=2) for views in self.views(image, axis).split(self.batch)]
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        views, size = self.views(image, axis), self.batch
+        if outside is not None:
+            outside = outside.repeat_interleave(len(views) // len(image), dim=0)
+        parts = [
+            padded(views[i : i + size], self.divisor, predictor, axes=2, outside=None if outside is None else outside[i : i + size])
+            for i in range(0, len(views), size)
+        ]
         return {name: from_slices(torch.cat([p[name] for p in parts]), axis, image.shape[0]) for name in parts[0]}
 
 
@@ -134,25 +153,42 @@ class Mirrored:
             raise SuiteError(f"mirror={list(axes)}: expected some of the axes 0, 1 and 2, each once")
         self.inferer, self.axes = inferer, tuple(axes)
 
-    def __call__(self, image: torch.Tensor, predictor: Predictor, axis: int = 2) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         total: dict[str, torch.Tensor] = {}
         for chosen in product((False, True), repeat=len(self.axes)):
             dims = [2 + a for a, mirrored in zip(self.axes, chosen, strict=True) if mirrored]
-            for name, maps in self.inferer(image.flip(dims), predictor, axis).items():
+            for name, maps in self.inferer(image.flip(dims), predictor, axis, outside).items():
                 back = maps.float().flip(dims)
                 total[name] = total[name].add_(back) if name in total else back
         return {name: maps.div_(2 ** len(self.axes)) for name, maps in total.items()}
 
 
 def padded(
-    image: torch.Tensor, divisor: int | Sequence[int] | None, predictor: Predictor, axes: int | None = None
+    image: torch.Tensor,
+    divisor: int | Sequence[int] | None,
+    predictor: Predictor,
+    axes: int | None = None,
+    outside: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Pads the first `axes` spatial axes (default: all) to a multiple of `divisor`, predicts, and cuts the padding off."""
+    """Pads the first `axes` spatial axes (default: all) of (B, M, *spatial) to a multiple of `divisor` with `outside` (B, M; None = 0),
+    predicts, and cuts the padding off."""
     axes = image.ndim - 2 if axes is None else axes
     divisors = [divisor or 1] * axes if divisor is None or isinstance(divisor, int) else list(divisor)
     size = image.shape[2 : 2 + axes]
     more = [-s % d for s, d in zip(size, divisors, strict=True)]
     margins = [0, 0] * (image.ndim - 2 - axes) + [m for extra in reversed(more) for m in (0, extra)]
-    maps = predictor(pad(image, margins) if any(more) else image)
+    maps = predictor(_grown(image, margins, outside) if any(more) else image)
     inside = (slice(None), slice(None), *(slice(0, s) for s in size))
     return {name: m[inside] for name, m in maps.items()}
+
+
+def _grown(image: torch.Tensor, margins: Sequence[int], outside: torch.Tensor | None) -> torch.Tensor:
+    """(B, M, *spatial) with margins as in `torch.nn.functional.pad`, filled with `outside` (B, M)."""
+    grown = pad(image, margins)
+    if outside is not None:
+        beyond = pad(torch.ones_like(image[:1, :1]), margins) == 0
+        values = outside.to(image.dtype).reshape(*outside.shape, *(1,) * (image.ndim - 2))
+        grown = torch.where(beyond, values, grown)
+    return grown

@@ -96,7 +96,7 @@ class SegmentationMethod(Method):
         return {"probabilities": self.target.activate(logits_of(self(view)))}
 
     def predict_case(self, batch: Batch) -> Prediction:
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
+        maps = self.infer(batch, self.predict_maps)
         return self.decode(maps["probabilities"])
 
     def decode(self, maps: torch.Tensor) -> Prediction:

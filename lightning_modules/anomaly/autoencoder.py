@@ -44,9 +44,9 @@ class Autoencoder(AnomalyMethod):
         return sum(terms.values())
 
     def score_map(self, batch: Batch) -> torch.Tensor:
-        image = batch["image"][:, self.channel : self.channel + 1]
-        maps = self.inferer(image, lambda view: {"reconstruction": self.network(view)["logits"]}, self.task.slice_axis)
-        return (image - maps["reconstruction"]).abs()[0, 0] * batch["brain_mask"][0, 0]
+        channel = slice(self.channel, self.channel + 1)
+        maps = self.infer(batch, lambda view: {"reconstruction": self.network(view)["logits"]}, channel)
+        return (batch["image"][:, channel] - maps["reconstruction"]).abs()[0, 0] * batch["brain_mask"][0, 0]
 
     def predict_case(self, batch: Batch) -> Prediction:
         prediction = super().predict_case(batch)

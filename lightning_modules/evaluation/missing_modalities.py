@@ -51,7 +51,8 @@ class MissingModalities(Method):
             there = torch.tensor([c in subset for c in self.task.channels], device=batch["image"].device)
             there = there & batch["channel_mask"]
             image = batch["image"] * there[:, :, None, None, None]
-            prediction.members[name] = self.method.predict_case({**batch, "image": image, "channel_mask": there})
+            beyond = {"outside": batch["outside"] * there} if "outside" in batch else {}
+            prediction.members[name] = self.method.predict_case({**batch, "image": image, "channel_mask": there, **beyond})
         return prediction
 
     def mirror(self, axes: Sequence[int]) -> None:

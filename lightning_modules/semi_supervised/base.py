@@ -249,7 +249,7 @@ class SemiSupervised(SegmentationMethod):
         return {"probabilities": sum(maps[name] for name in used) / len(used), **(maps if self.predict_members else {})}
 
     def predict_case(self, batch: Batch) -> Prediction:
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
+        maps = self.infer(batch, self.predict_maps)
         return replace(self.decode(maps.pop("probabilities")), members={name: self.decode(m) for name, m in maps.items()})
 
 

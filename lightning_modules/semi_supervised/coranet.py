@@ -179,7 +179,7 @@ class CoraNet(SemiSupervised):
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
         """`pseudo_label`: the main head's class indices; `uncertain`: bool, one map, or one for each region of a region target."""
-        maps = self.inferer(batch["image"], lambda view: self.mask.maps(self, view), self.task.slice_axis)
+        maps = self.infer(batch, lambda view: self.mask.maps(self, view))
         return {
             "pseudo_label": self.decode(maps["probabilities"]).labels[None].to(torch.int8),
             "uncertain": self.mask.uncertain(maps, self.target.kind)[0],

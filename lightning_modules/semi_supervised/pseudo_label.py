@@ -64,6 +64,6 @@ class PseudoLabel(SemiSupervised):
         return probabilities.amax(dim=1, keepdim=True) >= self.threshold
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)["probabilities"]
+        maps = self.infer(batch, self.predict_maps)["probabilities"]
         sure = self._sure(maps).all(dim=1)[0]
         return {"pseudo_label": torch.where(sure, self.decode(maps).labels, IGNORE)[None].to(torch.int8)}

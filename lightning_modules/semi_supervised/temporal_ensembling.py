@@ -53,7 +53,7 @@ class TemporalEnsembling(SemiSupervised):
         super().relabel()
 
     def case_maps(self, batch: Batch) -> dict[str, torch.Tensor]:
-        now = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)["probabilities"][0].float()
+        now = self.infer(batch, self.predict_maps)["probabilities"][0].float()
         maps, case, t = self.trainer.datamodule.maps, batch["case"][0], int(self.labelings)
         if t > 1 and maps.has("ensemble", case):
             before = torch.from_numpy(maps.read("ensemble", case)).to(now)

@@ -220,7 +220,7 @@ class ReciprocalAdversarial(SegmentationMethod):
     def predict_case(self, batch: Batch) -> Prediction:
         """Regions and labels; `uncertainty`: `entropy` of the probabilities (bits, mean over mask channels) and `critic` (1 - confidence);
         `table`: `nesting_violations`, voxels per 1000 that are in a region but not in the one that holds it, on the network grid."""
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
+        maps = self.infer(batch, self.predict_maps)
         uncertainty = {"entropy": self._entropy(maps["probabilities"])[0]}
         if "confidence" in maps:
             uncertainty["critic"] = 1 - maps["confidence"][0, 0]

@@ -193,7 +193,7 @@ class UMM(SegmentationMethod):
 
     def predict_case(self, batch: Batch) -> Prediction:
         """Fused prediction with the branches as members; each has its `entropy` map and that map's mean over the case in its table."""
-        maps = self.inferer(batch["image"], self.predict_maps, self.task.slice_axis)
+        maps = self.infer(batch, self.predict_maps)
 
         def part(name: str) -> Prediction:
             uncertainty = maps[f"{name}/entropy"][0, 0]
