@@ -98,8 +98,6 @@ def test_jobs_of_help_are_the_jobs_that_exist():
         ("model.loss._target_=foo.Bar", "Error locating target 'foo.Bar'"),
         ("+model.loss.nope=1", "unexpected keyword argument 'nope'"),
         ("logger=[csv,tensorbord]", "There is no logger=tensorbord; did you mean 'tensorboard'"),
-        ("patch=big", "error: patch=big: expected voxels along each axis"),
-        ("patch=[8,-8,8] debug=tiny", "error: patch=[8, -8, 8]: expected voxels along each axis"),
         ("runs=README.md/runs", "README.md/runs"),
         ("job=simulate out=README.md/cases simulate.count=1 simulate.spacing=4", "README.md/cases"),
     ],
@@ -157,6 +155,8 @@ def test_the_error_of_a_sweep_names_the_job():
         ),
         (["model.network.features=abc"], "model (lightning_modules.Supervised): cannot be built: ValueError"),
         (["model.optimizer.lr=fast"], "'lr': 'fast'"),
+        (["patch=big"], "patch=big: expected voxels along each axis"),
+        (["patch=[8,-8,8]", "patch_cap=4"], "patch=[8, -8, 8]: expected voxels along each axis"),
         (["patch=[32,32]"], "patch=[32, 32] has 2 sides, BasicUNet is a 3D network"),
         (["precision=half"], "trainer.precision=half: Precision 'half' is invalid"),
         (
@@ -169,10 +169,11 @@ def test_the_error_of_a_sweep_names_the_job():
 )
 def test_errors_say_what_and_how(overrides, message, tmp_path):
     from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
 
     from lesionbench.jobs.program import _suite_error
 
-    with pytest.raises((SuiteError, InstantiationException)) as caught:
+    with pytest.raises((SuiteError, InstantiationException, OmegaConfBaseException)) as caught:
         run(*overrides, f"runs={tmp_path}", "data.limit_cases=3" if "job=predict" not in overrides else "threads=1")
     assert message in str(_suite_error(caught.value))
 
