@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.catalog import families
 from lesionbench.jobs.command_line import CONF, JOBS, explain, help_text, named, options, own_folder, quoted, runs_of
+from lesionbench.jobs.program import main
 from tests.harness import run
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,18 @@ ROOT = Path(__file__).parent.parent
 def command(*arguments: str) -> subprocess.CompletedProcess:
     """run.py as a user starts it."""
     return subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def answer(monkeypatch, *arguments: str) -> str:
+    """What the program ends with, run in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.setattr("lesionbench.stopping.stop_at_signals", lambda: None)  # this process has handlers of its own
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return str(ended.value.code)
 
 
 def test_a_reader_that_stops_early_is_no_error():
@@ -102,13 +116,19 @@ def test_jobs_of_help_are_the_jobs_that_exist():
         ("job=simulate out=README.md/cases simulate.count=1 simulate.spacing=4", "README.md/cases"),
     ],
 )
-def test_mistakes_name_the_nearest(mistake, hint):
-    done = command(*mistake.split())
-    assert done.returncode != 0
-    assert hint in done.stderr
-    assert done.stderr.startswith("error: ")
+def test_mistakes_name_the_nearest(mistake, hint, monkeypatch):
+    text = answer(monkeypatch, *mistake.split())
+    assert hint in text
+    assert text.startswith("error: ")
+    assert len(text.splitlines()) < 24
+
+
+def test_a_mistake_is_all_that_the_program_prints():
+    done = command("benchmark=acdcc")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: There is no benchmark=acdcc; did you mean 'acdc'")
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) < 24
 
 
 def test_the_error_of_a_sweep_names_the_job():
