@@ -114,7 +114,7 @@ def build_method(config: Mapping[str, Any], task: Task) -> Any:
     maker = instantiate({**config, "_partial_": True}, _convert_="all")
     try:
         method = maker(task=task)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError, NotImplementedError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError) as error:  # of options that do not fit
         raise SuiteError(f"model ({config['_target_']}): cannot be built: {type(error).__name__}: {error}") from error
     method.config = dict(config)
     return method

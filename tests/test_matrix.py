@@ -57,7 +57,7 @@ def test_full_size_builds_on_meta(combination, tmp_path):
 def narrow(config, place="model"):
     """Overrides that leave every network a part of its features."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key == "features" and isinstance(value, list) and "SpatialAutoencoder" not in config["_target_"]:  # stays as it is
+        if key == "features" and isinstance(value, list) and "SpatialAutoencoder" not in config["_target_"]:  # groups of one channel
             yield f"{place}.features={[max(8, f // 8) for f in value]}".replace(" ", "")
         else:
             yield from narrow(value, f"{place}.{key}")
