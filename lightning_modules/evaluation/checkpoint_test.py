@@ -1,0 +1,31 @@
+"""`CheckpointTest`: the base of methods that ask a trained one in a way of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lesionbench.checkpoint import load_method
+from lesionbench.task import Task
+from lightning_modules.base import Method
+
+
+class CheckpointTest(Method):
+    """Holds the method of a checkpoint, frozen; measures and moves to the native grid as that one does. Nothing to train.
+
+    Args:
+        checkpoint: of the method that is tested.
+        trust: further packages whose classes a checkpoint may build.
+    """
+
+    def __init__(self, task: Task, *, checkpoint: str, trust: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(task, **options)
+        self.method = load_method(checkpoint, trust)[0].requires_grad_(False)
+
+    def mirror(self, axes: Sequence[int]) -> None:
+        """From now on the method under test predicts with test-time mirroring along these axes."""
+        self.method.mirror(axes)
+
+    def measure(self, *args: Any, **options: Any) -> list[dict]:
+        return self.method.measure(*args, **options)
+
+    def to_native(self, prediction: Any, geometry: Any) -> Any:
+        return self.method.to_native(prediction, geometry)
