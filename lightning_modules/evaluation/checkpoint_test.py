@@ -1,11 +1,12 @@
 """`CheckpointTest`: the base of methods that ask a trained one in a way of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lesionbench.checkpoint import load_method
 from lesionbench.task import Task
 from lightning_modules.base import Method
+from lightning_modules.inferers import Inferer
 
 
 class CheckpointTest(Method):
@@ -20,9 +21,9 @@ class CheckpointTest(Method):
         super().__init__(task, **options)
         self.method = load_method(checkpoint, trust)[0].requires_grad_(False)
 
-    def mirror(self, axes: Sequence[int]) -> None:
-        """From now on the method under test predicts with test-time mirroring along these axes."""
-        self.method.mirror(axes)
+    def average(self, over: Callable[[Inferer], Inferer]) -> None:
+        """From now on the method under test predicts so (see `Method.average`)."""
+        self.method.average(over)
 
     def measure(self, *args: Any, **options: Any) -> list[dict]:
         return self.method.measure(*args, **options)

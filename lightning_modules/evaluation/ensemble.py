@@ -1,6 +1,6 @@
 """Ensembles: any set of checkpoints, of one method or of several, that answer for every case together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
 from lesionbench.task import Task
 from lightning_modules.base import Method
+from lightning_modules.inferers import Inferer
 from lightning_modules.raters.fusion import FUSIONS, Fused, Mean, Staple
 
 
@@ -98,7 +99,7 @@ class Ensemble(Method):
         self.fusion, self.weights = fusion, [1.0] * len(groups) if weights is None else [float(w) for w in weights]
         self.keep_members, self.out_of_fold, self.postprocess_members = members, out_of_fold, postprocess_members
         self.staple_margin, self.chosen_on, self.trust = staple_margin, frozenset(chosen_on), tuple(trust)
-        self._mirrored: Sequence[int] | None = None
+        self._over: Callable[[Inferer], Inferer] | None = None  # how every member predicts, see `average`
         self._tuned = False  # the threshold of a member was chosen on the case of the moment
         self._loaded: dict[str, tuple[Method, Mapping[str, Any]]] | None = {} if keep_loaded else None
         known = self._examined([path for group in groups for path in group])
@@ -129,17 +130,17 @@ class Ensemble(Method):
         method, own = load_method(path, self.trust)
         if own.get("preprocessing") is None:
             raise SuiteError(f"{path}: does not say how its cases were preprocessed; it was not written by this program")
-        if self._mirrored is not None:
-            method.mirror(self._mirrored)
+        if self._over is not None:
+            method.average(self._over)
         if self._loaded is not None:
             self._loaded[path] = method, own
         return method, own
 
-    def mirror(self, axes: Sequence[int]) -> None:
-        """Every member predicts with test-time mirroring."""
-        self._mirrored = tuple(axes)
+    def average(self, over: Callable[[Inferer], Inferer]) -> None:
+        """From now on every member predicts so (see `Method.average`)."""
+        self._over = over
         for method, _ in (self._loaded or {}).values():
-            method.mirror(axes)
+            method.average(over)
 
     def _target(self) -> Target:
         """What makes labels of the fused probabilities."""
