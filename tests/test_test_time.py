@@ -71,5 +71,5 @@ def test_a_moved_case_gives_the_moved_result(name):
 
 
 def test_an_unknown_group_is_refused():
-    with pytest.raises(SuiteError, match="test_time 'flop'.*flips"):
+    with pytest.raises(SuiteError, match=r"test_time 'flop'.*flips"):
         Transformed(Whole(1), "flop")

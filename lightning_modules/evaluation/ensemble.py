@@ -25,14 +25,12 @@ class Member:
     Attributes:
         path: of the checkpoint.
         task: its own; the classes and regions are those of the ensemble, the channels may be fewer.
-        target: class and configuration of its target; None for a method without one.
-        decoder: its target, which makes labels of region probabilities.
+        decoder: its target, which makes labels of region probabilities; None for a method without one.
         patients: whom it was trained or selected on.
     """
 
     path: str
     task: Task
-    target: tuple[str, str] | None
     decoder: Target | None
     patients: frozenset[str]
 
@@ -44,7 +42,8 @@ class Ensemble(Method):
     member is read from its file for each case and let go again, so that neither weights nor maps pile up. The uncertainty map
     `disagreement` is how much the members differ (see `fusion.Fused`).
 
-    Labels follow from the fused probabilities as the members' common target makes them; where targets differ, by the largest class
+    Labels follow from the fused probabilities as the members' targets make them, if all do alike (with the same thresholds and
+    decoding); where they differ, by the largest class
     probability if all are softmax over classes, else, and for votes and STAPLE, by nested regions above 1/2.
 
     Args:
@@ -145,9 +144,9 @@ class Ensemble(Method):
     def _target(self) -> Target:
         """What makes labels of the fused probabilities."""
         members = [m for group in self.groups for m in group]
-        same = all(m.target == members[0].target for m in members)
-        if self.fusion == "mean" and same and members[0].decoder is not None:
-            return members[0].decoder
+        common = _common(members)
+        if self.fusion == "mean" and common is not None:
+            return common
         softmax = self.fusion == "mean" and all(isinstance(m.decoder, ClassSoftmax) for m in members)
         return ClassSoftmax(self.task) if softmax else RegionSigmoid(self.task)
 
@@ -218,8 +217,7 @@ class Ensemble(Method):
             for member in asked:
                 mean.add(*self._answer(member, batch))
             regions = mean.result().regions
-            decoder = asked[0].decoder if all(m.target == asked[0].target for m in asked) else None
-            labels = (decoder or RegionSigmoid(self.task)).labels(regions[None])[0]
+            labels = (_common(asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
         if self.postprocessing is not None and self.postprocess_members:
             labels = self.postprocessing.labels(labels, self.task)
         return regions, labels
@@ -277,9 +275,14 @@ def _reason(path: str, trust: Sequence[str]) -> str:
 
 
 def _member(path: str, method: Method, own: Mapping[str, Any]) -> Member:
-    decoder = getattr(method, "target", None)
-    config = None if decoder is None else (type(decoder).__qualname__, str((own["model"] or {}).get("target")))
-    return Member(path, method.task, config, decoder, frozenset(own.get("patients") or ()))
+    return Member(path, method.task, getattr(method, "target", None), frozenset(own.get("patients") or ()))
+
+
+def _common(members: Sequence[Member]) -> Target | None:
+    """What makes labels as the target of every member does; None where they differ or have none."""
+    decoders = [m.decoder for m in members]
+    first = decoders[0]
+    return first if first is not None and all(d is not None and d.labeling == first.labeling for d in decoders) else None
 
 
 def _differences(theirs: Task, ours: Task) -> list[str]:
