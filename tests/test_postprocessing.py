@@ -160,7 +160,7 @@ def test_what_the_tuner_writes_is_what_postprocessing_reads(tmp_path):
     found = Tuned("ET", "dice", 50, 0.46, 0.86, 0.7, ["p1", "p2"], ["r0", "r1"], {0: 0.46, 50: 0.86})
     path = found.write(tmp_path / "thresholds.json")
     rules = PostProcessing(min_volume={"ET": 7, "WT": 3}, thresholds=path)
-    assert rules.min_volume == {"ET": 50, "WT": 3}
+    assert rules.rules["min_volume"] == {"ET": 50, "WT": 3}
     assert rules.chosen_on == {"p1", "p2"}
     assert json.loads(path.read_text())["tried"] == {"0": 0.46, "50": 0.86}
     assert "0.4600 -> 0.8600" in found.report()

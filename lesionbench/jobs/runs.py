@@ -1,6 +1,7 @@
 """Jobs on finished runs: tune, compare, dashboard."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -9,15 +10,28 @@ from lesionbench.jobs.console import say
 
 
 def tune(cfg: DictConfig) -> None:
-    """Chooses the smallest volume of a region on out-of-fold predictions and writes it to `out`, for `postprocessing.thresholds`."""
+    """Chooses rules for labels on out-of-fold predictions and writes them to `out`, for `postprocessing.thresholds`.
+
+    `tune.what` is the smallest volume of a region, thresholds of probability, or where a region is suppressed.
+    """
     from hydra.utils import instantiate
 
-    from lightning_modules.evaluation.tuning import tune as tune_smallest_volume
+    from lightning_modules.evaluation import probability_tuning, suppression_tuning, tuning
 
     options = OmegaConf.to_container(cfg.tune, resolve=True)
     rules = instantiate(cfg.postprocessing, _convert_="all")
+    runs, common = options["runs"] or [cfg.runs], {"data_root": options["data_root"], "trust": cfg.trust}
+    of_region = {"region": options["region"], "metric": options["metric"], "rules": rules}
+    if options["what"] == "volume":
+        found: Any = tuning.tune(runs, grid=options["grid"], **of_region, **common)
+    elif options["what"] == "thresholds":
+        search = {"score": options["score"], "trials": options["trials"], "seed": cfg.seed}
+        found = probability_tuning.tune(runs, decoding=rules.decoding, tell=say, **search, **common)
+    elif options["what"] == "suppression":
+        found = suppression_tuning.tune(runs, depth=options["depth"], **of_region, **common)
+    else:
+        raise unknown("tune.what", str(options["what"]), ["volume", "thresholds", "suppression"])
     out = Path(cfg.out or "thresholds.json")
-    found = tune_smallest_volume(options.pop("runs") or [cfg.runs], rules=rules, trust=cfg.trust, **options)
     say(f"{found.report()}\nwritten to {found.write(out)}; apply it with postprocessing=tuned postprocessing.thresholds={out}")
 
 

@@ -219,7 +219,7 @@ class Ensemble(Method):
             regions = mean.result().regions
             labels = (_common(asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
         if self.postprocessing is not None and self.postprocess_members:
-            labels = self.postprocessing.labels(labels, self.task)
+            labels = self.postprocessing.labels(labels, self.task, regions)
         return regions, labels
 
     def _answer(self, member: Member, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,15 @@
-"""Choosing the smallest volume of a region on predictions of cases that were held out (Isensee et al., BrainLes 2020; Ren et al., BrainLes 2021).
+"""Rules for labels, chosen on predictions of cases that were held out.
 
-Below a threshold the region is removed from a case. Its score there is then known without any image: 1 (or distance 0) where the truth
-has none of it either, else 0 (or the distance of an empty mask). So every threshold is judged from one number per case.
+Here the smallest volume of a region (Isensee et al., BrainLes 2020; Ren et al., BrainLes 2021): below it the region is removed from a case.
+Its score there is then known without any image: 1 (or distance 0) where the truth has none of it either, else 0 (or the distance of an
+empty mask). So every threshold is judged from one number per case. `probability_tuning` chooses thresholds of probability, and
+`suppression_tuning` a tree on volumes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +21,11 @@ from lesionbench.geometry import read_volume
 from lesionbench.moved import current
 from lesionbench.reports.runs import find_runs, read_run
 from lesionbench.results import write_json
-from lesionbench.task import IGNORE
+from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.box import bounding_box
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.surface import grid_diagonal, surface_metrics
-from lightning_modules.postprocessing import PostProcessing
+from lightning_modules.postprocessing import PostProcessing, class_volumes
 
 METRICS = ("dice", "hd95")
 
@@ -36,6 +38,8 @@ class HeldOut:
         run, case, patient: identifiers.
         volume: voxels predicted as the region.
         kept, dropped: score with the region as it was predicted, and with none of it.
+        classes: class -> voxels predicted as it.
+        present: whether the truth has any of the region.
     """
 
     run: str
@@ -44,6 +48,8 @@ class HeldOut:
     volume: int
     kept: float
     dropped: float
+    classes: Mapping[str, int] = field(default_factory=dict)
+    present: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,25 +136,9 @@ def tune(
     if metric not in METRICS:
         raise unknown("tune.metric", metric, METRICS)
     rules = rules or PostProcessing()
-    if rules.min_volume:
-        raise SuiteError(
-            f"postprocessing.min_volume={rules.min_volume}: a threshold is tuned without one; use postprocessing.min_volume=null"
-        )
-    cases, problems, folders = [], [], []
-    for folder in find_runs(runs):
-        run = read_run(folder)
-        if run.status != "finished":
-            problems.append(f"{folder}: {run.status}")
-            continue
-        try:
-            cases += held_out(folder, region, metric, rules, data_root, trust)
-            folders.append(str(folder))
-        except SuiteError as error:
-            problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
-    if problems:
-        raise SuiteError(
-            "a threshold can only be tuned on held-out predictions of finished runs:\n" + "\n".join(f"  {p}" for p in problems)
-        )
+    if given := rules.rules["min_volume"]:
+        raise SuiteError(f"postprocessing.min_volume={given}: a threshold is tuned without one; use postprocessing.min_volume=null")
+    folders, cases = gathered(runs, lambda folder: held_out(folder, region, metric, rules, data_root, trust))
     lower = metric == "hd95"
     threshold, tried = best_threshold(cases, grid, lower)
     others = []
@@ -160,10 +150,69 @@ def tune(
     return Tuned(region, metric, threshold, tried[0], tried[threshold], honest, patients, folders, tried)
 
 
-def held_out(
-    folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None, trust: Sequence[str] = ()
-) -> list[HeldOut]:
-    """What the predictions of one run say about every threshold; arguments as in `tune`.
+T = TypeVar("T")
+
+
+def gathered(runs: Path | str | Sequence[Path | str], read: Callable[[Path], list[T]]) -> tuple[list[str], list[T]]:
+    """The folders of finished runs, and what `read` finds in all of them together.
+
+    Raises:
+        SuiteError: all that is wrong with any of them.
+    """
+    found, problems, folders = [], [], []
+    for folder in find_runs(runs):
+        run = read_run(folder)
+        if run.status != "finished":
+            problems.append(f"{folder}: {run.status}")
+            continue
+        try:
+            found += read(folder)
+            folders.append(str(folder))
+        except SuiteError as error:
+            problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
+    if problems:
+        raise SuiteError("rules can only be tuned on held-out predictions of finished runs:\n" + "\n".join(f"  {p}" for p in problems))
+    return folders, found
+
+
+@dataclass(frozen=True)
+class TestedCase:
+    """A held-out case of a tested run, with its truth.
+
+    Attributes:
+        run, case, patient: identifiers.
+        task: what the run predicted.
+        folder: where its predictions are.
+        truth: class indices (X, Y, Z) on the native grid, -1 = ignore.
+        spacing: mm along its axes; 1 where there is none.
+    """
+
+    run: str
+    case: str
+    patient: str
+    task: Task
+    folder: Path
+    truth: torch.Tensor
+    spacing: list[float]
+
+    def labels(self) -> torch.Tensor:
+        """The predicted class indices (X, Y, Z)."""
+        return torch.from_numpy(self.task.from_disk(self._read("", "writer.on_test=true")))
+
+    def regions(self) -> torch.Tensor:
+        """The predicted region probabilities (R, X, Y, Z)."""
+        needed = "writer.on_test=true writer.probabilities=true"
+        return torch.stack([torch.from_numpy(self._read(f"_prob_{name}", needed)) for name in self.task.regions])
+
+    def _read(self, suffix: str, needed: str) -> np.ndarray:
+        path = self.folder / f"{self.case}{suffix}.nii.gz"
+        if not path.exists():
+            raise SuiteError(f"no predictions/{path.name}; test it with {needed}")
+        return read_volume(path)[0]
+
+
+def tested_cases(folder: Path, data_root: str | None, trust: Sequence[str]) -> Iterator[TestedCase]:
+    """The cases that a run was tested on; arguments as in `tune`.
 
     Raises:
         SuiteError: see `tune`.
@@ -171,15 +220,10 @@ def held_out(
     from hydra.utils import instantiate
 
     config = current(yaml.safe_load((folder / "config.yaml").read_text()))
-    before = config.get("postprocessing") or {}
-    if before.get("min_volume") or before.get("thresholds"):
-        raise SuiteError("its predictions went through a smallest volume already; test it with postprocessing.min_volume=null")
     described = {**config["data"], "augmentation": None, **({"root": data_root} if data_root else {})}  # nothing is trained
     refuse_strangers(described, folder / "config.yaml", trust, kind="data")
     data = instantiate(described, _convert_="all")
     task = data.task
-    if region not in task.regions:
-        raise unknown("region (tune.region)", region, task.regions)
     run = read_run(folder)
     wanted = run.cases
     known = {c.id: c for c in data.cases() if c.id in wanted}
@@ -191,23 +235,51 @@ def held_out(
         if data.fingerprint() not in run.settings["cases"].values():
             raise SuiteError(f"the files of its cases under {data.root} have changed since it was tested; test it again")
     _refuse_seen(folder, config, {c.patient for c in known.values()})
-    place = task.region_names.index(region)
-    rows = []
     for case in known.values():
-        path = folder / "predictions" / f"{case.id}.nii.gz"
         if case.label is None:
             raise SuiteError(f"case {case.id} has no label map to compare with")
-        if not path.exists():
-            raise SuiteError(f"no predictions/{path.name}; test it with writer.on_test=true")
-        predicted = torch.from_numpy(task.from_disk(read_volume(path)[0]))
-        ours = task.region_masks(rules.labels(predicted, task))[place].numpy()
         values, affine, _ = read_volume(case.label)
-        truth = torch.from_numpy(task.from_disk(values))
-        theirs = task.region_masks(truth)[place].numpy()
         spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist() if task.unit == "mm" else [1.0] * 3
-        counted = ours & (truth != IGNORE).numpy()
-        kept, dropped = (_score(mask, theirs, metric, spacing) for mask in (counted, np.zeros_like(ours)))
-        rows.append(HeldOut(str(folder), case.id, case.patient, int(np.count_nonzero(ours)), kept, dropped))
+        yield TestedCase(
+            str(folder), case.id, case.patient, task, folder / "predictions", torch.from_numpy(task.from_disk(values)), spacing
+        )
+
+
+def held_out(
+    folder: Path, region: str, metric: str, rules: PostProcessing, data_root: str | None, trust: Sequence[str] = ()
+) -> list[HeldOut]:
+    """What the predictions of one run say about a region, with it and without; arguments as in `tune`.
+
+    Raises:
+        SuiteError: see `tune`.
+    """
+    before = yaml.safe_load((folder / "config.yaml").read_text()).get("postprocessing") or {}
+    if before.get("min_volume") or before.get("thresholds") or before.get("suppress"):
+        raise SuiteError(
+            "its predictions went through a smallest volume already; test it with postprocessing.min_volume=null, thresholds=null, suppress=null"
+        )
+    rows = []
+    for tested in tested_cases(folder, data_root, trust):
+        task = tested.task
+        if region not in task.regions:
+            raise unknown("region (tune.region)", region, task.regions)
+        place = task.region_names.index(region)
+        labels = rules.labels(tested.labels(), task, tested.regions() if rules.rules["probability"] else None)
+        ours, theirs = task.region_masks(labels)[place].numpy(), task.region_masks(tested.truth)[place].numpy()
+        counted = ours & (tested.truth != IGNORE).numpy()
+        kept, dropped = (_score(mask, theirs, metric, tested.spacing) for mask in (counted, np.zeros_like(ours)))
+        rows.append(
+            HeldOut(
+                tested.run,
+                tested.case,
+                tested.patient,
+                int(np.count_nonzero(ours)),
+                kept,
+                dropped,
+                classes=class_volumes(labels.numpy(), task),
+                present=bool(theirs.any()),
+            )
+        )
     return rows
 
 

@@ -358,6 +358,36 @@ def test_tune_reads_folds_and_its_threshold_is_applied(trained, folder, tmp_path
         run("job=tune", f"tune.runs=[{again}]", "tune.region=lesion", f"out={out}")
 
 
+def test_thresholds_and_suppression_are_tuned_on_folds_and_applied(trained, folder, tmp_path):
+    maps = ["writer.on_test=true", "writer.probabilities=true"]
+    tested = [
+        job_test(folder, tmp_path / n, f"data.split.fold={n[-1]}", f"ckpt={trained[n] / 'checkpoints' / 'last.ckpt'}", *maps)
+        for n in ("fold0", "fold1")
+    ]
+    runs = f"tune.runs=[{tested[0]},{tested[1]}]"
+    levels, gone = tmp_path / "levels.json", tmp_path / "gone.json"
+    run("job=tune", runs, "tune.what=thresholds", "tune.trials=8", f"out={levels}")
+    found = json.loads(levels.read_text())
+    every = [float(v[0]) for t in tested for v in scores(t).values()]
+    assert found["before"] == pytest.approx(np.mean(every), abs=2e-3)  # the classes of this network are softmax, its regions one
+    assert found["after"] >= found["before"]
+    assert len(found["patients"]) == 8
+    assert set(found["by_run"]) == {str(t) for t in tested}
+    run("job=tune", runs, "tune.what=suppression", "tune.region=lesion", f"postprocessing.thresholds={levels}", f"out={gone}")
+    rule = json.loads(gone.read_text())
+    assert rule["before"] == pytest.approx(found["after"], abs=2e-3)
+    rule["suppress"] = {"lesion": [{"lesion": [None, 100000]}]}
+    gone.write_text(json.dumps(rule))
+    again = job_test(
+        folder, tmp_path / "again", f"ckpt={trained['fold0'] / 'checkpoints' / 'last.ckpt'}", f"postprocessing.thresholds=[{levels},{gone}]"
+    )
+    assert all(float(r["dice"]) in (0, 1) and r["oracle"] == "1" for r in rows(again))
+    with pytest.raises(SuiteError, match=r"writer\.probabilities=true"):
+        run("job=tune", f"tune.runs=[{trained['fold0']}]", "tune.what=thresholds", f"out={tmp_path / 'x.json'}")
+    with pytest.raises(SuiteError, match=r"tune\.what 'treshold'"):
+        run("job=tune", runs, "tune.what=treshold")
+
+
 def test_tune_takes_ensembles_out_of_fold(trained, folder, tmp_path):
     together = job_test(folder, tmp_path / "e", *ALL, checkpoint(trained, "fold0", "fold1"), "ensemble.out_of_fold=true")
     run("job=tune", f"tune.runs=[{together}]", "tune.region=lesion", f"out={tmp_path / 'a.json'}")
