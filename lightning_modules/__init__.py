@@ -7,6 +7,7 @@ from lightning_modules.base import Method
 from lightning_modules.evaluation.ensemble import Ensemble
 from lightning_modules.evaluation.missing_modalities import MissingModalities
 from lightning_modules.evaluation.robustness import Robustness
+from lightning_modules.evaluation.stochastic import Stochastic
 from lightning_modules.habitats.fae import FAE
 from lightning_modules.habitats.habitats import Habitats
 from lightning_modules.raters.multi_rater import MultiRater
@@ -55,6 +56,7 @@ __all__ = [
     "SPiN",
     "SegmentationMethod",
     "SemiSupervised",
+    "Stochastic",
     "Supervised",
     "TemporalEnsembling",
     "VirtualAdversarialTraining",

@@ -78,8 +78,13 @@ class RunningMoments:
         return entropy(self.mean)
 
     @property
-    def mutual_information(self) -> torch.Tensor:
-        """Entropy of the mean minus mean entropy, (B, 1, *spatial), >= 0: the part that the passes disagree on (Houlsby et al., 2011)."""
+    def expected_entropy(self) -> torch.Tensor:
+        """Mean entropy of the passes, (B, 1, *spatial), in [0, ln C]: what stays uncertain in every one of them."""
         if self._entropies is None:
             raise ValueError("the entropies of the passes were not summed: RunningMoments(mutual_information=True)")
-        return (self.entropy - self._entropies / self.count).clamp_min(0)
+        return self._entropies / self.count
+
+    @property
+    def mutual_information(self) -> torch.Tensor:
+        """Entropy of the mean minus mean entropy, (B, 1, *spatial), >= 0: the part that the passes disagree on (Houlsby et al., 2011)."""
+        return (self.entropy - self.expected_entropy).clamp_min(0)

@@ -18,6 +18,7 @@ from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
+from lightning_modules.networks.nnsegnet import NnSegNet
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
@@ -46,6 +47,7 @@ __all__ = [
     "MultiHeadResNet",
     "MultiHeadUNet",
     "MultiHeadVNet",
+    "NnSegNet",
     "NoisyInput",
     "PackUNet",
     "PairedUNet",
