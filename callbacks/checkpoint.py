@@ -1,6 +1,5 @@
 """Checkpoints from which a run continues exactly: the best and the last."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from callbacks.nan_guard import NanGuard, NonFiniteLoss, advice
 from callbacks.wandb_run import WandbRun
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.stopping import Stopped
+from lesionbench.written import whole
 
 
 class BestAndLast(Checkpoint):
@@ -146,10 +146,11 @@ class BestAndLast(Checkpoint):
             return
         path = self._path(kind)
         setattr(self, f"{kind}_model_path", str(path))
-        temporary = path.with_name(f".writing-{path.name}")
-        trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            os.replace(temporary, path)
+            with whole(path) as temporary:
+                trainer.save_checkpoint(temporary)
+        else:
+            trainer.save_checkpoint(path)  # takes part; the first process writes
         trainer.strategy.barrier("checkpoint in place")
 
 

@@ -2,13 +2,14 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from lesionbench.written import whole
 
 HEADER = ("iteration", "epoch", "name", "value")
 
@@ -59,9 +60,8 @@ class CurvesLogger(Logger):
             return
         with open(self.path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if _whole(row) and (not row[0] or int(row[0]) <= iteration)]
-        temporary = self.path.with_name(f".writing-{self.path.name}")
-        temporary.write_text(_lines([HEADER, *rows]), encoding="utf-8", newline="")
-        os.replace(temporary, self.path)
+        with whole(self.path) as temporary:
+            temporary.write_text(_lines([HEADER, *rows]), encoding="utf-8", newline="")
 
     def _append(self, rows: list[list[Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

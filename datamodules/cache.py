@@ -7,10 +7,7 @@ temporary sibling folder and renamed into place, so that a kill at any moment le
 import errno
 import json
 import os
-import secrets
 import shutil
-import socket
-import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -34,10 +31,10 @@ from lesionbench.geometry import Geometry, read_volume
 from lesionbench.keyed import key, numpy_generator
 from lesionbench.maps import Box, file_name, read_box
 from lesionbench.task import Task
+from lesionbench.written import aside, clear, is_full
 
 FORMAT = 1
 COORDINATES = 10_000  # per class
-STALE_SECONDS = 3600
 ADVICE = "set data.cache to a folder on a larger disk, or store less (crop: foreground or a coarser spacing in data.preprocessing)"
 
 
@@ -134,7 +131,7 @@ class CaseCache:
         for case in cases:
             check_channels(case, self.task, self.settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._clean()
+        clear(self.folder)
         todo = [case for case in cases if not self._is_fresh(case)]
         if not todo:
             return
@@ -145,7 +142,7 @@ class CaseCache:
         except BrokenProcessPool:
             raise SuiteError("a process that prepared cases died, most likely for want of memory; use fewer workers") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             raise SuiteError(f"{self.folder}: the disk is full ({error}); {ADVICE}") from None
         if failures:
@@ -228,7 +225,7 @@ class CaseCache:
     def _build(self, case: Case) -> None:
         made_from = stamps(_files(_sources(case, self.task)))  # before reading: a file that changes meanwhile makes the entry out of date
         prepared = preprocess(case, self.task, self.settings)
-        temporary = self._temporary(case)
+        temporary = aside(self._place(case))
         temporary.mkdir()
         try:
             arrays = {"image": prepared.image, "label": prepared.label, "raters": prepared.raters}
@@ -261,26 +258,12 @@ class CaseCache:
                     raise
             if self._is_fresh(case):
                 return
-            away = self._temporary(case)
+            away = aside(target)
             try:
                 os.rename(target, away)
             except FileNotFoundError:  # another process was faster
                 continue
             shutil.rmtree(away, ignore_errors=True)
-
-    def _temporary(self, case: Case) -> Path:
-        return self.folder / f".writing-{file_name(case.id)}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-    def _clean(self) -> None:
-        """Removes what killed processes left behind: on this host by process id, elsewhere by age."""
-        for path in self.folder.glob(".writing-*"):
-            host, pid, _ = path.name.rsplit("-", 3)[1:]
-            try:
-                old = time.time() - path.stat().st_mtime > STALE_SECONDS
-            except FileNotFoundError:  # another process finished or cleaned it
-                continue
-            if old or (host == _host() and not _alive(int(pid))):
-                shutil.rmtree(path, ignore_errors=True)
 
     def _estimate(self, case: Case) -> int:
         path = next(case.images[channel] for channel in self.task.channels if channel in case.images)
@@ -380,20 +363,6 @@ def _shown(outcomes: Iterator[str], total: int, progress: bool) -> Iterator[str]
     from rich.progress import track
 
     return iter(track(outcomes, "Preparing cases", total=total, disable=not (progress and get_console().is_terminal)))
-
-
-def _host() -> str:
-    return f"{key(socket.gethostname()):x}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _start_worker() -> None:

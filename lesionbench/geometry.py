@@ -18,6 +18,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from lesionbench.errors import SuiteError
+from lesionbench.written import whole
 
 
 @dataclass(frozen=True)
@@ -215,13 +216,9 @@ def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None, heade
         affine: voxel-to-world matrix, 4 x 4, in mm; None with a header.
         header: of `read_header`: its grid, codes, units and description are kept, so that every program sees both files on one grid.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    array = np.ascontiguousarray(array)
-    _image(array, affine, bytes.fromhex(header)).to_filename(temporary)
-    temporary.replace(path)
-    return path
+    with whole(path) as temporary:
+        _image(np.ascontiguousarray(array), affine, bytes.fromhex(header)).to_filename(temporary)
+    return Path(path)
 
 
 def write_native(path: Path, array: np.ndarray, geometry: Geometry) -> Path:

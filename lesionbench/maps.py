@@ -6,7 +6,6 @@ version or the new one.
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.written import whole
 
 Box = Sequence[tuple[int, int]]
 KEPT = 2  # versions: the current one, and the one that a checkpoint written just before the last commit recorded
@@ -69,10 +69,8 @@ class MapStore:
             raise ValueError(f"map '{name}' of case {case_id}: expected (x, y, z) or (C, x, y, z), got shape {array.shape}")
         pending = self._pending(name)
         pending.mkdir(parents=True, exist_ok=True)
-        temporary = pending / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
-        with open(temporary, "wb") as file:
+        with whole(pending / f"{file_name(case_id)}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array)
-        temporary.replace(pending / f"{file_name(case_id)}.npy")
 
     def commit(self, name: str) -> int:
         """Makes the pending version of `name` current and returns its number; cases not rewritten carry over from the current one.
@@ -163,12 +161,10 @@ class MapStore:
 
     def _point(self, name: str, number: int) -> None:
         current = self.folder / file_name(name) / "CURRENT"
-        temporary = current.with_name(f".writing-{os.getpid()}-{secrets.token_hex(4)}")
-        with open(temporary, "w") as file:
+        with whole(current) as temporary, open(temporary, "w") as file:
             file.write(f"{number}\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(current)
 
     def _remove(self, name: str, unwanted: Callable[[int], bool]) -> None:
         for number in filter(unwanted, self._versions(name)):

@@ -7,14 +7,15 @@ was chosen on the truth of this very case.
 import csv
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lesionbench.errors import SuiteError
+from lesionbench.written import whole
 
 KEYS = ("case", "patient", "site", "member", "region")
 
@@ -119,7 +120,7 @@ def write_rows(path: Path | str, rows: Sequence[Mapping[str, Any]], keys: Sequen
     Numbers keep their full precision, NaN is `nan`, and a metric that a row lacks is an empty cell.
     """
     metrics = dict.fromkeys(name for row in rows for name in row if name not in keys)
-    with _Atomic(path) as file:
+    with _text(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*keys, *metrics])
         writer.writerows([*(row.get(k, "") for k in keys), *(_cell(row.get(m)) for m in metrics)] for row in rows)
@@ -145,30 +146,17 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def write_json(path: Path | str, data: Any) -> Path:
     """Writes plain data (also NumPy scalars) as JSON, atomically; numbers that are not finite become null."""
-    with _Atomic(path) as file:
+    with _text(path) as file:
         json.dump(_plain(data), file, indent=2, allow_nan=False)
         file.write("\n")
     return Path(path)
 
 
-class _Atomic:
-    """A text file that appears at `path` once it is complete: a reader never sees half of it, and an error leaves the old one."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
-
-    def __enter__(self) -> Any:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.temporary, "w", newline="", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink()
+@contextmanager
+def _text(path: Path | str) -> Iterator[IO[str]]:
+    """A text file that appears at `path` once it is complete."""
+    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        yield file
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,6 @@ Layout: `<folder>/voxels.json` (what the voxels were made from; written last) an
 """
 
 import json
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import Geometry
 from lesionbench.maps import file_name
 from lesionbench.task import Task
+from lesionbench.written import aside, whole
 
 
 def tumor_mask(label: torch.Tensor, task: Task, region: str | None = None) -> torch.Tensor:
@@ -84,7 +84,7 @@ class VoxelStore:
     def write(self, record: VoxelRecord, values: np.ndarray, positions: np.ndarray) -> None:
         """Stores a case; one that is there already is replaced."""
         target = self.folder / file_name(record.case)
-        temporary = self.folder / f".writing-{file_name(record.case)}-{secrets.token_hex(4)}"
+        temporary = aside(target)
         temporary.mkdir(parents=True)
         np.save(temporary / "values.npy", values.astype(np.float32))
         np.save(temporary / "positions.npy", positions.astype(np.int16))
@@ -108,6 +108,5 @@ class VoxelStore:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(data))
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(data))

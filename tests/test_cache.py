@@ -16,6 +16,7 @@ from datamodules.preprocessing import Preprocessing, preprocess
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.task import Task
+from lesionbench.written import STALE_SECONDS, prefix
 
 TASK = Task(channels=("t1", "flair"), classes={"background": (0,), "core": (1,), "edema": (2,)})
 FORK = multiprocessing.get_context("fork")
@@ -303,12 +304,12 @@ def test_kill_while_replacing_an_old_entry(cache, cases, calls):
 
 def test_temporaries_of_the_living_stay_and_old_ones_go(cache, cases):
     cache.folder.mkdir(parents=True)
-    mine = cache.folder / f".writing-x-{cache_module._host()}-{os.getpid()}-00"
-    elsewhere = cache.folder / ".writing-a-b-otherhost-1-00"
-    old = cache.folder / ".writing-x-otherhost-1-01"
+    mine = cache.folder / f"{prefix()}00-x"
+    elsewhere = cache.folder / ".writing-otherhost-1-00-a-b"
+    old = cache.folder / ".writing-otherhost-1-01-x"
     for path in (mine, elsewhere, old):
         path.mkdir()
-    os.utime(old, (time.time() - 2 * cache_module.STALE_SECONDS,) * 2)
+    os.utime(old, (time.time() - 2 * STALE_SECONDS,) * 2)
     cache.prepare(cases)
     assert sorted(temporaries(cache)) == sorted([mine, elsewhere])
 

@@ -259,7 +259,7 @@ def test_stages_and_summary_are_remembered(tmp_path):
 def test_a_kill_while_writing_leaves_the_old_summary(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.update_summary(status="running")
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         folder.update_summary(status="finished")
     assert folder.summary == {"status": "running"}

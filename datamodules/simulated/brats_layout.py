@@ -12,6 +12,7 @@ from datamodules.simulated.simulation import BRATS_CHANNELS, SimulatedCase, Simu
 from datamodules.simulated.simulation_variants import grid
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
+from lesionbench.written import prefix
 
 BRATS_SUFFIXES = {"2023": {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}}
 
@@ -92,7 +93,7 @@ def _write_brats_case(out: Path, name: str, layout: str, case: SimulatedCase) ->
     joint, suffixes = ("-", BRATS_SUFFIXES[layout]) if layout in BRATS_SUFFIXES else ("_", {c: c for c in BRATS_CHANNELS})
     label = np.where(case.label == 4, 3, case.label).astype(np.uint8) if layout == "2023" else case.label
     stem = name.rpartition("/")[2]
-    with TemporaryDirectory(dir=out, prefix=".writing-") as own:
+    with TemporaryDirectory(dir=out, prefix=prefix()) as own:
         folder = Path(own) / stem
         for suffix, array in [*((suffixes[c], image) for c, image in case.images.items()), ("seg", label)]:
             write_volume(folder / f"{stem}{joint}{suffix}.nii.gz", array, case.affine)

@@ -41,6 +41,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import numpy_generator
 from lesionbench.task import Task
+from lesionbench.written import clear, prefix
 
 VARIANTS = ("tumor", "stroke", "spots", "tissue", "raters", "healthy", "habitats")
 GENERATOR = 1  # raised whenever the same settings give other cases
@@ -276,6 +277,7 @@ def write_folder(out: Path, settings: Simulation, indices: Iterable[int]) -> Non
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    clear(out)
     wanted = [i for i in indices if not (out / "attributes" / f"{case_name(i)}.json").exists()]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda index: _write_case(out, simulate(settings, index)), wanted))
@@ -296,7 +298,7 @@ def _write_case(out: Path, case: SimulatedCase) -> None:
 
 def _place(out: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
     """Writes files into a folder of this process's own, then moves them to `out` in order; the same file of another process is replaced."""
-    with TemporaryDirectory(dir=out, prefix=".writing-") as own:
+    with TemporaryDirectory(dir=out, prefix=prefix()) as own:
         for name, write in writers.items():
             (Path(own) / name).parent.mkdir(parents=True, exist_ok=True)
             write(Path(own) / name)

@@ -14,6 +14,7 @@ from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import numpy_generator
 from lesionbench.task import Task
+from lesionbench.written import clear, prefix
 
 SIZE = 32
 VERSION = 1  # raised whenever the same seed gives other cases
@@ -42,7 +43,8 @@ class ToyBrains(CaseDataModule):
         if self.root.exists():
             return
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.root.parent, prefix=".writing-") as folder:
+        clear(self.root.parent)
+        with TemporaryDirectory(dir=self.root.parent, prefix=prefix()) as folder:
             whole = Path(folder) / "whole"
             for index in range(self.count):
                 slices = [toy_brain(self.simulation_seed, index * self.slices + n) for n in range(self.slices)]

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lesionbench.errors import SuiteError
 from lesionbench.installation import CLONE
 from lesionbench.moved import recorded, recorded_experiment
+from lesionbench.written import clear, whole
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
@@ -102,6 +103,8 @@ class RunFolder:
         named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
         existing = sorted(named, key=_number)
         begun = next((folder for folder in map(cls, reversed(existing)) if same(folder)), None) if resume else None
+        if begun:
+            clear(begun.path, below=True)
         folder = begun or cls(*_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
         if launch:
             _write(base / f".launch-{launch}", str(folder.path))
@@ -226,7 +229,5 @@ def _announced(path: Path, patience: float = 3600.0) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text)

@@ -5,7 +5,6 @@ result. Quantiles lie on a grid (far finer than the loss can resolve), so that e
 """
 
 import csv
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import numpy_generator, torch_seeded
+from lesionbench.written import whole
 
 STRATEGIES = ("bo", "random", "grid")
 PROPOSALS = ("ei", "posterior_min")
@@ -232,13 +232,10 @@ class EvaluationLog:
         self.rows.append({k: float(v) for k, v in row.items()})
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".writing-{self.path.name}")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with whole(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: repr(v) for k, v in r.items()} for r in self.rows)
-        os.replace(temporary, self.path)
 
 
 def run_search(

@@ -16,6 +16,7 @@ from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import numpy_generator
+from lesionbench.written import whole
 from lightning_modules.habitats.bayesopt import Theta
 from lightning_modules.habitats.clustering import HabitatClustering
 from lightning_modules.habitats.encoder import EncoderSettings, build_encoder, encode, fit_encoder
@@ -183,10 +184,8 @@ class EncoderFits:
     def _write(self, quantile: float, fitted: FittedEncoder) -> None:
         path = self._path(quantile)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".writing-{path.name}")
-            torch.save(fitted.network.state_dict(), temporary)
-            temporary.replace(path)
+            with whole(path) as temporary:
+                torch.save(fitted.network.state_dict(), temporary)
 
     def _read(self, quantile: float) -> FittedEncoder | None:
         """Weights come from the file; cut-offs and scaling follow from the sample again."""

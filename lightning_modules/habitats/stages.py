@@ -18,6 +18,7 @@ from lesionbench.geometry import write_native
 from lesionbench.results import read_rows, write_json, write_rows
 from lesionbench.task import Task
 from lesionbench.voxels import VoxelStore
+from lesionbench.written import whole
 from lightning_modules.habitats.bayesopt import EvaluationLog, Search, Theta, run_search
 from lightning_modules.habitats.encoder import EncoderSettings
 from lightning_modules.habitats.figures import clusters_figure, kaplan_meier_figure, save, search_figure
@@ -148,10 +149,8 @@ def write_checkpoint(path: Path, model: HabitatModel, cfg: DictConfig, store: Vo
         "format": 1, "method": f"{Habitats.__module__}.{Habitats.__qualname__}", "iteration": 0, "model": options, "task": origin["task"],
         "preprocessing": origin["preprocessing"], "statistics": origin["statistics"], "patients": origin["patients"],
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    torch.save({"state_dict": dict(method.state_dict()), "lesionbench": own}, temporary)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        torch.save({"state_dict": dict(method.state_dict()), "lesionbench": own}, temporary)
     return path
 
 
