@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lesionbench.written import whole
+from lesionbench.written import full, is_full, whole
 
 HEADER = ("iteration", "epoch", "name", "value")
 
@@ -65,8 +66,14 @@ class CurvesLogger(Logger):
 
     def _append(self, rows: list[list[Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            file.write(_lines([HEADER, *rows] if file.tell() == 0 else rows))
+        text = _lines(rows)
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(text if file.tell() else _lines([HEADER, *rows]))
+        except OSError as error:  # half a line may be there, which a resume cuts off
+            if is_full(error):
+                raise full(self.path, len(text), shutil.disk_usage(self.folder).free) from error
+            raise
 
 
 def _lines(rows: list[Any]) -> str:

@@ -19,6 +19,7 @@ from lesionbench.keyed import key
 
 STALE_SECONDS = 3600  # after which what another host was at counts as left behind
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_IN_WORDS = (" requested and ", "PytorchStreamWriter", "inline_container")  # np.save; torch.save, which may fail twice
 _PREFIX = ".writing-"
 
 
@@ -47,20 +48,22 @@ def whole(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         written = temporary.stat().st_size if temporary.exists() else 0
+        free = shutil.disk_usage(path.parent).free + written  # before it goes: a program that still has it open keeps its room for a while
         temporary.unlink(missing_ok=True)
         if is_full(error):
-            raise full(path, written) from error
+            raise full(path, written, free) from error
         raise
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or the quota is exhausted; torch's writer says so in words of its own."""
-    return (isinstance(error, OSError) and error.errno in FULL) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    """Whether an error says that the disk or the quota is exhausted; NumPy and torch say so in words of their own (`_IN_WORDS`)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return isinstance(error, OSError | RuntimeError) and any(words in str(error) for words in _IN_WORDS)
 
 
-def full(path: Path, written: int) -> SuiteError:
+def full(path: Path, written: int, free: int) -> SuiteError:
     """The error for a file that found no more room after so many bytes."""
-    free = shutil.disk_usage(path.parent).free
     return SuiteError(
         f"{path.parent}: no space left for {path.name}, which needs more than {size(written)}; {size(free)} are free. "
         "What was complete is kept: make room, and the same command with resume=true goes on. Other places are set by runs=, out= and data.cache=<folder>"

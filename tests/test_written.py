@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -50,11 +49,13 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
 @pytest.mark.parametrize(
     "error",
     [
+        OSError("1000000 requested and 393200 written"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 832 vs 726"),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("PytorchStreamWriter failed writing file data/0"),
     ],
-    ids=["disk", "quota", "torch"],
+    ids=["numpy", "torch at its end", "disk", "quota", "torch"],
 )
 def test_a_full_disk_is_told_in_one_line_and_keeps_what_was_there(tmp_path, error):
     path = tmp_path / "last.ckpt"
@@ -172,6 +173,9 @@ def test_leftovers_among_simulated_cases_go(tmp_path):
     assert nib.load(next((tmp_path / "labels").iterdir())).shape
 
 
-def test_the_error_says_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", partial(lambda usage, _: usage, shutil.disk_usage(tmp_path)._replace(free=1_234_000_000)))
-    assert "needs more than 2.50 GB; 1.23 GB are free" in str(full(tmp_path / "a", 2_500_000_000))
+def test_what_is_free_counts_the_half_written_file(tmp_path, monkeypatch):
+    assert "needs more than 2.50 GB; 1.23 GB are free" in str(full(tmp_path / "a", 2_500_000_000, 1_234_000_000))
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SuiteError, match=r"more than 0\.3 MB; 2\.3 MB are free"):
+        breaking(tmp_path / "a", bytes(300_000), OSError(errno.ENOSPC, "No space left on device"))

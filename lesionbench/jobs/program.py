@@ -69,8 +69,12 @@ def _run(arguments: list[str]) -> None:
             raise
         raise SuiteError(f"{cause or explain(error, arguments)}{notes(error)}") from error
     except OSError as error:
-        if error.filename is None or error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
+        if error.errno not in UNUSABLE or os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
+        if error.filename is None:  # while something was written to an open file
+            raise SuiteError(
+                f"{error.strerror}: a file of the run, the cache or out= could not be written on; what was complete is kept.{notes(error)}"
+            ) from error
         raise SuiteError(
             f"{error.filename}: cannot be written or read ({error.strerror})\n"
             f"Other places are set by runs=, out= and data.cache=<folder>.{notes(error)}"
