@@ -21,7 +21,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "torch.nn.": (nn.Module,),
     "monai.networks.": (nn.Module,),
     "monai.losses.": (nn.Module,),
-    "lightning_modules.": (nn.Module,),  # methods, networks, losses
+    "lightning_modules.": (nn.Module, torch.optim.Optimizer),  # methods, networks, losses, optimizers
 }
 # ... the other parts of methods, any class ...
 _PARTS = (

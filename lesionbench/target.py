@@ -6,12 +6,13 @@ indices. Everything after `decode` is the same for every method.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import IGNORE, Task
 
 
@@ -47,6 +48,11 @@ class Target(ABC):
     @abstractmethod
     def labels(self, regions: torch.Tensor) -> torch.Tensor:
         """Region probabilities (B, R, *spatial) -> class indices (B, *spatial), int8."""
+
+    @property
+    def labeling(self) -> Hashable:
+        """What `labels` depends on beside the task: targets that are equal in it make the same labels of the same probabilities."""
+        return type(self).__qualname__
 
     def harden(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, K, *spatial) -> what is decided, as the loss takes it: class indices (B, 1, *spatial), or masks (B, K, *spatial), int8."""
@@ -106,41 +112,97 @@ class ClassSoftmax(Target):
         return labels
 
 
+DECODINGS = ("nested", "paint", "supported")
+
+
 class RegionSigmoid(Target):
-    """Nested regions, each its own sigmoid (region-based training); voxels to ignore stay -1 in every region's target."""
+    """Each region its own sigmoid (region-based training); voxels to ignore stay -1 in every channel of the target.
+
+    A region is reached where its probability is above its threshold. `decoding` says where a region that is reached counts:
+
+    - `nested`: only where the smallest region around it counts too;
+    - `paint`: everywhere; regions are written from the outermost inwards, so that an inner one overwrites (Singh, BrainLes 2021; Wu and
+      Lin, BrainLes 2021);
+    - `supported`: everywhere, but a region that holds no other only where one of those around it is reached (for WT, TC and ET the table of Luu
+      and Pavlovskiy, BrainLes 2021).
+
+    Of several in the same region that are reached, the most probable counts.
+
+    Args:
+        task: regions nested or disjoint.
+        threshold: of all regions, or region -> its own, 1/2 for those that are left out; between 0 and 1.
+        decoding: one of `DECODINGS`.
+        background: an additional last channel, what is in no region: losses see it, decoding leaves it out.
+
+    Raises:
+        SuiteError: a threshold out of range or of no region, an unknown decoding.
+    """
 
     kind = "sigmoid"
 
-    def __init__(self, task: Task, threshold: float = 0.5) -> None:
+    def __init__(
+        self, task: Task, threshold: float | Mapping[str, float] = 0.5, decoding: str = "nested", background: bool = False
+    ) -> None:
         super().__init__(task)
-        self.threshold = threshold
+        if decoding not in DECODINGS:
+            raise unknown("decoding (model.target.decoding)", decoding, DECODINGS)
+        self.thresholds = _thresholds(task, threshold)
+        self.decoding, self.background = decoding, background
         self._order = nesting(task)
 
     @property
     def out_channels(self) -> int:
-        return len(self.task.regions)
+        return len(self.task.regions) + self.background
+
+    @property
+    def labeling(self) -> Hashable:
+        return type(self).__qualname__, self.thresholds, self.decoding
 
     def encode(self, label: torch.Tensor) -> torch.Tensor:
         masks = self.task.region_masks(label[:, 0]).transpose(0, 1).float()  # (B, R, *spatial)
+        if self.background:
+            masks = torch.cat([masks, 1 - masks.amax(dim=1, keepdim=True)], dim=1)
         return torch.where(label == IGNORE, torch.full_like(masks, IGNORE), masks)
 
     def activate(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().sigmoid()
 
     def decode(self, maps: torch.Tensor) -> torch.Tensor:
-        return maps
+        return maps[:, : len(self.task.regions)]
 
     def labels(self, regions: torch.Tensor) -> torch.Tensor:
-        """Nested thresholds: an inner region counts only inside the one that holds it; of several in the same one the most probable."""
         labels = torch.zeros(regions.shape[0], *regions.shape[2:], dtype=torch.int8, device=regions.device)
-        reached = regions > self.threshold
+        reached = [regions[:, r] > threshold for r, threshold in enumerate(self.thresholds)]
+        counts = list(reached)
+        holder = {r: parent for r, parent, _ in self._order}
         for r, parent, own in self._order:
-            if parent is not None:
-                reached[:, r] &= reached[:, parent]
-            for rival in (s for s, holder, _ in self._order if holder == parent and s != r):
-                reached[:, r] &= regions[:, r] >= regions[:, rival]
-            labels[reached[:, r]] = own
+            if parent is not None and self.decoding == "nested":
+                counts[r] = counts[r] & counts[parent]
+            elif parent is not None and self.decoding == "supported" and r not in holder.values():
+                counts[r] = counts[r] & torch.stack([reached[o] for o in _around(r, holder)]).any(dim=0)
+            for rival in (s for s, other, _ in self._order if other == parent and s != r):
+                counts[r] = counts[r] & ~(reached[rival] & (regions[:, rival] > regions[:, r]))
+            labels[counts[r]] = own
         return labels
+
+
+def _thresholds(task: Task, given: float | Mapping[str, float]) -> tuple[float, ...]:
+    """One threshold per region, in the task's order."""
+    of_region = dict(given) if isinstance(given, Mapping) else dict.fromkeys(task.regions, given)
+    for region, threshold in of_region.items():
+        if region not in task.regions:
+            raise unknown("region (model.target.threshold)", region, task.regions)
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < 1:
+            raise SuiteError(f"model.target.threshold={threshold} (of {region}): expected a number between 0 and 1")
+    return tuple(float(of_region.get(region, 0.5)) for region in task.regions)
+
+
+def _around(region: int, holder: Mapping[int, int | None]) -> Iterator[int]:
+    """The regions that hold a region, from the inside out."""
+    outer = holder[region]
+    while outer is not None:
+        yield outer
+        outer = holder[outer]
 
 
 def nesting(task: Task) -> list[tuple[int, int | None, int]]:

@@ -137,9 +137,13 @@ class Method(pl.LightningModule):
 
     def mirror(self, axes: Sequence[int]) -> None:
         """From now on predicts with test-time mirroring along these axes (see `inferers.Mirrored`)."""
+        self.average(lambda inferer: Mirrored(inferer, axes))
+
+    def average(self, over: Callable[[Inferer], Inferer]) -> None:
+        """From now on predicts with the inferer that `over` makes of its own, such as a mean over moved copies of the case (`inferers.Transformed`)."""
         if not hasattr(self, "inferer"):
-            raise SuiteError(f"mirror={list(axes)}: {type(self).__name__} has no inferer that could mirror a case")
-        self.inferer = Mirrored(self.inferer, axes)
+            raise SuiteError(f"mirror and test_time: {type(self).__name__} has no inferer that could move a case")
+        self.inferer = over(self.inferer)
 
     def postprocess(self, rules: PostProcessing) -> None:
         """From now on test and predicted cases get these rules.

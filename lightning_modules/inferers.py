@@ -5,13 +5,14 @@ whole volume (B, K, X, Y, Z), every map blended in the same pass. Which inferer 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
 import torch
 from torch.nn.functional import pad
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -135,10 +136,72 @@ class SlabWise(SliceWise):
         return to_slabs(image, axis, self.k)
 
 
-class Mirrored:
-    """Test-time mirroring: the mean over the case and its mirror images, each predicted and mirrored back (nnU-Net, Isensee et al. 2021).
+@dataclass(frozen=True)
+class Move:
+    """Mirrors a volume along `flips`, then turns it by `quarters` of a turn in the plane of its slices; moves every voxel onto a voxel."""
 
-    One mirror image is held at a time. The result of a mirrored case is the mirrored result, whatever the predictor does.
+    flips: tuple[int, ...] = ()
+    quarters: int = 0
+
+    def __call__(self, volume: torch.Tensor, axis: int) -> torch.Tensor:
+        """(B, C, X, Y, Z), moved; `axis` is the one that slices are cut along."""
+        return volume.flip([2 + a for a in self.flips]).rot90(self.quarters, _plane(axis))
+
+    def back(self, volume: torch.Tensor, axis: int) -> torch.Tensor:
+        """The inverse: turned back first, then mirrored."""
+        return volume.rot90(-self.quarters, _plane(axis)).flip([2 + a for a in self.flips])
+
+
+def _plane(axis: int) -> list[int]:
+    return [2 + a for a in range(3) if a != axis]
+
+
+def flips(axes: Sequence[int] = (0, 1, 2)) -> list[Move]:
+    """The 2^n ways to mirror along n axes, alone and together, not at all among them."""
+    return [Move(tuple(a for a, there in zip(axes, chosen, strict=True) if there)) for chosen in product((False, True), repeat=len(axes))]
+
+
+def dihedral(axis: int) -> list[Move]:
+    """The 16 different quarter turns and mirror images that leave slices slices: eight of the plane, each also with the slices in reverse."""
+    first = 0 if axis else 1  # one axis of the plane: mirrored along the other, a slice is the same but for a half turn
+    return [Move(m.flips, quarters) for quarters in range(4) for m in flips(sorted((first, axis)))]
+
+
+GROUPS: dict[str, Callable[[int], list[Move]]] = {"flips": lambda axis: flips(), "dihedral": dihedral}
+
+
+class Transformed:
+    """The mean over moved copies of the case, each predicted and its maps moved back (test-time augmentation).
+
+    One copy is held at a time. Over a group, the result of a moved case is the moved result, whatever the predictor does.
+
+    Args:
+        inferer: predicts each of the copies.
+        group: axis that slices are cut along -> moves; or a name of `GROUPS`: `flips` (8), `dihedral` (16).
+
+    Raises:
+        SuiteError: no such group.
+    """
+
+    def __init__(self, inferer: Inferer, group: str | Callable[[int], list[Move]]) -> None:
+        if isinstance(group, str) and group not in GROUPS:
+            raise unknown("test_time", group, GROUPS)
+        self.inferer, self.group = inferer, GROUPS[group] if isinstance(group, str) else group
+
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        moves = self.group(axis)
+        for move in moves:
+            for name, maps in self.inferer(move(image, axis), predictor, axis, outside).items():
+                back = move.back(maps.float(), axis)
+                total[name] = total[name].add_(back) if name in total else back
+        return {name: maps.div_(len(moves)) for name, maps in total.items()}
+
+
+class Mirrored(Transformed):
+    """Test-time mirroring: the mean over the case and its mirror images, each predicted and mirrored back (nnU-Net, Isensee et al. 2021).
 
     Args:
         inferer: predicts each of the 2^n images.
@@ -151,18 +214,7 @@ class Mirrored:
     def __init__(self, inferer: Inferer, axes: Sequence[int] = (0, 1, 2)) -> None:
         if not axes or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}:
             raise SuiteError(f"mirror={list(axes)}: expected some of the axes 0, 1 and 2, each once")
-        self.inferer, self.axes = inferer, tuple(axes)
-
-    def __call__(
-        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        total: dict[str, torch.Tensor] = {}
-        for chosen in product((False, True), repeat=len(self.axes)):
-            dims = [2 + a for a, mirrored in zip(self.axes, chosen, strict=True) if mirrored]
-            for name, maps in self.inferer(image.flip(dims), predictor, axis, outside).items():
-                back = maps.float().flip(dims)
-                total[name] = total[name].add_(back) if name in total else back
-        return {name: maps.div_(2 ** len(self.axes)) for name, maps in total.items()}
+        super().__init__(inferer, lambda axis: flips(axes))
 
 
 def padded(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lesionbench.errors import SuiteError
 from lightning_modules.ramps import whole_batches
@@ -60,6 +60,43 @@ def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float
     )
 
 
+def flat_cosine(optimizer: Optimizer, total_iterations: int, flat: float = 0.5, final: float = 0.0) -> LambdaLR:
+    """The learning rate as it is for the share `flat` of all iterations, then half a cosine down to `final` (a share of the learning rate).
+
+    Raises:
+        SuiteError: `flat` is no share below 1.
+    """
+    if not 0 <= flat < 1:
+        raise SuiteError(f"scheduler.flat={flat}: expected 0 <= flat < 1, a share of all iterations")
+
+    def factor(progress: float) -> float:
+        return final + (1 - final) * (1 + math.cos(math.pi * max(0.0, progress - flat) / (1 - flat))) / 2
+
+    return _per_iteration(optimizer, total_iterations, 0, factor)
+
+
+def one_cycle(
+    optimizer: Optimizer,
+    total_iterations: int,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    cycle_momentum: bool = True,
+) -> OneCycleLR:
+    """Up from 1 / `div_factor` of the learning rate within the share `pct_start` of all iterations, then down to 1 / `final_div_factor` of
+    where it began, both by half cosines (Smith & Topin, 2019; torch's). `cycle_momentum` moves the momentum, or Adam's first beta, the other way."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(
+        optimizer,
+        peaks,
+        total_steps=total_iterations + 1,  # the rate after the last iteration counts as a step
+        pct_start=pct_start,
+        div_factor=div_factor,
+        final_div_factor=final_div_factor,
+        cycle_momentum=cycle_momentum,
+    )
+
+
 def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0.05) -> LambdaLR:
     """Linear warm-up, then constant."""
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
@@ -76,14 +113,21 @@ def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:
 
 
 def plateau(
-    optimizer: Optimizer, total_iterations: int, factor: float = 0.2, patience: int = 10, mode: str = "max", min_lr: float = 0.0
+    optimizer: Optimizer,
+    total_iterations: int,
+    factor: float = 0.2,
+    patience: int = 10,
+    mode: str = "max",
+    min_lr: float = 0.0,
+    cooldown: int = 0,
 ) -> ReduceLROnPlateau:
-    """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` validations.
+    """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` validations; the `cooldown`
+    validations after that do not count.
 
     `mode` is `max` where higher is better, `min` where lower is. `total_iterations` is there because every schedule is called with it;
     this one has no planned end.
     """
-    return ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr)
+    return ReduceLROnPlateau(optimizer, mode=mode, factor=factor, patience=patience, min_lr=min_lr, cooldown=cooldown)
 
 
 def _per_iteration(optimizer: Optimizer, total_iterations: int, warmup_iterations: float, decay: Callable[[float], float]) -> LambdaLR:

@@ -168,6 +168,8 @@ def test_the_error_of_a_sweep_names_the_job():
         (["mirror=[7]"], "mirror=[7]: expected some of the axes 0, 1 and 2"),
         (["mirror=[0,0]"], "mirror=[0, 0]: expected some of the axes"),
         (["mirror=all"], "mirror=all: expected some of the axes"),
+        (["test_time=flip"], "test_time 'flip'"),
+        (["mirror=[0]", "test_time=flips"], "mirror=[0] and test_time=flips: one of them"),
         (["select=bset"], "did you mean 'best'"),
         (
             ["model.network.features=[4,4,8]"],

@@ -76,10 +76,42 @@ def test_plateau_lowers_the_rate_when_the_metric_stalls():
     assert schedules.plateau(optimizer(), 100, mode="min").mode == "min"
 
 
-@pytest.mark.parametrize("name", ["poly", "cosine", "warmup", "constant", "plateau"])
+def test_flat_cosine_by_hand():
+    half = (1 + math.cos(math.pi / 4)) / 2
+    assert rates(schedules.flat_cosine, 9, total_iterations=8) == pytest.approx([1, 1, 1, 1, 1, half, 0.5, 1 - half, 0])
+    assert rates(schedules.flat_cosine, 6, total_iterations=4, flat=0, final=0.2) == pytest.approx(
+        rates(schedules.cosine, 6, total_iterations=4, final=0.2)
+    )
+    with pytest.raises(SuiteError, match="flat=1"):
+        schedules.flat_cosine(optimizer(), 4, flat=1)
+
+
+def test_one_cycle_begins_peaks_and_ends_where_it_says():
+    options = {"total_iterations": 9, "pct_start": 0.4, "div_factor": 5, "final_div_factor": 10}
+    got = rates(schedules.one_cycle, 10, **options)  # as many steps as iterations: the last is not refused
+    assert [got[0], got[3], got[9]] == pytest.approx([1 / 5, 1, 1 / 50], abs=1e-6)
+    assert got == [*sorted(got[:3]), *sorted(got[3:], reverse=True)]
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.5, betas=(0.9, 0.99))
+    schedules.one_cycle(adam, 10, cycle_momentum=False)
+    assert adam.param_groups[0]["betas"] == (0.9, 0.99)
+    schedules.one_cycle(adam, 10)
+    assert adam.param_groups[0]["betas"] == (0.95, 0.99)
+
+
+def test_plateau_does_not_count_while_it_cools_down():
+    seen = []
+    opt = optimizer(1.0)
+    scheduler = schedules.plateau(opt, 100, factor=0.5, patience=0, cooldown=2)
+    for _ in range(6):
+        scheduler.step(0.5)
+        seen.append(opt.param_groups[0]["lr"])
+    assert seen == [1, 0.5, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("name", ["poly", "cosine", "flat_cosine", "one_cycle", "warmup", "constant", "plateau"])
 def test_state_is_plain_data_and_resumes(name):
     def build():
-        opt = optimizer()
+        opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5, momentum=0.9)
         return opt, getattr(schedules, name)(opt, total_iterations=10)
 
     def run(opt, scheduler, steps):
@@ -110,7 +142,7 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "steps", "warmup_poly"}
+    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "steps", "warmup_poly", "flat_cosine", "one_cycle"}
     schedulers["warmup_poly"].epochs, schedulers["plateau"].mode = 10, "max"  # otherwise those of the training
     for name, config in configured("optimizer").items():
         for scheduler in schedulers.values():

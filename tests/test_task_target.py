@@ -1,6 +1,7 @@
 """Tasks narrow and merge consistently, labels survive every target's round trip, and disk values survive reading and writing."""
 
 import json
+import re
 from itertools import product
 
 import nibabel as nib
@@ -223,6 +224,81 @@ def test_sigmoid_siblings_go_to_the_more_probable():
     task = Task(("t1",), {"background": 0, "left": 1, "right": 2, "inner": 3}, {"L": ["left", "inner"], "R": ["right"], "I": ["inner"]})
     regions = torch.tensor([[0.6, 0.9, 0.1], [0.9, 0.6, 0.1], [0.7, 0.6, 0.9], [0.6, 0.7, 0.9], [0.4, 0.6, 0.1]]).T[None]
     assert RegionSigmoid(task).labels(regions).tolist() == [[2, 1, 3, 2, 2]]
+
+
+HI, LO = 0.9, 0.1
+VOTES = torch.tensor([[w, t, e] for e in (LO, HI) for t in (LO, HI) for w in (LO, HI)]).T[None]  # WT fastest: 000 100 010 110 001 ...
+
+
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    # classes: 0 background, 1 core, 2 edema, 3 enhancing
+    [("nested", [0, 2, 0, 1, 0, 2, 0, 3]), ("paint", [0, 2, 1, 1, 3, 3, 3, 3]), ("supported", [0, 2, 1, 1, 0, 3, 3, 3])],
+)
+def test_each_decoding_by_hand_on_all_eight_answers(decoding, expected):
+    assert RegionSigmoid(BRATS, decoding=decoding).labels(VOTES).tolist() == [expected]
+    consistent = VOTES[..., [0, 1, 3, 7]]  # where regions nest, all agree
+    assert RegionSigmoid(BRATS, decoding=decoding).labels(consistent).tolist() == [[0, 2, 1, 3]]
+
+
+def test_supported_asks_only_of_regions_that_hold_no_other():
+    two = Task(("t1",), {"background": 0, "rim": 1, "core": 2}, {"WT": ["rim", "core"], "C": ["core"]})
+    alone = torch.tensor([0.1, 0.9]).reshape(1, 2, 1)
+    assert [int(RegionSigmoid(two, decoding=d).labels(alone)) for d in ("nested", "paint", "supported")] == [0, 2, 0]
+    apart = Task(("t1",), {"background": 0, "a": 1, "b": 2}, {"A": ["a"], "B": ["b"]})
+    assert int(RegionSigmoid(apart, decoding="supported").labels(alone)) == 2  # nothing is around it that could be asked
+
+
+def test_thresholds_of_regions():
+    target = RegionSigmoid(BRATS, threshold={"ET": 0.7, "WT": 0.3})
+    assert target.thresholds == (0.3, 0.5, 0.7)
+    regions = torch.tensor([[0.35, 0.6, 0.65], [0.35, 0.45, 0.9], [0.25, 0.6, 0.9], [0.35, 0.6, 0.75]]).T[None]
+    assert target.labels(regions).tolist() == [[1, 2, 0, 3]]
+    assert torch.equal(
+        RegionSigmoid(BRATS, threshold=0.4).labels(regions), RegionSigmoid(BRATS, {"WT": 0.4, "TC": 0.4, "ET": 0.4}).labels(regions)
+    )
+
+
+def test_a_sibling_below_its_own_threshold_is_no_rival():
+    task = Task(("t1",), {"background": 0, "left": 1, "right": 2}, {"L": ["left"], "R": ["right"]})
+    regions = torch.tensor([0.6, 0.7]).reshape(1, 2, 1)
+    assert int(RegionSigmoid(task).labels(regions)) == 2
+    assert int(RegionSigmoid(task, threshold={"R": 0.8}).labels(regions)) == 1
+
+
+def test_a_background_channel_is_learned_and_left_out_of_the_answer():
+    target = RegionSigmoid(BRATS, background=True)
+    assert target.out_channels == 4
+    label = torch.tensor([0, 2, 1, 3, -1]).reshape(1, 1, 5)
+    encoded = target.encode(label)
+    assert encoded[0].tolist() == [[0, 1, 1, 1, -1], [0, 0, 1, 1, -1], [0, 0, 0, 1, -1], [1, 0, 0, 0, -1]]
+    maps, valid = target.as_maps(encoded)
+    assert maps.shape == (1, 4, 5)
+    assert valid[0, 3].tolist() == [1, 1, 1, 1, 0]
+    regions = target.decode(maps)
+    assert torch.equal(regions, RegionSigmoid(BRATS).decode(maps[:, :3]))
+    assert target.labels(regions)[0, :4].tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0}, "threshold=0 "),
+        ({"threshold": {"ET": 1.5}}, "threshold=1.5 (of ET)"),
+        ({"threshold": {"et": 0.5}}, "Known: ET, TC, WT"),
+        ({"decoding": "painted"}, "did you mean 'paint'"),
+    ],
+)
+def test_what_a_region_target_refuses(options, message):
+    with pytest.raises(SuiteError, match=re.escape(message)):
+        RegionSigmoid(BRATS, **options)
+
+
+def test_targets_that_make_the_same_labels_say_so():
+    plain = RegionSigmoid(BRATS)
+    assert plain.labeling == RegionSigmoid(BRATS, threshold={"WT": 0.5}, background=True).labeling
+    different = [RegionSigmoid(BRATS, 0.4), RegionSigmoid(BRATS, decoding="paint"), ClassSoftmax(BRATS)]
+    assert len({t.labeling for t in (plain, *different)}) == 4
 
 
 def test_sigmoid_order_of_regions_does_not_matter():

@@ -88,9 +88,13 @@ class Assembled:
         return trainer
 
     def configure_inference(self, cfg: DictConfig) -> None:
-        """Gives the method what only tested and predicted cases get: test-time mirroring and rules on the labels."""
+        """Gives the method what only tested and predicted cases get: means over moved copies and rules on the labels."""
         if cfg.mirror:
             self.method.mirror(list(cfg.mirror))
+        if cfg.test_time:
+            from lightning_modules.inferers import Transformed
+
+            self.method.average(lambda inferer: Transformed(inferer, cfg.test_time))
         if self.rules.active:
             self.method.postprocess(self.rules)
 

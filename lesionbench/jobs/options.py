@@ -15,7 +15,7 @@ _WHOLE = {
 _SHARES = ("data.split.test", "data.split.val")  # below 1 a share, else a number of patients
 _POSITIVE = ("clip", "model.clip")
 _SWITCHES = ("resume", "overwrite", "compile", "data.check")
-_CHOICES = {"select": ("best", "last"), "on_error": ("stop", "skip")}
+_CHOICES = {"select": ("best", "last"), "on_error": ("stop", "skip"), "test_time": ("flips", "dihedral")}
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -50,6 +50,10 @@ def check_options(cfg: DictConfig) -> None:
     axes = list(mirror) if OmegaConf.is_list(mirror) else mirror
     if axes and (not isinstance(axes, list) or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}):
         raise SuiteError(f"mirror={axes}: expected some of the axes 0, 1 and 2, each once, as in mirror=[0,1,2]")
+    if axes and cfg.test_time:
+        raise SuiteError(
+            f"mirror={axes} and test_time={cfg.test_time}: one of them; test_time=flips is mirror=[0,1,2], dihedral has the mirror images too"
+        )
 
 
 def _number(value: Any) -> bool:

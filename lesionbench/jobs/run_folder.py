@@ -32,7 +32,9 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None}
+_NEUTRAL: dict[str, Any] = {
+    "model.freeze": [], "init_prefix": None, "test_time": None, "model.scheduler.cooldown": 0, "model.target.decoding": "nested", "model.target.background": False,
+}  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins

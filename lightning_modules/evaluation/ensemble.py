@@ -1,6 +1,6 @@
 """Ensembles: any set of checkpoints, of one method or of several, that answer for every case together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
 from lesionbench.task import Task
 from lightning_modules.base import Method
+from lightning_modules.inferers import Inferer
 from lightning_modules.raters.fusion import FUSIONS, Fused, Mean, Staple
 
 
@@ -24,14 +25,12 @@ class Member:
     Attributes:
         path: of the checkpoint.
         task: its own; the classes and regions are those of the ensemble, the channels may be fewer.
-        target: class and configuration of its target; None for a method without one.
-        decoder: its target, which makes labels of region probabilities.
+        decoder: its target, which makes labels of region probabilities; None for a method without one.
         patients: whom it was trained or selected on.
     """
 
     path: str
     task: Task
-    target: tuple[str, str] | None
     decoder: Target | None
     patients: frozenset[str]
 
@@ -43,7 +42,8 @@ class Ensemble(Method):
     member is read from its file for each case and let go again, so that neither weights nor maps pile up. The uncertainty map
     `disagreement` is how much the members differ (see `fusion.Fused`).
 
-    Labels follow from the fused probabilities as the members' common target makes them; where targets differ, by the largest class
+    Labels follow from the fused probabilities as the members' targets make them, if all do alike (with the same thresholds and
+    decoding); where they differ, by the largest class
     probability if all are softmax over classes, else, and for votes and STAPLE, by nested regions above 1/2.
 
     Args:
@@ -98,7 +98,7 @@ class Ensemble(Method):
         self.fusion, self.weights = fusion, [1.0] * len(groups) if weights is None else [float(w) for w in weights]
         self.keep_members, self.out_of_fold, self.postprocess_members = members, out_of_fold, postprocess_members
         self.staple_margin, self.chosen_on, self.trust = staple_margin, frozenset(chosen_on), tuple(trust)
-        self._mirrored: Sequence[int] | None = None
+        self._over: Callable[[Inferer], Inferer] | None = None  # how every member predicts, see `average`
         self._tuned = False  # the threshold of a member was chosen on the case of the moment
         self._loaded: dict[str, tuple[Method, Mapping[str, Any]]] | None = {} if keep_loaded else None
         known = self._examined([path for group in groups for path in group])
@@ -129,24 +129,24 @@ class Ensemble(Method):
         method, own = load_method(path, self.trust)
         if own.get("preprocessing") is None:
             raise SuiteError(f"{path}: does not say how its cases were preprocessed; it was not written by this program")
-        if self._mirrored is not None:
-            method.mirror(self._mirrored)
+        if self._over is not None:
+            method.average(self._over)
         if self._loaded is not None:
             self._loaded[path] = method, own
         return method, own
 
-    def mirror(self, axes: Sequence[int]) -> None:
-        """Every member predicts with test-time mirroring."""
-        self._mirrored = tuple(axes)
+    def average(self, over: Callable[[Inferer], Inferer]) -> None:
+        """From now on every member predicts so (see `Method.average`)."""
+        self._over = over
         for method, _ in (self._loaded or {}).values():
-            method.mirror(axes)
+            method.average(over)
 
     def _target(self) -> Target:
         """What makes labels of the fused probabilities."""
         members = [m for group in self.groups for m in group]
-        same = all(m.target == members[0].target for m in members)
-        if self.fusion == "mean" and same and members[0].decoder is not None:
-            return members[0].decoder
+        common = _common(members)
+        if self.fusion == "mean" and common is not None:
+            return common
         softmax = self.fusion == "mean" and all(isinstance(m.decoder, ClassSoftmax) for m in members)
         return ClassSoftmax(self.task) if softmax else RegionSigmoid(self.task)
 
@@ -217,8 +217,7 @@ class Ensemble(Method):
             for member in asked:
                 mean.add(*self._answer(member, batch))
             regions = mean.result().regions
-            decoder = asked[0].decoder if all(m.target == asked[0].target for m in asked) else None
-            labels = (decoder or RegionSigmoid(self.task)).labels(regions[None])[0]
+            labels = (_common(asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
         if self.postprocessing is not None and self.postprocess_members:
             labels = self.postprocessing.labels(labels, self.task)
         return regions, labels
@@ -276,9 +275,14 @@ def _reason(path: str, trust: Sequence[str]) -> str:
 
 
 def _member(path: str, method: Method, own: Mapping[str, Any]) -> Member:
-    decoder = getattr(method, "target", None)
-    config = None if decoder is None else (type(decoder).__qualname__, str((own["model"] or {}).get("target")))
-    return Member(path, method.task, config, decoder, frozenset(own.get("patients") or ()))
+    return Member(path, method.task, getattr(method, "target", None), frozenset(own.get("patients") or ()))
+
+
+def _common(members: Sequence[Member]) -> Target | None:
+    """What makes labels as the target of every member does; None where they differ or have none."""
+    decoders = [m.decoder for m in members]
+    first = decoders[0]
+    return first if first is not None and all(d is not None and d.labeling == first.labeling for d in decoders) else None
 
 
 def _differences(theirs: Task, ours: Task) -> list[str]:

@@ -13,13 +13,14 @@ from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slices
 from lightning_modules.base import Method
 from lightning_modules.evaluation.attacks import perturb
+from lightning_modules.evaluation.checkpoint_test import CheckpointTest
 from lightning_modules.inferers import padded
 from lightning_modules.losses.vat import divergence
 from lightning_modules.networks.contract import logits_of
 from lightning_modules.segmentation import SegmentationMethod
 
 
-class Robustness(Method):
+class Robustness(CheckpointTest):
     """Tests a checkpoint on clean and on changed images: the clean prediction is the main one, each attack a member of it.
 
     An attack raises the mean voxel-wise (binary) cross-entropy of the whole case against its true labels; it is made on the whole volume
@@ -48,12 +49,15 @@ class Robustness(Method):
         trust: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(task, **options)
+        super().__init__(task, checkpoint=checkpoint, trust=trust, **options)
         self.attacks = [dict(a) for a in attacks]
         if transfer_from is None and any(a.get("transfer") for a in self.attacks):
             raise SuiteError("model.transfer_from is null, but there are attacks with transfer=true; name the checkpoint they are made on")
-        self.method = _loaded(checkpoint, trust)
-        self.source = self.method if transfer_from is None else _loaded(transfer_from, trust)
+        _require_network(self.method, checkpoint)
+        self.source: SegmentationMethod = self.method
+        if transfer_from is not None:
+            self.source = load_method(transfer_from, trust)[0].requires_grad_(False)
+            _require_network(self.source, transfer_from)
 
     def predict_case(self, batch: Batch) -> Prediction:
         prediction = self.method.predict_case(batch)
@@ -80,18 +84,10 @@ class Robustness(Method):
         generator = self.generator(f"{name} {case}")
         return perturb(loss, image, mask=mask, eps=attack["eps"] * _deviation(image, mask), generator=generator, **options)
 
-    def measure(self, *args: Any, **options: Any) -> list[dict]:
-        return self.method.measure(*args, **options)
 
-    def to_native(self, prediction: Prediction, geometry: Any) -> Prediction:
-        return self.method.to_native(prediction, geometry)
-
-
-def _loaded(checkpoint: str, trust: Sequence[str]) -> SegmentationMethod:
-    method, _ = load_method(checkpoint, trust)
+def _require_network(method: Method, checkpoint: str) -> None:
     if not isinstance(method, SegmentationMethod):
         raise SuiteError(f"{checkpoint}: holds a {type(method).__name__}; attacks need a method with one segmentation network")
-    return method.requires_grad_(False)
 
 
 def _name(attack: Mapping[str, Any]) -> str:

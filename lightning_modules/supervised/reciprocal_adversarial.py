@@ -233,6 +233,6 @@ class ReciprocalAdversarial(SegmentationMethod):
 
     def _violations(self, maps: torch.Tensor) -> Iterator[tuple[str, float]]:
         if self.target.kind == "sigmoid":
-            reached = maps[0] > self.target.threshold
+            reached = [region > threshold for region, threshold in zip(self.target.decode(maps)[0], self.target.thresholds, strict=True)]
             wrong = [(reached[r] & ~reached[parent]).sum() for r, parent, _ in nesting(self.task) if parent is not None]
             yield "nesting_violations", 1000 * float(sum(wrong)) / reached[0].numel()
