@@ -2,6 +2,8 @@
 
 import math
 
+import nibabel as nib
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,11 +19,12 @@ from datamodules.transforms.intensity import RandomRelativeNoise
 from lesionbench.errors import SuiteError
 from lesionbench.resolvers import share
 from lesionbench.target import RegionSigmoid
-from lesionbench.task import Task
+from lesionbench.task import Task, joined
 from lightning_modules.inferers import Transformed, Whole
 from lightning_modules.losses import DeepSupervision, RegionBCE, RegionBCEDice, RegionDice
 from lightning_modules.networks import HarDNet
 from lightning_modules.networks.hardnet import ConvBlock, SoftPool, harmonic_links, harmonic_width
+from tests.fake_data import WRITERS
 from tests.harness import composed, rows, run, run_folders, weights
 
 SMALL = {"features": (4, 6, 8, 8, 8, 8), "growth": (2, 2, 2, 2), "layers": (4, 4, 4, 4)}
@@ -374,3 +377,72 @@ def test_versions_have_the_settings_of_the_paper():
 @pytest.mark.parametrize(("whole", "part", "expected"), [(1400, 0.1071428571, 150), (12, 0.25, 3), (1, 0.1, 1)])
 def test_a_share_of_the_epochs_is_a_whole_number_of_them(whole, part, expected):
     assert share(whole, part) == expected
+
+
+# version 3: a network for each region, which answer as one
+
+
+@pytest.fixture(scope="module")
+def regions(tmp_path_factory):
+    """The data and a checkpoint for each region."""
+    folder = tmp_path_factory.mktemp("v3")
+    root = WRITERS["brats2021"](folder / "data")
+    found = {}
+    for region in ("ET", "TC", "WT"):
+        run(*version3(root, folder / region), f"task.regions=[{region}]", "stages=[{name: fit, run: fit}]")
+        (found[region],) = (folder / region).rglob("last.ckpt")
+    return root, found
+
+
+def version3(root, runs):
+    return [
+        "experiment=hardnet_bts/brats2021_v3", "debug=tiny", "trainer=cpu", "threads=1", f"data.root={root}", f"runs={runs}", "test_time=null", "callbacks.figures=null",
+        "model.network.features=[4,6,8,8,8,8]", "model.network.growth=[2,2,2,2]", "model.network.layers=[4,4,4,4]",
+    ]  # fmt: skip
+
+
+def probabilities(folder):
+    return {
+        p.name.partition("_prob_")[2].partition(".")[0]: nib.load(p).get_fdata() for p in (folder / "predictions").glob("*_prob_*.nii.gz")
+    }
+
+
+def test_networks_of_one_region_each_answer_as_one_model(regions, tmp_path):
+    root, checkpoints = regions
+    ckpt = ",".join(map(str, checkpoints.values()))
+    more = [*version3(root, tmp_path), "writer.probabilities=true"]
+    alone = {}
+    for region, path in checkpoints.items():
+        run("job=predict", f"ckpt={path}", f"out={tmp_path / region}", *more, f"task.regions=[{region}]")
+        alone |= probabilities(tmp_path / region)
+    run("job=predict", f"ckpt=[[{ckpt}]]", f"out={tmp_path / 'all'}", *more, "task.regions=[WT,TC,ET]")
+    together = probabilities(tmp_path / "all")
+    assert set(together) == {"WT", "TC", "ET"}
+    for region, values in together.items():
+        assert np.allclose(values, alone[region], atol=1e-6)
+    (labels,) = (p for p in (tmp_path / "all" / "predictions").glob("*.nii.gz") if "_prob_" not in p.name)
+    wt, tc, et = (together[r] > 0.5 for r in ("WT", "TC", "ET"))
+    assert np.array_equal(nib.load(labels).get_fdata(), np.select([et, tc, wt], [4, 1, 2], 0))
+
+
+def test_they_are_tested_on_all_regions_and_refused_one_by_one(regions, tmp_path):
+    root, checkpoints = regions
+    paths = list(map(str, checkpoints.values()))
+    options = [*version3(root, tmp_path), "task.regions=[WT,TC,ET]"]
+    run("job=test", f"ckpt=[[{','.join(paths)}]]", *options)
+    (folder,) = run_folders(tmp_path)
+    assert {row["region"] for row in rows(folder) if row["region"]} == {"WT", "TC", "ET"}
+    with pytest.raises(SuiteError, match=r"(?s)3 model\(s\) of the ensemble lack a region.*ckpt=\[\[.*does not know WT, TC"):
+        run("job=test", f"ckpt=[{','.join(paths)}]", *options)
+
+
+def test_a_task_is_joined_from_its_regions():
+    parts = [BRATS.narrowed(regions=[region]) for region in ("ET", "WT", "TC")]
+    assert joined(parts) == BRATS
+    assert list(joined(parts).classes) == list(BRATS.classes)
+    assert joined([BRATS.narrowed(regions=["ET"]), BRATS.narrowed(regions=["WT"])]) == BRATS.narrowed(regions=["WT", "ET"])
+    other = Task(BRATS.channels, {"background": 0, "a": 1}, {"ET": ("a",)})
+    with pytest.raises(SuiteError, match=r"region ET has the values \[1\] in one checkpoint, \[4\] in another"):
+        joined([*parts, other])
+    with pytest.raises(SuiteError, match=r"regions ET and enhancing both have the values \[4\]"):
+        joined([*parts, Task(BRATS.channels, {"background": (0, 1, 2), "enhancing": 4})])
