@@ -1,12 +1,14 @@
-"""Tables of docs/methods/hardnet_bts.md that need no runs; each is printed and written as CSV.
+"""Tables of docs/methods/hardnet_bts.md; each is printed and written as CSV.
 
     python benchmarks/hardnet_effects.py traffic hardnet_traffic.csv
     python benchmarks/hardnet_effects.py pooling hardnet_pooling.csv [seed ...]
+    python benchmarks/hardnet_effects.py answers hardnet_answers.csv NAME=FOLDER ...
 
 `traffic`: harmonic blocks of the network against dense blocks of equal depth and about equal parameters: channels read and written by the
 convolutions per voxel, and what is held per voxel for the backward pass (counted, nothing is timed).
 `pooling`: a narrow network without a halving convolution, trained for 200 steps on volumes of noise with lesions of one to three voxels,
 by way of pooling: how many lesions of 64 new volumes are found, and how much of what is marked is lesion. Seeds 0, 1, 2 unless given.
+`answers`: mean test Dice over cases and regions of all tested runs under each folder, their mean and standard deviation.
 """
 
 import csv
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.results import read_rows
 from lightning_modules.losses import DeepSupervision, RegionBCEDice
 from lightning_modules.networks import HarDNet
 from lightning_modules.networks.hardnet import ConvBlock
@@ -114,9 +117,22 @@ def trained(pool: str, seed: int) -> dict[str, float]:
     return {"recall": statistics.mean(hits), "precision": precision, "loss": statistics.mean(losses[-20:])}
 
 
-def main(what: str, out: str, *seeds: str) -> None:
+def answers(folders: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each NAME=FOLDER; seeds in the order of the paths."""
+    rows = []
+    for name, _, folder in (given.partition("=") for given in folders):
+        tables = [read_rows(path) for path in sorted(Path(folder).rglob("test/cases.csv"))]
+        dice = [statistics.mean(r["dice"] for r in table if r["member"] == "" and r["region"]) for table in tables]
+        spread = statistics.stdev(dice) if len(dice) > 1 else 0.0
+        rows.append(
+            {"answer": name, "runs": len(dice), "mean": statistics.mean(dice), "std": spread, "values": " ".join(f"{d:.4f}" for d in dice)}
+        )
+    return rows
+
+
+def main(what: str, out: str, *given: str) -> None:
     """Writes and prints one of the tables."""
-    rows = traffic() if what == "traffic" else pooling([int(seed) for seed in seeds] or [0, 1, 2])
+    rows = traffic() if what == "traffic" else answers(given) if what == "answers" else pooling([int(seed) for seed in given] or [0, 1, 2])
     with Path(out).open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -173,15 +173,15 @@ def joined(tasks: Sequence[Task]) -> Task:
             names.setdefault(region, [name for merged in task.regions[region] for name in merged.split("+")])
     order = sorted(regions, key=lambda region: -len(regions[region]))
     known = dict.fromkeys(v for task in tasks for values in task.classes.values() for v in values)  # the first of a class is written
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for region in order:
         inner = [other for other in order if regions[other] < regions[region]]
-        values = tuple(v for v in known if v in regions[region] and not any(v in regions[other] for other in inner))
+        rest = tuple(v for v in known if v in regions[region] and not any(v in regions[other] for other in inner))
         own = [name for name in names[region] if not any(name in names[other] for other in inner)] or [region]
-        if values:
-            found["+".join(own)] = values
+        if rest:
+            found["+".join(own)] = rest
     places = list(dict.fromkeys(name for region in order for name in (*names[region], region)))
     classes = {BACKGROUND: tuple(v for v in known if not any(v in values for values in regions.values()))}
     classes |= dict(sorted(found.items(), key=lambda item: places.index(item[0].partition("+")[0])))
-    members = {region: tuple(c for c, values in classes.items() if set(values) <= regions[region]) for region in order}
+    members = {region: tuple(c for c, held in classes.items() if set(held) <= regions[region]) for region in order}
     return Task(**{**tasks[0].to_dict(), "classes": classes, "regions": members})

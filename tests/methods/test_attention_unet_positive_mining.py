@@ -14,6 +14,11 @@ from lightning_modules.networks.cbam import CBAM, ChannelGate, SpatialGate
 from tests.harness import rows, run, run_folders, weights
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def parameters(**options):
     with torch.device("meta"):
         return sum(p.numel() for p in CBAMUNet(4, 3, **options).parameters())
@@ -58,7 +63,7 @@ def test_a_product_of_two_negative_answers_opens_the_gate():
 
 def test_channel_gate_heeds_no_place_and_spatial_gate_of_one_voxel_no_order_of_channels():
     x = features(2, 8, 4, 4, 4)
-    channel, spatial = ChannelGate(8), SpatialGate(kernel=1)
+    channel, spatial = ChannelGate(8, reduction=2), SpatialGate(kernel=1)
     voxels = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(channel(x.flatten(2)[..., voxels].reshape(x.shape)), channel(x))
     torch.testing.assert_close(spatial(x[:, [7, 6, 5, 4, 3, 2, 1, 0]]), spatial(x))

@@ -30,6 +30,11 @@ from tests.harness import composed, rows, run, run_folders, weights
 SMALL = {"features": (4, 6, 8, 8, 8, 8), "growth": (2, 2, 2, 2), "layers": (4, 4, 4, 4)}
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def parameters(**options):
     with torch.device("meta"):
         return sum(p.numel() for p in HarDNet(4, 3, **options).parameters())
