@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,6 +39,12 @@ def composed(*overrides: str, hydra: bool = False) -> DictConfig:
         with open_dict(cfg):
             cfg.hydra = own
     return cfg
+
+
+@cache
+def shared(*overrides: str) -> DictConfig:
+    """What `composed` gives, once for all tests that do not change it."""
+    return composed(*overrides)
 
 
 def run(*overrides: str) -> float | None:

@@ -4,15 +4,18 @@ Each composes at full size and builds its networks, then fits and tests with deb
 every method and every data set predicts once. A new experiment, benchmark or method is covered without touching this test; a new data set needs a writer in tests/fake_data.py.
 """
 
+import json
+
 import pytest
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from datamodules import Simulated
 from lesionbench.checkpoint import build_method
 from lesionbench.jobs.command_line import CONF, options, runs_of
 from tests.fake_data import WRITERS
-from tests.harness import composed, rows, run, run_folders
+from tests.harness import rows, run, run_folders, shared
 
 COMBINATIONS = sorted({f"experiment={e}" for e in options("experiment") if e != "none"}.union(*(runs_of(m) for m in options("model"))))
 SEMI_SUPERVISED = (
@@ -42,7 +45,8 @@ def data_set(cfg) -> str:
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_full_size_builds_on_meta(combination, tmp_path):
-    cfg = composed(*combination.split(), f"run_folder={tmp_path}")
+    cfg = shared(*combination.split()).copy()
+    cfg.run_folder = str(tmp_path)
     assert OmegaConf.to_container(cfg, resolve=True)
     data = instantiate(cfg.data, _convert_="all")
     with torch.device("meta"):
@@ -54,13 +58,32 @@ def test_full_size_builds_on_meta(combination, tmp_path):
         instantiate(callback, _convert_="all")
 
 
-def narrow(config, place="model"):
-    """Overrides that leave every network a part of its features."""
+def narrow(config, place):
+    """Overrides that leave every network a part of its features, and what is done many times a few times."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key == "features" and isinstance(value, list) and "SpatialAutoencoder" not in config["_target_"]:  # groups of one channel
-            yield f"{place}.features={[max(8, f // 8) for f in value]}".replace(" ", "")
+        if key in ("features", "widths") and isinstance(value, list):
+            if "SpatialAutoencoder" in config["_target_"]:
+                continue  # groups of one channel
+            yield f"{place}.{key}={[max(8, f // 8) for f in value]}".replace(" ", "")
+        elif key == "width":
+            yield f"{place}.{key}={max(8, value // 4)}"
+        elif key == "mc_samples":
+            yield f"{place}.{key}={min(value, 2)}"
+        elif key == "attacks":
+            few = json.dumps([{**attack, "steps": min(attack["steps"], 2)} for attack in value], separators=(",", ":"))
+            yield f"{place}.{key}={few.replace(chr(34), '')}"
         else:
             yield from narrow(value, f"{place}.{key}")
+
+
+def smaller(cfg):
+    """`narrow` of all that is built, two mirrored copies of a case for eight, and simulated cases of few voxels."""
+    for part in {"model", "attacked", "missing"} & set(cfg):
+        yield from narrow(OmegaConf.to_container(cfg[part]), part)
+    if cfg.mirror:
+        yield "mirror=[0]"
+    if get_class(cfg.data._target_) is Simulated and cfg.data.variant != "habitats":  # whose clusters need voxels
+        yield f"data.spacing={max(4.0, cfg.data.spacing)}"
 
 
 def check_tiny(combination, roots, tmp_path, cfg, *more):
@@ -88,14 +111,14 @@ def check_tiny(combination, roots, tmp_path, cfg, *more):
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_runs_tiny(combination, roots, tmp_path):
-    cfg = composed(*combination.split())
-    check_tiny(combination, roots, tmp_path, cfg, *narrow(OmegaConf.to_container(cfg.model)))
+    cfg = shared(*combination.split())
+    check_tiny(combination, roots, tmp_path, cfg, *smaller(cfg))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_runs_tiny_at_full_width(combination, roots, tmp_path):
-    check_tiny(combination, roots, tmp_path, composed(*combination.split()))
+    check_tiny(combination, roots, tmp_path, shared(*combination.split()))
 
 
 def test_what_had_an_experiment_file_once_is_still_run():

@@ -14,7 +14,7 @@ from lesionbench.jobs.command_line import renamed
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.moved import ARGUMENTS, CHOICES, EXPERIMENTS, KEYS, TARGETS, current, recorded, words
 from lesionbench.task import Task
-from tests.harness import composed
+from tests.harness import composed, shared
 
 RECORDED = json.loads(
     (Path(__file__).parent / "recorded" / "variant_hashes.json").read_text()
@@ -82,7 +82,7 @@ def test_names_in_the_state_are_those_of_the_recorded_checkpoints(family):
 @pytest.mark.parametrize("experiment", RECORDED)
 def test_runs_keep_their_folder(experiment, monkeypatch):
     monkeypatch.setenv("LESIONBENCH_DATA", "/where/data/lie")  # which is not what is computed
-    cfg = composed(*words(f"experiment={experiment}"))
+    cfg = shared(*words(f"experiment={experiment}"))
     assert variant_hash(cfg) == RECORDED[experiment]
 
 
