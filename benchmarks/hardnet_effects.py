@@ -12,6 +12,7 @@ by way of pooling: how many lesions of 64 new volumes are found, and how much of
 """
 
 import csv
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from lesionbench.results import read_rows
@@ -27,7 +29,7 @@ from lightning_modules.networks import HarDNet
 from lightning_modules.networks.hardnet import ConvBlock
 
 BLOCKS = ((64, 14, 8, 18), (128, 16, 16, 20), (256, 20, 16, 24))  # input channels, growth, layers, growth of the dense block
-SIDE, STEPS, TESTED = 32, 200, 64
+SIDE, STEPS, TESTED = 24, 200, 64
 
 
 def traffic() -> list[dict[str, Any]]:
@@ -118,16 +120,34 @@ def trained(pool: str, seed: int) -> dict[str, float]:
 
 
 def answers(folders: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each NAME=FOLDER; seeds in the order of the paths."""
+    """A row for each NAME=FOLDER, its runs in the order of the seeds with which their networks were trained."""
     rows = []
     for name, _, folder in (given.partition("=") for given in folders):
-        tables = [read_rows(path) for path in sorted(Path(folder).rglob("test/cases.csv"))]
-        dice = [statistics.mean(r["dice"] for r in table if r["member"] == "" and r["region"]) for table in tables]
+        found = {}
+        for path in sorted(Path(folder).rglob("test/cases.csv")):
+            values = [row["dice"] for row in read_rows(path) if row["member"] == "" and row["region"]]
+            found[seed_of(path.parent.parent)] = statistics.mean(values)
+        dice = [value for _, value in sorted(found.items())]
         spread = statistics.stdev(dice) if len(dice) > 1 else 0.0
         rows.append(
-            {"answer": name, "runs": len(dice), "mean": statistics.mean(dice), "std": spread, "values": " ".join(f"{d:.4f}" for d in dice)}
+            {
+                "answer": name,
+                "seeds": " ".join(sorted(found)),
+                "mean": statistics.mean(dice),
+                "std": spread,
+                "values": " ".join(f"{d:.4f}" for d in dice),
+            }
         )
     return rows
+
+
+def seed_of(run: Path) -> str:
+    """The seed with which what a run tested was trained: that of its checkpoint's path, else its own; `all` of an ensemble."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if "checkpoints" in config["model"]:
+        return "all"
+    checkpoint = config["stages"][-1].get("checkpoint")
+    return str(config["seed"]) if checkpoint is None else re.findall(r"seed=(\d+)", checkpoint)[-1]
 
 
 def main(what: str, out: str, *given: str) -> None:

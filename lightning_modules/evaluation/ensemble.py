@@ -154,9 +154,9 @@ class Ensemble(Method):
     def _target(self) -> Target:
         """What makes labels of the fused probabilities."""
         members = [m for group in self.groups for m in group]
-        common = _common(self.task, members)
-        if self.fusion == "mean" and common is not None:
-            return common
+        decoder = common(self.task, members)
+        if self.fusion == "mean" and decoder is not None:
+            return decoder
         softmax = self.fusion == "mean" and all(isinstance(m.decoder, ClassSoftmax) for m in members)
         return ClassSoftmax(self.task) if softmax else RegionSigmoid(self.task)
 
@@ -224,7 +224,7 @@ class Ensemble(Method):
             regions, labels = self._answer(asked[0], batch)
         else:
             regions = self._mean(asked, batch)
-            labels = (_common(self.task, asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
+            labels = (common(self.task, asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
         if self.postprocessing is not None and self.postprocess_members:
             labels = self.postprocessing.labels(labels, self.task)
         return regions, labels
@@ -305,7 +305,7 @@ def _member(path: str, method: Method, own: Mapping[str, Any]) -> Member:
     return Member(path, method.task, getattr(method, "target", None), frozenset(own.get("patients") or ()))
 
 
-def _common(task: Task, members: Sequence[Member]) -> Target | None:
+def common(task: Task, members: Sequence[Member]) -> Target | None:
     """What makes labels of the regions of `task` as the target of every member does; None where they differ or have none."""
     decoders = [m.decoder for m in members]
     first = decoders[0]

@@ -18,8 +18,9 @@ from datamodules.transforms.axes import RandomTransposition
 from datamodules.transforms.intensity import RandomRelativeNoise
 from lesionbench.errors import SuiteError
 from lesionbench.resolvers import share
-from lesionbench.target import RegionSigmoid
+from lesionbench.target import ClassSoftmax, RegionSigmoid
 from lesionbench.task import Task, joined
+from lightning_modules.evaluation.ensemble import Member, common
 from lightning_modules.inferers import Transformed, Whole
 from lightning_modules.losses import DeepSupervision, RegionBCE, RegionBCEDice, RegionDice
 from lightning_modules.networks import HarDNet
@@ -439,6 +440,24 @@ def test_they_are_tested_on_all_regions_and_refused_one_by_one(regions, tmp_path
     assert {row["region"] for row in rows(folder) if row["region"]} == {"WT", "TC", "ET"}
     with pytest.raises(SuiteError, match=r"(?s)3 model\(s\) of the ensemble lack a region.*ckpt=\[\[.*does not know WT, TC"):
         run("job=test", f"ckpt=[{','.join(paths)}]", *options)
+
+
+def test_parts_are_decoded_as_each_of_them_is():
+    """Thresholds and decoding of the parts; nothing in common where these differ, or where one is no region target."""
+
+    def part(region, **options):
+        task = BRATS.narrowed(regions=[region])
+        return Member(f"{region}.ckpt", task, RegionSigmoid(task, **options), frozenset())
+
+    parts = [part("ET", threshold=0.3, decoding="paint"), part("WT", threshold=0.4, decoding="paint"), part("TC", decoding="paint")]
+    decoder = common(BRATS, parts)
+    assert (decoder.decoding, decoder.thresholds) == ("paint", (0.4, 0.5, 0.3))
+    assert decoder.labels(torch.tensor([0.2, 0.2, 0.35]).reshape(1, 3, 1, 1, 1)).item() == 3  # nested: background
+    assert common(BRATS, [*parts, part("ET", threshold=0.6, decoding="paint")]) is None
+    assert common(BRATS, [*parts, part("ET", threshold=0.3)]) is None
+    softmax = Member("all.ckpt", BRATS, ClassSoftmax(BRATS), frozenset())
+    assert common(BRATS, [*parts, softmax]) is None
+    assert common(BRATS, [softmax, *parts]) is None
 
 
 def test_a_task_is_joined_from_its_regions():
