@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lesionbench.errors import unknown
+from lesionbench.errors import SuiteError, unknown
 from lightning_modules.networks.conv_unit import convolution, normalization
 
 COMBINATIONS = ("sum", "product")
@@ -21,13 +21,15 @@ class ChannelGate(nn.Module):
     Shapes: (B, C, *spatial) -> (B, C, 1, ...), in [0, 1].
 
     Raises:
-        SuiteError: an unknown way to combine.
+        SuiteError: an unknown way to combine, a reduction below 1.
     """
 
     def __init__(self, channels: int, *, reduction: int = 16, combine: str = "sum") -> None:
         super().__init__()
         if combine not in COMBINATIONS:
             raise unknown("network.combine", combine, COMBINATIONS)
+        if reduction < 1:
+            raise SuiteError(f"network.reduction={reduction}: must be at least 1")
         self.combine = combine
         hidden = max(1, channels // reduction)
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))

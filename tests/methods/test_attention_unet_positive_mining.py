@@ -164,6 +164,7 @@ def test_dilation_widens_what_the_bottom_sees():
         ({"combine": "mean"}, "network.combine"),
         ({"pool_source": "row"}, "network.pool_source.*did you mean 'raw'"),
         ({"norm": "layer"}, "network.norm"),
+        ({"reduction": 0}, "network.reduction=0"),
     ],
 )
 def test_mistakes_are_named(options, said):
