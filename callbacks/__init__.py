@@ -6,6 +6,7 @@ from callbacks.case_table import CaseTable
 from callbacks.checkpoint import BestAndLast
 from callbacks.cost import Cost
 from callbacks.csv_logger import CurvesLogger
+from callbacks.cycle_average import CycleAverage
 from callbacks.figures import OverlayFigures, montage
 from callbacks.flair_baseline import FlairBaseline
 from callbacks.nan_guard import NanGuard, NonFiniteLoss
@@ -24,6 +25,7 @@ __all__ = [
     "CaseTable",
     "Cost",
     "CurvesLogger",
+    "CycleAverage",
     "FlairBaseline",
     "LineProgress",
     "NanGuard",

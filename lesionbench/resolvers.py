@@ -1,4 +1,4 @@
-"""What configuration files can compute: `${cap:sizes,limit}`, `${either:value,default}`, `${if_unlabeled:class,a,b}` and `${offline_without_key:}`."""
+"""What configuration files can compute: `${cap:sizes,limit}`, `${share:of,part}`, `${either:value,default}`, `${if_unlabeled:class,a,b}` and `${offline_without_key:}`."""
 
 import os
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ def register() -> None:
     """Makes the resolvers known to OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("cap", cap, replace=True)
     OmegaConf.register_new_resolver("either", either, replace=True)
+    OmegaConf.register_new_resolver("share", share, replace=True)
     OmegaConf.register_new_resolver("if_unlabeled", if_unlabeled, replace=True)
     OmegaConf.register_new_resolver("offline_without_key", offline_without_key, replace=True)
 
@@ -25,6 +26,11 @@ def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
     if limit is None:
         return None if sizes is None else list(sizes)
     return [limit] * 3 if sizes is None else [min(s, limit) for s in sizes]
+
+
+def share(whole: int, part: float) -> int:
+    """A share of a count, rounded, at least 1."""
+    return max(1, round(whole * part))
 
 
 def either(chosen: Any, default: Any) -> Any:

@@ -81,6 +81,10 @@ class Task:
             -1, len(self.classes)
         )
 
+    def region_values(self) -> dict[str, set[int]]:
+        """Region -> the values on disk of its voxels."""
+        return {region: {value for c in members for value in self.classes[c]} for region, members in self.regions.items()}
+
     def region_masks(self, labels: torch.Tensor) -> torch.Tensor:
         """Class indices (...,) -> region masks (R, ...), bool; ignored voxels belong to no region."""
         table = torch.from_numpy(np.concatenate([self.region_matrix, np.zeros((len(self.regions), 1), bool)], axis=1)).to(labels.device)
@@ -148,3 +152,36 @@ class Task:
 
 def _ints(values: int | Iterable[int]) -> tuple[int, ...]:
     return (int(values),) if isinstance(values, int) else tuple(int(v) for v in values)
+
+
+def joined(tasks: Sequence[Task]) -> Task:
+    """One task with the regions of several that were narrowed to some of them each (see `Task.narrowed`), larger ones first; the rest is that
+    of the first task. Classes get back the names that they had, as far as regions tell them apart.
+
+    Raises:
+        SuiteError: a region that has other values in another task, two regions of the same values, or some that overlap without nesting.
+    """
+    regions: dict[str, set[int]] = {}
+    names: dict[str, list[str]] = {}  # of the classes before they were merged
+    for task in tasks:
+        for region, values in task.region_values().items():
+            if regions.setdefault(region, values) != values:
+                raise SuiteError(f"region {region} has the values {sorted(values)} in one checkpoint, {sorted(regions[region])} in another")
+            twin = next((other for other, held in regions.items() if held == values and other != region), None)
+            if twin is not None:
+                raise SuiteError(f"regions {twin} and {region} both have the values {sorted(values)}")
+            names.setdefault(region, [name for merged in task.regions[region] for name in merged.split("+")])
+    order = sorted(regions, key=lambda region: -len(regions[region]))
+    known = dict.fromkeys(v for task in tasks for values in task.classes.values() for v in values)  # the first of a class is written
+    found: dict[str, tuple[int, ...]] = {}
+    for region in order:
+        inner = [other for other in order if regions[other] < regions[region]]
+        rest = tuple(v for v in known if v in regions[region] and not any(v in regions[other] for other in inner))
+        own = [name for name in names[region] if not any(name in names[other] for other in inner)] or [region]
+        if rest:
+            found["+".join(own)] = rest
+    places = list(dict.fromkeys(name for region in order for name in (*names[region], region)))
+    classes = {BACKGROUND: tuple(v for v in known if not any(v in values for values in regions.values()))}
+    classes |= dict(sorted(found.items(), key=lambda item: places.index(item[0].partition("+")[0])))
+    members = {region: tuple(c for c, held in classes.items() if set(held) <= regions[region]) for region in order}
+    return Task(**{**tasks[0].to_dict(), "classes": classes, "regions": members})

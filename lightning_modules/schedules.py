@@ -97,6 +97,21 @@ def one_cycle(
     )
 
 
+def cosine_cycles(optimizer: Optimizer, total_iterations: int, cycles: int = 5, stretch: float = 4 / 3) -> LambdaLR:
+    """The training in `cycles` equal parts, each with the first 1 / `stretch` of half a cosine from 1 to 0 (Loshchilov & Hutter, ICLR 2017).
+
+    Args:
+        cycles: their number.
+        stretch: length of half a cosine in cycles, at least 1, where it ends at 0; at 4/3 a cycle ends at 0.146.
+
+    Raises:
+        SuiteError: values out of these ranges.
+    """
+    if cycles < 1 or stretch < 1:
+        raise SuiteError(f"scheduler: cycles={cycles} stretch={stretch}: both must be at least 1")
+    return LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * (done * cycles % total_iterations) / total_iterations / stretch)) / 2)
+
+
 def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0.05) -> LambdaLR:
     """Linear warm-up, then constant."""
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)

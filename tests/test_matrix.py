@@ -65,6 +65,8 @@ def narrow(config, place):
             if "SpatialAutoencoder" in config["_target_"]:
                 continue  # groups of one channel
             yield f"{place}.{key}={[max(8, f // 8) for f in value]}".replace(" ", "")
+        elif key == "growth":
+            yield f"{place}.{key}={[max(2, g // 4) for g in value]}".replace(" ", "")
         elif key == "width":
             yield f"{place}.{key}={max(8, value // 4)}"
         elif key == "mc_samples":
@@ -77,11 +79,13 @@ def narrow(config, place):
 
 
 def smaller(cfg):
-    """`narrow` of all that is built, two mirrored copies of a case for eight, and simulated cases of few voxels."""
+    """`narrow` of all that is built, two copies of a case for eight and none for sixteen, and simulated cases of few voxels."""
     for part in {"model", "attacked", "missing"} & set(cfg):
         yield from narrow(OmegaConf.to_container(cfg[part]), part)
     if cfg.mirror:
         yield "mirror=[0]"
+    if cfg.test_time:
+        yield "test_time=null"
     if get_class(cfg.data._target_) is Simulated and cfg.data.variant != "habitats":  # whose clusters need voxels
         yield f"data.spacing={max(4.0, cfg.data.spacing)}"
 
@@ -128,7 +132,7 @@ def test_what_had_an_experiment_file_once_is_still_run():
     for benchmark in options("benchmark"):
         one = f"benchmark={benchmark} model=supervised" in COMBINATIONS
         assert one or f"experiment=supervised/{benchmark}" in COMBINATIONS or benchmark == "none"
-    assert len(COMBINATIONS) <= 106
+    assert len(COMBINATIONS) <= 112
 
 
 def test_every_model_that_needs_unlabeled_cases_runs_where_labels_are_few():

@@ -31,7 +31,9 @@ TINY = {
     "swin_unetr": ({"feature_size": 12, "depths": (1, 1, 1, 1), "attention_window": 3}, 64),
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
+    "CBAMUNet": ({"width": 4, "reduction": 1}, 16),
     "DilatedUNet": ({"width": 4}, 16),
+    "HarDNet": ({"features": (4, 6, 8, 8, 8, 8), "growth": (2,) * 4, "layers": (4,) * 4}, 32),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -75,7 +77,9 @@ def test_shapes_gradients_and_forms(name, dimensions):
     image = torch.randn(2, 2, *size)
     out = network(image)
     out = out if isinstance(out, dict) else {"logits": out}
-    assert set(out) == {"logits"} | ({"deep"} if name in ("dynunet", "unet_plus_plus") else {"loss"} if name == "segresnet_vae" else set())
+    assert set(out) == {"logits"} | (
+        {"deep"} if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet") else {"loss"} if name == "segresnet_vae" else set()
+    )
     assert out["logits"].shape == (2, 3, *size)
     heads = [out["logits"], *out.get("deep", [])]
     total = sum((head * torch.randn_like(head)).sum() for head in heads) + out.get("loss", 0)
@@ -414,7 +418,9 @@ def test_the_network_in_a_slab_is_a_choice():
 def test_every_network_is_configured():
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
     assert {n for n in TINY if n.islower()} | {
+        "cbam_unet",
         "dilated_unet",
+        "hardnet",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",

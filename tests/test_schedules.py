@@ -55,6 +55,18 @@ def test_warmup_is_a_count_or_a_share():
     assert rates(schedules.warmup, 6, total_iterations=8, warmup_iterations=0.25) == pytest.approx(expected)
 
 
+def test_cosine_cycles_by_hand():
+    """Two cycles of four iterations: half a cosine of four, and the first three quarters of one that is longer."""
+    half = (1 + math.cos(math.pi / 4)) / 2
+    assert rates(schedules.cosine_cycles, 8, total_iterations=8, cycles=2, stretch=1) == pytest.approx([1, half, 0.5, 1 - half] * 2)
+    got = rates(schedules.cosine_cycles, 150, total_iterations=150)
+    assert got[0] == got[30] == got[120] == 1
+    assert got[149] == pytest.approx((1 + math.cos(math.pi * 29 / 40)) / 2)
+    for options in ({"cycles": 0}, {"stretch": 0.5}):
+        with pytest.raises(SuiteError, match="at least 1"):
+            schedules.cosine_cycles(optimizer(), 10, **options)
+
+
 def test_constant():
     assert rates(schedules.constant, 4, total_iterations=3) == [1, 1, 1, 1]
 
@@ -142,7 +154,18 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "steps", "warmup_poly", "flat_cosine", "one_cycle"}
+    assert set(schedulers) == {
+        "poly",
+        "cosine",
+        "warmup",
+        "constant",
+        "plateau",
+        "steps",
+        "warmup_poly",
+        "flat_cosine",
+        "one_cycle",
+        "cosine_cycles",
+    }
     schedulers["warmup_poly"].epochs, schedulers["plateau"].mode = 10, "max"  # otherwise those of the training
     for name, config in configured("optimizer").items():
         for scheduler in schedulers.values():

@@ -1,6 +1,6 @@
 """Intensity transforms that TorchIO lacks, as TorchIO transforms; randomness comes from torch's global generator.
 
-The `ChannelTransform`s are those of nnU-Net's default training (Isensee et al., Nature Methods 2021, Supplementary Note 4; version 2): they draw
+Most `ChannelTransform`s are those of nnU-Net's default training (Isensee et al., Nature Methods 2021, Supplementary Note 4; version 2): they draw
 per channel and work on the tensor in place.
 """
 
@@ -123,6 +123,32 @@ class RandomPower(ChannelTransform):
         factor = std / new_std.clamp_min(1e-7)
         channel.mul_(factor).add_(mean - new_mean * factor)
         return channel.neg_() if self.invert else channel
+
+
+class RandomRelativeNoise(ChannelTransform):
+    """Adds Gaussian noise to a channel whose standard deviation is `share` of that of the channel's values above 0."""
+
+    def __init__(self, share: float = 0.1, **options) -> None:
+        super().__init__(**options)
+        self.share = share
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        positive = channel[channel > 0]
+        spread = positive.std(correction=0) if len(positive) else 0.0
+        return channel.add_(torch.randn_like(channel) * (self.share * spread))
+
+
+class RandomDroppedChannel(RandomTransform, IntensityTransform):
+    """Sets one channel, each as likely, to 0.
+
+    Args:
+        p: probability that it is applied.
+    """
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        for image in self.get_images(subject):
+            image.data[torch.randint(len(image.data), ())] = 0
+        return subject
 
 
 class RandomScaleShift(RandomTransform, IntensityTransform):

@@ -1,6 +1,7 @@
 """Ensembles: any set of checkpoints, of one method or of several, that answer for every case together."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
 from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
-from lesionbench.task import Task
+from lesionbench.task import Task, joined
 from lightning_modules.base import Method
 from lightning_modules.inferers import Inferer
-from lightning_modules.raters.fusion import FUSIONS, Fused, Mean, Staple
+from lightning_modules.raters.fusion import FUSIONS, Fused, Staple
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Member:
 
     Attributes:
         path: of the checkpoint.
-        task: its own; the classes and regions are those of the ensemble, the channels may be fewer.
+        task: its own; classes and regions are those of the ensemble, or regions are some of these; the channels may be fewer.
         decoder: its target, which makes labels of region probabilities; None for a method without one.
         patients: whom it was trained or selected on.
     """
@@ -42,13 +43,16 @@ class Ensemble(Method):
     member is read from its file for each case and let go again, so that neither weights nor maps pile up. The uncertainty map
     `disagreement` is how much the members differ (see `fusion.Fused`).
 
+    A checkpoint of some of the regions answers as a part of its group, whose members know all of them together: the networks that were trained
+    for one region each are one model.
+
     Labels follow from the fused probabilities as the members' targets make them, if all do alike (with the same thresholds and
     decoding); where they differ, by the largest class
     probability if all are softmax over classes, else, and for votes and STAPLE, by nested regions above 1/2.
 
     Args:
         checkpoints: each one model, or a list of checkpoints that are averaged first and then count as one (the folds of a
-            configuration, say, whose means STAPLE fuses; Zeineldin et al., BrainLes 2021).
+            configuration, say, whose means STAPLE fuses; Zeineldin et al., BrainLes 2021), each region over those that know it.
         fusion: `mean`, `vote` or `staple` (see `lightning_modules.raters.fusion`).
         weights: one positive number per model; None = equal. Not for STAPLE, which estimates them.
         members: keep the labels of every model as member `m1`, `m2`, ... of the prediction, to be measured and written with it. One byte
@@ -63,7 +67,7 @@ class Ensemble(Method):
 
     Raises:
         SuiteError: all that is wrong with the members at once: missing or unreadable files, weights that do not fit, another task than
-            `task`, a file given twice; unknown options. Before the first case also patients that a member knows.
+            `task`, a file given twice, a region that nobody of a group knows; unknown options. Before the first case also patients that a member knows.
     """
 
     def __init__(
@@ -103,6 +107,12 @@ class Ensemble(Method):
         self._loaded: dict[str, tuple[Method, Mapping[str, Any]]] | None = {} if keep_loaded else None
         known = self._examined([path for group in groups for path in group])
         self.groups = [[known[path] for path in group] for group in groups]
+        unknown_to = [(group, _untold(self.task, group)) for group in self.groups]
+        hint = "put checkpoints that know all regions together into one group, as in ckpt=[[et.ckpt,tc.ckpt,wt.ckpt]]"
+        _raise(
+            [f"{', '.join(m.path for m in group)}: does not know {', '.join(regions)}" for group, regions in unknown_to if regions],
+            f"model(s) of the ensemble lack a region; {hint}",
+        )
         self.target = self._target()
 
     # before the first case
@@ -144,9 +154,9 @@ class Ensemble(Method):
     def _target(self) -> Target:
         """What makes labels of the fused probabilities."""
         members = [m for group in self.groups for m in group]
-        common = _common(members)
-        if self.fusion == "mean" and common is not None:
-            return common
+        decoder = common(self.task, members)
+        if self.fusion == "mean" and decoder is not None:
+            return decoder
         softmax = self.fusion == "mean" and all(isinstance(m.decoder, ClassSoftmax) for m in members)
         return ClassSoftmax(self.task) if softmax else RegionSigmoid(self.task)
 
@@ -163,7 +173,7 @@ class Ensemble(Method):
     def _asked(self, patient: str) -> list[tuple[int, list[Member]]]:
         """Who answers for a patient: place and checkpoints of every model that has any."""
         asked = [[m for m in group if not (self.out_of_fold and patient in m.patients)] for group in self.groups]
-        return [(place, group) for place, group in enumerate(asked) if group]
+        return [(place, group) for place, group in enumerate(asked) if group and not _untold(self.task, group)]
 
     def admit(self, task: Task, patients: Iterable[str]) -> None:
         """Refuses data of another task, and patients that members have seen in training.
@@ -213,14 +223,26 @@ class Ensemble(Method):
         if len(asked) == 1:
             regions, labels = self._answer(asked[0], batch)
         else:
-            mean = Mean(self.task)
-            for member in asked:
-                mean.add(*self._answer(member, batch))
-            regions = mean.result().regions
-            labels = (_common(asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
+            regions = self._mean(asked, batch)
+            labels = (common(self.task, asked) or RegionSigmoid(self.task)).labels(regions[None])[0]
         if self.postprocessing is not None and self.postprocess_members:
             labels = self.postprocessing.labels(labels, self.task, regions)
         return regions, labels
+
+    def _mean(self, asked: Sequence[Member], batch: Batch) -> torch.Tensor:
+        """Mean region probabilities (R, *spatial), each region over the members that know it."""
+        places = [[self.task.region_names.index(region) for region in member.task.regions] for member in asked]
+        total: torch.Tensor | None = None
+        for member, known in zip(asked, places, strict=True):
+            regions, _ = self._answer(member, batch)
+            if total is None:
+                total = regions.new_zeros(len(self.task.regions), *regions.shape[1:], dtype=torch.float32)
+            for place, region in zip(known, regions, strict=True):
+                total[place].add_(region)
+        assert total is not None  # a group has members
+        for place, region in enumerate(total):
+            region.div_(sum(place in known for known in places))
+        return total
 
     def _answer(self, member: Member, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Region probabilities and class indices of one member, as it would give them alone."""
@@ -233,8 +255,8 @@ class Ensemble(Method):
         self._tuned |= method.tuned_on(view)
         if said.labels is None and said.regions is None:
             raise SuiteError(f"{member.path}: gives neither probabilities nor masks of the regions, which an ensemble could fuse")
-        regions = said.regions if said.regions is not None else self.task.region_masks(said.labels).float()
-        labels = said.labels if said.labels is not None else RegionSigmoid(self.task).labels(regions[None])[0]
+        regions = said.regions if said.regions is not None else member.task.region_masks(said.labels).float()
+        labels = said.labels if said.labels is not None else RegionSigmoid(member.task).labels(regions[None])[0]
         return regions, labels
 
     def _view(self, member: Member, own: Mapping[str, Any], batch: Batch) -> Batch:
@@ -253,7 +275,7 @@ class Ensemble(Method):
 
 
 def common_task(paths: Sequence[str], trust: Sequence[str] = ()) -> Task:
-    """The task of several checkpoints: that of the first that can be read, with the channels of all."""
+    """The task of several checkpoints: that of the first that can be read, with the channels of all, and with their regions where these differ."""
     tasks = []
     for path in paths:
         try:
@@ -263,7 +285,12 @@ def common_task(paths: Sequence[str], trust: Sequence[str] = ()) -> Task:
     if not tasks:
         raise SuiteError("no member of the ensemble can be read:\n" + "\n".join(f"  {_reason(path, trust)}" for path in paths))
     channels = dict.fromkeys(c for task in tasks for c in task.channels)
-    return Task(**{**tasks[0].to_dict(), "channels": tuple(channels)})
+    most = max(tasks, key=lambda task: len(task.regions))  # the first of equals
+    whole = most
+    if not all(set(task.regions) <= set(most.regions) for task in tasks):
+        with suppress(SuiteError):  # of regions that do not go together the ensemble itself tells
+            whole = joined(tasks)
+    return Task(**{**whole.to_dict(), "channels": tuple(channels)})
 
 
 def _reason(path: str, trust: Sequence[str]) -> str:
@@ -278,20 +305,40 @@ def _member(path: str, method: Method, own: Mapping[str, Any]) -> Member:
     return Member(path, method.task, getattr(method, "target", None), frozenset(own.get("patients") or ()))
 
 
-def _common(members: Sequence[Member]) -> Target | None:
-    """What makes labels as the target of every member does; None where they differ or have none."""
+def common(task: Task, members: Sequence[Member]) -> Target | None:
+    """What makes labels of the regions of `task` as the target of every member does; None where they differ or have none."""
     decoders = [m.decoder for m in members]
     first = decoders[0]
-    return first if first is not None and all(d is not None and d.labeling == first.labeling for d in decoders) else None
+    if all(len(m.task.regions) == len(task.regions) for m in members):
+        return first if first is not None and all(d is not None and d.labeling == first.labeling for d in decoders) else None
+    thresholds: dict[str, float] = {}
+    for member, decoder in zip(members, decoders, strict=True):
+        if not isinstance(decoder, RegionSigmoid) or not isinstance(first, RegionSigmoid) or decoder.decoding != first.decoding:
+            return None
+        for region, threshold in zip(member.task.regions, decoder.thresholds, strict=True):
+            if thresholds.setdefault(region, threshold) != threshold:
+                return None
+    return RegionSigmoid(task, thresholds, first.decoding) if isinstance(first, RegionSigmoid) else None
+
+
+def _untold(task: Task, members: Sequence[Member]) -> list[str]:
+    """The regions that no member knows."""
+    return [region for region in task.regions if not any(region in m.task.regions for m in members)]
 
 
 def _differences(theirs: Task, ours: Task) -> list[str]:
-    """How a member's task does not fit that of the ensemble or of the data."""
+    """How a member's task does not fit that of the ensemble or of the data. One of fewer regions has other classes, and fits by values on disk."""
     problems = []
-    for name in ("classes", "regions"):
-        a, b = list(getattr(theirs, name).items()), list(getattr(ours, name).items())
-        if a != b:
-            problems.append(f"its {name} {_plain(a)} are not {_plain(b)}")
+    if set(theirs.regions) < set(ours.regions):
+        values = ours.region_values()
+        for region, own in theirs.region_values().items():
+            if own != values[region]:
+                problems.append(f"its region {region} holds the values {sorted(own)}, not {sorted(values[region])}")
+    else:
+        for name in ("classes", "regions"):
+            first, second = list(getattr(theirs, name).items()), list(getattr(ours, name).items())
+            if first != second:
+                problems.append(f"its {name} {_plain(first)} are not {_plain(second)}")
     lacking = [c for c in theirs.channels if c not in ours.channels]
     if lacking:
         problems.append(f"needs the channel(s) {', '.join(lacking)}; there are {', '.join(ours.channels)}")

@@ -11,10 +11,12 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
+from lightning_modules.networks.cbam_unet import CBAMUNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
+from lightning_modules.networks.hardnet import HarDNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -42,7 +44,9 @@ _MONAI = {  # name -> the module that makes it
 }
 
 __all__ = [
+    "CBAMUNet",
     "DilatedUNet",
+    "HarDNet",
     "MiddleSlice",
     "MultiHeadResNet",
     "MultiHeadUNet",

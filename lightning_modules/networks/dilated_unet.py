@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesionbench.errors import unknown
 from lightning_modules.networks.contract import describe
-
-NORMS = ("group", "instance", "batch")
+from lightning_modules.networks.conv_unit import convolution, double, start_from_kaiming, unit, upsampled
 
 
 class DilatedUNet(nn.Module):
@@ -20,7 +18,7 @@ class DilatedUNet(nn.Module):
         out_channels: logit channels K.
         dimensions: 2 or 3.
         width: channels at full resolution; doubled at each of the three poolings. 48 in the paper.
-        norm: `group` (16 groups, or the largest number up to 16 that divides the channels), `instance` or `batch`.
+        norm: `group`, `instance` or `batch`; see `conv_unit.normalization`.
 
     Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 8.
 
@@ -30,8 +28,6 @@ class DilatedUNet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, dimensions: int = 3, width: int = 48, norm: str = "group") -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise unknown("network.norm", norm, NORMS)
         parts = {
             "encoder": ("encoder1", "encoder2", "encoder3", "encoder4"),
             "bottleneck": ("bottom", "bottom2"),
@@ -39,44 +35,19 @@ class DilatedUNet(nn.Module):
             "heads": ("out",),
         }
         describe(self, dimensions, 8, 16, parts=parts)  # one voxel at the bottom is too few to normalize by
-        self._convolution = (nn.Conv2d, nn.Conv3d)[dimensions - 2]
         self._pool = (F.max_pool2d, F.max_pool3d)[dimensions - 2]
-        self._mode = ("bilinear", "trilinear")[dimensions - 2]
-        self._norm = norm
         a, b, c, d = (width * 2**level for level in range(4))
-        self.encoder1 = self._block(in_channels, a // 2, a)
-        self.encoder2 = self._block(a, b // 2, b)
-        self.encoder3 = self._block(b, c // 2, c)
-        self.encoder4 = self._block(c, d // 2, d)
-        self.bottom = self._block(d, d, d, dilation=2)
-        self.bottom2 = self._unit(2 * d, c)
-        self.decoder3 = self._block(2 * c, c, b)
-        self.decoder2 = self._block(2 * b, b, a)
-        self.decoder1 = self._block(2 * a, a, a // 2)
-        self.out = self._convolution(a // 2, out_channels, 1)
-        for module in self.modules():
-            if isinstance(module, self._convolution):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def _block(self, n_in: int, n_mid: int, n_out: int, dilation: int = 1) -> nn.Sequential:
-        return nn.Sequential(self._unit(n_in, n_mid, dilation), self._unit(n_mid, n_out, dilation))
-
-    def _unit(self, n_in: int, n_out: int, dilation: int = 1) -> nn.Sequential:
-        convolution = self._convolution(n_in, n_out, 3, padding=dilation, dilation=dilation, bias=False)
-        return nn.Sequential(convolution, self._normalization(n_out), nn.ReLU(inplace=True))
-
-    def _normalization(self, channels: int) -> nn.Module:
-        three = self.dimensions == 3
-        if self._norm == "group":
-            return nn.GroupNorm(next(g for g in range(16, 0, -1) if channels % g == 0), channels)
-        if self._norm == "instance":
-            return (nn.InstanceNorm3d if three else nn.InstanceNorm2d)(channels, affine=True)
-        return (nn.BatchNorm3d if three else nn.BatchNorm2d)(channels)
-
-    def _upsampled(self, x: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(x, scale_factor=2, mode=self._mode, align_corners=True)
+        self.encoder1 = double(dimensions, in_channels, a // 2, a, norm=norm)
+        self.encoder2 = double(dimensions, a, b // 2, b, norm=norm)
+        self.encoder3 = double(dimensions, b, c // 2, c, norm=norm)
+        self.encoder4 = double(dimensions, c, d // 2, d, norm=norm)
+        self.bottom = double(dimensions, d, d, d, norm=norm, dilation=2)
+        self.bottom2 = unit(dimensions, 2 * d, c, norm=norm)
+        self.decoder3 = double(dimensions, 2 * c, c, b, norm=norm)
+        self.decoder2 = double(dimensions, 2 * b, b, a, norm=norm)
+        self.decoder1 = double(dimensions, 2 * a, a, a // 2, norm=norm)
+        self.out = convolution(dimensions)(a // 2, out_channels, 1)
+        start_from_kaiming(self)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         down1 = self.encoder1(image)
@@ -84,7 +55,7 @@ class DilatedUNet(nn.Module):
         down3 = self.encoder3(self._pool(down2, 2))
         down4 = self.encoder4(self._pool(down3, 2))
         up = self.bottom2(torch.cat([down4, self.bottom(down4)], dim=1))
-        up = self.decoder3(torch.cat([self._upsampled(up), down3], dim=1))
-        up = self.decoder2(torch.cat([self._upsampled(up), down2], dim=1))
-        up = self.decoder1(torch.cat([self._upsampled(up), down1], dim=1))
+        up = self.decoder3(torch.cat([upsampled(up, down3.shape[2:]), down3], dim=1))
+        up = self.decoder2(torch.cat([upsampled(up, down2.shape[2:]), down2], dim=1))
+        up = self.decoder1(torch.cat([upsampled(up, down1.shape[2:]), down1], dim=1))
         return self.out(up)
