@@ -11,6 +11,7 @@ from typing import Any
 
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
+from lightning_modules.networks.cmm_net import CMMNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
@@ -41,6 +42,7 @@ _MONAI = {  # name -> the module that makes it
 }
 
 __all__ = [
+    "CMMNet",
     "DilatedUNet",
     "MiddleSlice",
     "MultiHeadResNet",
