@@ -40,10 +40,11 @@ def arms(folders: Iterable[Path]) -> dict[str, dict[int, Path]]:
     """What a run differs in from the others -> seed -> folder."""
     configs = {folder: yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders}
     models = {folder: flat({"model": config["model"]}) for folder, config in configs.items()}
-    told = sorted({key for model in models.values() for key in model if len({other.get(key) for other in models.values()}) > 1})
+    shared = set.intersection(*(set(model) for model in models.values())) if models else set()
+    told = sorted(key for key in shared if len({model[key] for model in models.values()}) > 1)
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     for folder, model in sorted(models.items()):
-        name = ", ".join(f"{key.removeprefix('model.')}={model[key]}" for key in told if key in model)
+        name = ", ".join(f"{key.removeprefix('model.').removesuffix('._target_')}={model[key].rpartition('.')[2]}" for key in told)
         found[name][configs[folder]["seed"]] = folder
     return found
 

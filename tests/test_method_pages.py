@@ -20,7 +20,13 @@ from tests.test_docs import ROOT, blocks, called, keys, overrides
 HEADINGS = ["Paper", "Method", "Run", "Options", "Departures", "Results"]
 PACKAGES = ("lightning_modules", "datamodules", "callbacks", "lesionbench")
 ABSENT = "no such key"
-RECIPES = ("cmm_net_3d", "ensemble", "nnunet_region_loss_ensemble")  # have a page, but no file of their own in conf/model
+RECIPES = (
+    "cmm_net_3d",
+    "ensemble",
+    "modified_unet_horizontal",
+    "nnunet_region_loss_ensemble",
+    "resunet3d_pei",
+)  # have a page, but no file of their own in conf/model
 PAGES = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 

@@ -33,6 +33,7 @@ TINY = {
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
     "DilatedUNet": ({"width": 4}, 16),
     "CMMNet": ({"features": (4, 6, 8), "dilations": (3, 2, 1), "extra_features": (8,), "hppm": 1}, 16),
+    "HorizontalUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -417,6 +418,7 @@ def test_every_network_is_configured():
     assert {n for n in TINY if n.islower()} | {
         "dilated_unet",
         "cmm_net",
+        "horizontal_unet",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",

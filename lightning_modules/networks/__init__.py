@@ -16,6 +16,7 @@ from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
+from lightning_modules.networks.horizontal_unet import HorizontalUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -44,6 +45,7 @@ _MONAI = {  # name -> the module that makes it
 __all__ = [
     "CMMNet",
     "DilatedUNet",
+    "HorizontalUNet",
     "MiddleSlice",
     "MultiHeadResNet",
     "MultiHeadUNet",
