@@ -12,6 +12,7 @@ from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
 from datamodules.simulated.blobs import Blobs
+from datamodules.simulated.context_toy import ContextToy
 from datamodules.simulated.ellipses import Ellipses
 from datamodules.simulated.lesion_insertion import LesionInsertion
 from datamodules.simulated.modality_toy import ModalityToy
@@ -30,6 +31,7 @@ __all__ = [
     "Blobs",
     "BraTS",
     "CaseDataModule",
+    "ContextToy",
     "Ellipses",
     "Folder",
     "Images",

@@ -16,6 +16,7 @@ from lightning_modules.losses import (
     DiceCE,
     DiceTopK,
     Focal,
+    GeneralizedDice,
     RegionBCE,
     RegionBCEDice,
     RegionDice,
@@ -36,6 +37,8 @@ SOFTMAX = {
     "dice_ce": DiceCE(weights=[1, 2, 3]),
     "focal": Focal(weights="balanced"),
     "focal_root": Focal(gamma=0.5),
+    "generalized_dice": GeneralizedDice(),
+    "generalized_dice_square": GeneralizedDice(2),
     "topk": TopK(0.5),
     "dice_topk": DiceTopK(0.5),
 }

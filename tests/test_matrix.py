@@ -18,6 +18,7 @@ from tests.fake_data import WRITERS
 from tests.harness import rows, run, run_folders, shared
 
 COMBINATIONS = sorted({f"experiment={e}" for e in options("experiment") if e != "none"}.union(*(runs_of(m) for m in options("model"))))
+HUGE = {"experiment=cmm_net_3d/brats2021"}  # 5.8 GB of weights, gradients and moments
 SEMI_SUPERVISED = (
     "co_learning", "copy_paste", "cross_pseudo_supervision", "entropy_minimization", "mean_teacher", "pi_model", "pseudo_label",
     "temporal_ensembling", "ua_mt", "virtual_adversarial_training",
@@ -61,7 +62,7 @@ def test_full_size_builds_on_meta(combination, tmp_path):
 def narrow(config, place):
     """Overrides that leave every network a part of its features, and what is done many times a few times."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key in ("features", "widths") and isinstance(value, list):
+        if key.endswith(("features", "widths")) and isinstance(value, list):
             if "SpatialAutoencoder" in config["_target_"]:
                 continue  # groups of one channel
             yield f"{place}.{key}={[max(8, f // 8) for f in value]}".replace(" ", "")
@@ -120,7 +121,7 @@ def test_runs_tiny(combination, roots, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if c not in HUGE])
 def test_runs_tiny_at_full_width(combination, roots, tmp_path):
     check_tiny(combination, roots, tmp_path, shared(*combination.split()))
 
@@ -132,7 +133,7 @@ def test_what_had_an_experiment_file_once_is_still_run():
     for benchmark in options("benchmark"):
         one = f"benchmark={benchmark} model=supervised" in COMBINATIONS
         assert one or f"experiment=supervised/{benchmark}" in COMBINATIONS or benchmark == "none"
-    assert len(COMBINATIONS) <= 112
+    assert len(COMBINATIONS) <= 130
 
 
 def test_every_model_that_needs_unlabeled_cases_runs_where_labels_are_few():

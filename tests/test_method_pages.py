@@ -22,9 +22,13 @@ PACKAGES = ("lightning_modules", "datamodules", "callbacks", "lesionbench")
 ABSENT = "no such key"
 RECIPES = (
     "attention_unet_positive_mining",
+    "cmm_net_3d",
     "ensemble",
     "hardnet_bts",
+    "modified_unet_horizontal",
+    "nnsegnet",
     "nnunet_region_loss_ensemble",
+    "resunet3d_pei",
 )  # have a page, but no file of their own in conf/model
 PAGES = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -34,6 +34,8 @@ TINY = {
     "CBAMUNet": ({"width": 4, "reduction": 1}, 16),
     "DilatedUNet": ({"width": 4}, 16),
     "HarDNet": ({"features": (4, 6, 8, 8, 8, 8), "growth": (2,) * 4, "layers": (4,) * 4}, 32),
+    "CMMNet": ({"features": (4, 6, 8), "dilations": (3, 2, 1), "extra_features": (8,), "hppm": 1}, 16),
+    "HorizontalUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -421,6 +423,8 @@ def test_every_network_is_configured():
         "cbam_unet",
         "dilated_unet",
         "hardnet",
+        "cmm_net",
+        "horizontal_unet",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",

@@ -9,7 +9,7 @@ from lightning_modules.losses.class_balanced import ClassBalancedCE
 from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice, RegionTopKDice
 from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, RegionTopK, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
-from lightning_modules.losses.dice import RegionDice, SoftDice
+from lightning_modules.losses.dice import GeneralizedDice, RegionDice, SoftDice
 from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.losses.vat import VAT
 
@@ -21,6 +21,7 @@ __all__ = [
     "DiceCE",
     "DiceTopK",
     "Focal",
+    "GeneralizedDice",
     "PairingLoss",
     "RegionBCE",
     "RegionBCEDice",

@@ -88,3 +88,36 @@ class RegionDice(nn.Module):
         probabilities = logits.float().sigmoid()
         valid = target != IGNORE
         return dice_loss(*soft_dice(probabilities, target.float(), valid, batch=self.batch, squared=self.squared, smooth=self.smooth))
+
+
+class GeneralizedDice(nn.Module):
+    """Generalized Dice loss, 1 - 2 sum_l w_l sum p g / sum_l w_l sum (p + g) over all classes l (Sudre et al., DLMIA 2017), mean over samples.
+
+    The weight w_l = V_l ** -power falls with the number of voxels V_l of the class in the sample; a class that is absent weighs as much as
+    the smallest one that is there. Only ratios of weights count: they are taken so that the largest is 1, for `smooth` to mean the same
+    whatever the size of the image.
+
+    Args:
+        power: 1 inverse volume, 2 its square (Sudre et al.), 0 equal weights.
+        smooth: added to numerator and denominator.
+
+    Shapes: logits (B, C, *spatial), target class indices (B, 1, *spatial) with -1 = ignore -> scalar in [0, 1], float32. A sample without
+    any labeled voxel adds nothing.
+    """
+
+    kind = "softmax"
+
+    def __init__(self, power: float = 1.0, smooth: float = 1e-5) -> None:
+        super().__init__()
+        self.power, self.smooth = power, smooth
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        valid = (target != IGNORE).float()
+        probabilities = (logits.float().softmax(dim=1) * valid).flatten(2)
+        truth = (torch.zeros_like(logits, dtype=torch.float32).scatter_(1, target.long().clamp_min(0), 1.0) * valid).flatten(2)
+        volume = truth.sum(dim=2)
+        smallest = torch.where(volume > 0, volume, torch.inf).amin(dim=1, keepdim=True)
+        weights = torch.where(volume > 0, smallest / volume, 1.0) ** self.power
+        overlap = (weights * (probabilities * truth).sum(dim=2)).sum(dim=1)
+        total = (weights * (probabilities.sum(dim=2) + volume)).sum(dim=1)
+        return dice_loss((2 * overlap + self.smooth) / (total + self.smooth), valid.flatten(1).amax(dim=1) > 0)

@@ -12,11 +12,13 @@ from typing import Any
 from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
 from lightning_modules.networks.cbam_unet import CBAMUNet
+from lightning_modules.networks.cmm_net import CMMNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.hardnet import HarDNet
+from lightning_modules.networks.horizontal_unet import HorizontalUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -45,8 +47,10 @@ _MONAI = {  # name -> the module that makes it
 
 __all__ = [
     "CBAMUNet",
+    "CMMNet",
     "DilatedUNet",
     "HarDNet",
+    "HorizontalUNet",
     "MiddleSlice",
     "MultiHeadResNet",
     "MultiHeadUNet",
@@ -64,7 +68,6 @@ __all__ = [
     "stateless",
     "swin_unet",
     "transbts",
-    *_MONAI,
 ]
 
 
