@@ -32,6 +32,8 @@ TINY = {
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
     "DilatedUNet": ({"width": 4}, 16),
+    "LightUNet": ({"features": 2}, 16),
+    "MAABUNet": ({"features": (4, 4, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -166,7 +168,7 @@ def test_published_parameter_counts(name, options, millions):
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", TINY)
 def test_default_size_builds_without_memory(name, dimensions):
-    size = {"image_size": 96} if name in ("nnunet", "unetr", "segresnet_vae") else {}
+    size = {"image_size": 96} if name in ("nnunet", "unetr", "segresnet_vae") else {"blocks": 5} if name == "LightUNet" else {}
     assert parameters(name, dimensions=dimensions, **size) > 3e5
 
 
@@ -415,6 +417,8 @@ def test_every_network_is_configured():
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
     assert {n for n in TINY if n.islower()} | {
         "dilated_unet",
+        "light_unet",
+        "maab",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",

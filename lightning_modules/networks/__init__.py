@@ -15,6 +15,8 @@ from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
+from lightning_modules.networks.light_unet import LightUNet
+from lightning_modules.networks.maab import MAABUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -42,6 +44,8 @@ _MONAI = {  # name -> the module that makes it
 
 __all__ = [
     "DilatedUNet",
+    "LightUNet",
+    "MAABUNet",
     "MiddleSlice",
     "MultiHeadResNet",
     "MultiHeadUNet",
