@@ -33,6 +33,10 @@ _INCIDENTAL = (
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
 _NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None}
+_NEUTRAL_ARGUMENTS = {  # of what is built, wherever it stands
+    "lightning_modules.inferers.Window": {"starts": "even"},
+    "lightning_modules.networks.swin_unetr": {"shift": True},
+}
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins
@@ -54,7 +58,15 @@ def config_hash(cfg: DictConfig) -> str:
             node = node.get(parent) or {}
         if dotted in _INCIDENTAL or node.get(last) == _NEUTRAL[dotted]:
             node.pop(last, None)
-    return hashlib.sha256(json.dumps(recorded(data), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(recorded(_as_earlier(data)), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _as_earlier(node: Any) -> Any:
+    """A configuration (plain data) without the arguments that came later and are neutral."""
+    if isinstance(node, dict):
+        neutral = _NEUTRAL_ARGUMENTS.get(str(node.get("_target_")), {})
+        return {k: _as_earlier(v) for k, v in node.items() if k not in neutral or v != neutral[k]}
+    return [_as_earlier(value) for value in node] if isinstance(node, list) else node
 
 
 def variant_hash(cfg: DictConfig) -> str:
