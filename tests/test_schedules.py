@@ -110,8 +110,12 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "steps", "warmup_poly"}
-    schedulers["warmup_poly"].epochs, schedulers["plateau"].mode = 10, "max"  # otherwise those of the training
+    assert set(schedulers) == {"poly", "cosine", "warmup", "constant", "plateau", "step_decay", "steps", "warmup_poly"}
+    schedulers["warmup_poly"].epochs, schedulers["step_decay"].epochs, schedulers["plateau"].mode = (
+        10,
+        10,
+        "max",
+    )  # otherwise those of the training
     for name, config in configured("optimizer").items():
         for scheduler in schedulers.values():
             weight = torch.nn.Parameter(torch.ones(1))
