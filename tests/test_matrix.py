@@ -56,6 +56,8 @@ def test_full_size_builds_on_meta(combination, tmp_path):
 
 def narrow(config, place="model"):
     """Overrides that leave every network a part of its features."""
+    if isinstance(config, dict) and config.get("_target_") == "lightning_modules.networks.swin_unetr":
+        yield from (f"{place}.feature_size=12", f"{place}.attention_window=3")
     for key, value in config.items() if isinstance(config, dict) else ():
         if key == "features" and isinstance(value, list) and "SpatialAutoencoder" not in config["_target_"]:  # groups of one channel
             yield f"{place}.features={[max(8, f // 8) for f in value]}".replace(" ", "")
