@@ -33,7 +33,7 @@ _INCIDENTAL = (
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
 _NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None}
-_NEUTRAL_ARGUMENTS = {  # of what is built, wherever it stands
+_NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "lightning_modules.inferers.Window": {"starts": "even"},
     "lightning_modules.networks.swin_unetr": {"shift": True},
 }
