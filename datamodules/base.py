@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.cache import CaseCache
 from datamodules.integrity import ERROR, Finding, check_cases, raise_on_errors, render
-from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
+from datamodules.preprocessing import Preprocessing, dataset_statistics, histogram_statistics, labeled_statistics
 from datamodules.readers.brats_files import nifti
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
@@ -246,8 +246,9 @@ class CaseDataModule(pl.LightningDataModule):
         self.parts["predict"] = cases
         if self._wants("unlabeled"):
             self.parts["unlabeled"] += self.without_label(cases)
-        if self.preprocessing.normalize == "dataset" and self.statistics is None:
-            self.statistics = dataset_statistics([self.store.open(c).stats for c in self.parts["train"]])
+        over_cases = {"dataset": dataset_statistics, "histogram": histogram_statistics}.get(self.preprocessing.normalize)
+        if over_cases is not None and self.statistics is None:
+            self.statistics = over_cases([self.store.open(c).stats for c in self.parts["train"]])
         if self.preprocessing.normalize == "ct" and self.statistics is None:
             self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
 

@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from datamodules.preprocessing import Prepared, Preprocessing, Stats, check_channels, preprocess, resampled_shape
+from datamodules.preprocessing import LANDMARK_PERCENTILES, Prepared, Preprocessing, Stats, check_channels, preprocess, resampled_shape
 from datamodules.provenance import current, stamps
 from datamodules.workers import heed_parent, shielded
 from lesionbench.case import Case
@@ -102,7 +102,8 @@ class CachedCase:
 class CaseCache:
     """Preprocessed cases under `root`, for one task and one set of preprocessing settings.
 
-    Settings that only matter when a patch is read (`normalize`) share their entries; everything else gets its own folder.
+    Settings that only matter when a patch is read (`normalize`) share their entries; everything else gets its own folder. So does
+    `normalize="histogram"`, whose entries hold landmarks.
     """
 
     root: Path
@@ -119,6 +120,7 @@ class CaseCache:
             "classes": list(self.task.classes.values()),
             "ignore": self.task.ignore,
             "settings": settings,
+            **({"landmarks": LANDMARK_PERCENTILES} if self.settings.normalize == "histogram" else {}),
         }
         return Path(self.root) / f"{key(json.dumps(stored, sort_keys=True)):016x}"
 

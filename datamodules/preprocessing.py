@@ -18,9 +18,10 @@ from lesionbench.geometry import TOLERANCE, Geometry, displacement, read_header,
 from lesionbench.task import Task
 
 CROPS = ("foreground", "label", "none")
-NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "none")
+NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "histogram", "none")
 INTERPOLATIONS = ("linear", "nearest")
 CT_PERCENTILES = (0.5, 99.5)
+LANDMARK_PERCENTILES = (1, *range(10, 100, 10), 99)
 Stats = dict[str, list]
 
 
@@ -42,6 +43,8 @@ class Preprocessing:
             the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its `percentiles` first;
             `dataset` is a z-score with the mean and deviation over the training split's foreground; `ct` (nnU-Net's for CT) clips at the
             0.5 and 99.5 percentiles of what is labeled in the training split, then takes the z-score with its mean and deviation;
+            `histogram` maps the deciles and the 1 and 99 percentiles of the case's foreground to those of the training split (Nyul et al.,
+            IEEE TMI 2000), linearly between them and beyond, then takes the z-score over the case's foreground;
             `none` keeps raw values. All but `zscore_all`, `ct` and `none` leave the background 0.
         percentiles: (low, high) in percent, where `normalize="percentile"` clips.
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
@@ -120,7 +123,8 @@ class Prepared:
         channel_mask: per channel, whether the case has it.
         geometry: the way back to the native grid.
         stats: per-channel lists: `count`, `sum`, `sumsq`, `mean`, `std`, `min`, `max`, `percentiles` over the foreground, `mean_all`
-            and `std_all` over all voxels; the count of a missing channel is 0.
+            and `std_all` over all voxels; the count of a missing channel is 0. With `normalize="histogram"` also the foreground's
+            `landmarks` (the `LANDMARK_PERCENTILES`) and `moments` (count, sum and sum of squares between each two of them).
     """
 
     image: np.ndarray
@@ -164,7 +168,7 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
         raters=np.stack([on_grid(path) for path in case.raters]) if with_label and case.raters else None,
         channel_mask=channel_mask,
         geometry=geometry,
-        stats=_statistics(image, body, channel_mask, settings.percentiles),
+        stats=_statistics(image, body, channel_mask, settings),
     )
 
 
@@ -208,14 +212,22 @@ def foreground(image: np.ndarray, background: float = 0) -> np.ndarray:
 def normalize_patch(patch: np.ndarray, stats: Stats, settings: Preprocessing, dataset_stats: Stats | None = None) -> np.ndarray:
     """Raw values (M, x, y, z) of a patch or of a whole case -> normalized float32, a new array.
 
-    `stats` are the case's; `dataset_stats` those over the training split, of `dataset_statistics` for `normalize="dataset"` and of
-    `labeled_statistics` for "ct". Missing channels stay 0; a channel without any contrast becomes 0.
+    `stats` are the case's; `dataset_stats` those over the training split, of `dataset_statistics` for `normalize="dataset"`, of
+    `labeled_statistics` for "ct" and of `histogram_statistics` for "histogram". Missing channels stay 0; a channel without any contrast
+    becomes 0.
 
     Raises:
-        SuiteError: `normalize="dataset"` or "ct" without `dataset_stats`.
+        SuiteError: `normalize="dataset"`, "ct" or "histogram" without `dataset_stats`.
     """
     out = patch.astype(np.float32)
     kind = settings.normalize
+    if kind == "histogram":
+        pieces = _histogram_pieces(stats, dataset_stats)
+        for channel, (knots, slopes, intercepts) in zip(out, pieces, strict=True):
+            piece = np.searchsorted(knots[1:-1], channel, side="right")
+            channel *= slopes.astype(np.float32)[piece]
+            channel += intercepts.astype(np.float32)[piece]
+        return out * foreground(patch, settings.background)
     if kind == "ct" and dataset_stats is not None:
         for channel, low, high in zip(out, dataset_stats["low"], dataset_stats["high"], strict=True):
             np.clip(channel, low, high, out=channel)
@@ -258,6 +270,24 @@ def dataset_statistics(stats: Sequence[Stats]) -> Stats:
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
+def histogram_statistics(stats: Sequence[Stats]) -> Stats:
+    """The standard scale of many cases, {"landmarks": [M][11]}: their landmarks, each case's mapped to 0 ... 100, averaged (Nyul et al., 2000).
+
+    A case without a channel does not count for it.
+
+    Raises:
+        SuiteError: no cases.
+    """
+    if not stats:
+        raise SuiteError("normalize=histogram: the standard scale needs at least one training case, and the training split is empty")
+    every = np.array([s["landmarks"] for s in stats], dtype=np.float64)  # (cases, M, 11)
+    span = every[..., -1:] - every[..., :1]
+    scaled = np.where(span > 0, 100 * (every - every[..., :1]) / np.where(span > 0, span, 1), np.nan)
+    known = np.isfinite(scaled).all(axis=-1, keepdims=True)
+    total = np.where(known, scaled, 0).sum(axis=0)
+    return {"landmarks": (total / np.maximum(known.sum(axis=0), 1)).tolist()}
+
+
 def labeled_statistics(values: Sequence[np.ndarray]) -> Stats:
     """Mean, deviation and 0.5 and 99.5 percentiles (`low`, `high`) per channel of raw values at labeled voxels, one (M, n) per case.
 
@@ -280,6 +310,29 @@ def resampled_shape(geometry: Geometry, settings: Preprocessing) -> tuple[int, .
         return geometry.canonical
     sizes = zip(geometry.canonical, geometry.spacing, settings.spacing, strict=True)
     return tuple(max(1, round(count * old / new)) for count, old, new in sizes)
+
+
+def _histogram_pieces(stats: Stats, dataset_stats: Stats | None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For every channel its landmarks, and slopes and intercepts between each two of them: the way to the standard scale, then the z-score.
+
+    Pieces without extent are flat, as is everything where the channel has no contrast.
+    """
+    if dataset_stats is None:
+        raise SuiteError("normalize=histogram needs the standard scale of the training split, and got none")
+    pieces = []
+    for landmarks, scale, moments in zip(stats["landmarks"], dataset_stats["landmarks"], stats["moments"], strict=True):
+        knots, values = np.array(landmarks, dtype=np.float64), np.array(scale, dtype=np.float64)
+        extent = np.diff(knots)
+        slopes = np.where(extent > 0, np.diff(values) / np.where(extent > 0, extent, 1), 0)
+        intercepts = values[:-1] - slopes * knots[:-1]
+        count, total, squares = np.array(moments, dtype=np.float64).T
+        every = max(count.sum(), 1)
+        mean = (slopes * total + intercepts * count).sum() / every
+        square = (slopes**2 * squares + 2 * slopes * intercepts * total + intercepts**2 * count).sum() / every
+        std = np.sqrt(max(square - mean**2, 0))
+        factor = 1 / std if std > 1e-6 else 0
+        pieces.append((knots, slopes * factor, (intercepts - mean) * factor))
+    return pieces
 
 
 def _shift_and_scale(kind: str, stats: Stats, dataset_stats: Stats | None) -> tuple[list[float], list[float]]:
@@ -365,17 +418,19 @@ def _bounding_box(mask: np.ndarray, margins: Sequence[int]) -> tuple[tuple[int, 
     return tuple(box)
 
 
-def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool], percentiles: Sequence[float]) -> Stats:
+def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool], settings: Preprocessing) -> Stats:
     nothing = np.zeros_like(mask)
-    rows = [_channel_statistics(channel, mask if there else nothing, percentiles) for channel, there in zip(image, present, strict=True)]
+    rows = [_channel_statistics(channel, mask if there else nothing, settings) for channel, there in zip(image, present, strict=True)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _channel_statistics(channel: np.ndarray, mask: np.ndarray, percentiles: Sequence[float]) -> dict[str, Any]:
+def _channel_statistics(channel: np.ndarray, mask: np.ndarray, settings: Preprocessing) -> dict[str, Any]:
     values = channel[mask].astype(np.float64)
-    everything = {"mean_all": float(channel.mean(dtype=np.float64)), "std_all": float(channel.std(dtype=np.float64))}
+    more = {"mean_all": float(channel.mean(dtype=np.float64)), "std_all": float(channel.std(dtype=np.float64))}
+    if settings.normalize == "histogram":
+        more |= _landmarks(values)
     if not values.size:
-        return dict.fromkeys(("count", "sum", "sumsq", "mean", "std", "min", "max"), 0) | {"percentiles": [0, 0]} | everything
+        return dict.fromkeys(("count", "sum", "sumsq", "mean", "std", "min", "max"), 0) | {"percentiles": [0, 0]} | more
     return {
         "count": int(values.size),
         "sum": float(values.sum()),
@@ -384,6 +439,13 @@ def _channel_statistics(channel: np.ndarray, mask: np.ndarray, percentiles: Sequ
         "std": float(values.std()),
         "min": float(values.min()),
         "max": float(values.max()),
-        "percentiles": [float(v) for v in np.percentile(values, percentiles)],
-        **everything,
+        "percentiles": [float(v) for v in np.percentile(values, settings.percentiles)],
+        **more,
     }
+
+
+def _landmarks(values: np.ndarray) -> dict[str, list]:
+    knots = np.percentile(values, LANDMARK_PERCENTILES) if values.size else np.zeros(len(LANDMARK_PERCENTILES))
+    piece, count = np.searchsorted(knots[1:-1], values, side="right"), len(knots) - 1
+    moments = [np.bincount(piece, weights, count) for weights in (None, values, np.square(values))]
+    return {"landmarks": knots.tolist(), "moments": np.stack(moments, axis=1).tolist()}

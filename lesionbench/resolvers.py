@@ -1,4 +1,5 @@
-"""What configuration files can compute: `${cap:sizes,limit}`, `${share:of,part}`, `${either:value,default}`, `${if_unlabeled:class,a,b}` and `${offline_without_key:}`."""
+"""What configuration files can compute: `${cap:sizes,limit}` or `${cap:sizes,limit,least}`, `${share:of,part}`, `${either:value,default}`,
+`${if_unlabeled:class,a,b}` and `${offline_without_key:}`."""
 
 import os
 from collections.abc import Sequence
@@ -19,12 +20,16 @@ def register() -> None:
     OmegaConf.register_new_resolver("offline_without_key", offline_without_key, replace=True)
 
 
-def cap(sizes: Sequence[int] | None, limit: int | None) -> list[int] | None:
-    """Every size at most `limit`; null stays null, no limit changes nothing. Whole volumes (sizes null) become cubes of `limit`."""
+def cap(sizes: Sequence[int] | None, limit: int | None, least: int = 1) -> list[int] | None:
+    """Every size at most `limit`; null stays null, no limit changes nothing. Whole volumes (sizes null) become cubes of `limit`.
+
+    A limit below `least` counts as `least`, for networks that take nothing smaller.
+    """
     if sizes is not None and (isinstance(sizes, str) or not all(isinstance(s, int) and s > 0 for s in sizes)):
         raise SuiteError(f"patch={sizes}: expected voxels along each axis, as in patch=[64,64,64], or null")
     if limit is None:
         return None if sizes is None else list(sizes)
+    limit = max(limit, least)
     return [limit] * 3 if sizes is None else [min(s, limit) for s in sizes]
 
 

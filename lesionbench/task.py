@@ -116,12 +116,16 @@ class Task:
         )
         return first.astype(fitting)[np.maximum(labels, 0)]
 
-    def narrowed(self, channels: Sequence[str] | None = None, regions: Sequence[str] | None = None) -> "Task":
-        """The task with only these channels and regions. Classes that no remaining region tells apart become one class.
+    def narrowed(self, channels: Sequence[str] | None = None, regions: Sequence[str] | Mapping[str, Sequence[str]] | None = None) -> "Task":
+        """The task with only these channels and regions; regions may be new ones, name -> classes, as for `Task`.
+
+        Classes that no region tells apart become one class.
 
         Raises:
-            SuiteError: an unknown channel or region.
+            SuiteError: an unknown channel or region; new regions that `Task` refuses.
         """
+        if isinstance(regions, Mapping):
+            return Task(**{**self.to_dict(), "regions": regions}).narrowed(channels, list(regions))
         for kind, wanted, known in [("channel", channels, self.channels), ("region", regions, self.regions)]:
             for name in wanted or ():
                 if name not in known:

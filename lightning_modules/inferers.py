@@ -51,16 +51,22 @@ class Window:
         overlap: share of a window that its neighbor covers, 0 <= overlap < 1.
         blending: `gaussian` (sigma = 1/8 of the window, as nnU-Net, Isensee et al. 2021) or `constant`.
         batch: windows per forward pass.
+        starts: `even` = windows are spread evenly, so that neighbors may overlap more than asked; `clamped` = each begins one step after
+            the one before it, and the last ends at the border (as MONAI's sliding windows).
     """
 
-    def __init__(self, patch: Sequence[int], overlap: float = 0.5, blending: str = "gaussian", batch: int = 1) -> None:
+    def __init__(
+        self, patch: Sequence[int], overlap: float = 0.5, blending: str = "gaussian", batch: int = 1, starts: str = "even"
+    ) -> None:
+        if starts not in ("even", "clamped"):
+            raise SuiteError(f"model.inferer.starts={starts}: expected even or clamped")
         if not 0 <= overlap < 1:
             raise SuiteError(f"model.inferer.overlap={overlap}: expected 0 <= overlap < 1")
         if blending not in ("gaussian", "constant"):
             raise SuiteError(f"model.inferer.blending={blending}: expected gaussian or constant")
         if patch is None:
             raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
-        self.patch, self.overlap, self.blending, self.batch = tuple(patch), overlap, blending, batch
+        self.patch, self.overlap, self.blending, self.batch, self.starts = tuple(patch), overlap, blending, batch, starts
 
     def __call__(
         self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
@@ -97,7 +103,8 @@ class Window:
         for size, p in zip(shape, self.patch, strict=True):
             step = max(int(p * (1 - self.overlap)), 1)
             count = -(-(size - p) // step) + 1
-            starts.append([round(i * (size - p) / max(count - 1, 1)) for i in range(count)])
+            even = self.starts == "even"
+            starts.append([round(i * (size - p) / max(count - 1, 1)) if even else min(i * step, size - p) for i in range(count)])
         boxes = [tuple(slice(s, s + p) for s, p in zip(corner, self.patch, strict=True)) for corner in product(*starts)]
         yield from (boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch))
 

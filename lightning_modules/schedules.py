@@ -122,6 +122,17 @@ def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence
     return _per_iteration(optimizer, total_iterations, 0, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1])
 
 
+def step_decay(optimizer: Optimizer, total_iterations: int, epochs: int, every: int = 3, factor: float = 0.7) -> LambdaLR:
+    """factor ** (epoch // every), where the training is divided into `epochs` equal parts.
+
+    Raises:
+        SuiteError: `every` below 1.
+    """
+    if every < 1:
+        raise SuiteError(f"scheduler.every={every}: a number of epochs, at least 1")
+    return _per_iteration(optimizer, total_iterations, 0, lambda progress: factor ** (math.floor(progress * epochs + 1e-9) // every))
+
+
 def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:
     """The learning rate as it is."""
     return _per_iteration(optimizer, total_iterations, 0, lambda progress: 1.0)

@@ -61,6 +61,8 @@ def test_full_size_builds_on_meta(combination, tmp_path):
 
 def narrow(config, place):
     """Overrides that leave every network a part of its features, and what is done many times a few times."""
+    if isinstance(config, dict) and config.get("_target_") == "lightning_modules.networks.swin_unetr":
+        yield from (f"{place}.feature_size=12", f"{place}.attention_window=3")
     for key, value in config.items() if isinstance(config, dict) else ():
         if key.endswith(("features", "widths")) and isinstance(value, list):
             if "SpatialAutoencoder" in config["_target_"]:

@@ -36,6 +36,8 @@ TINY = {
     "HarDNet": ({"features": (4, 6, 8, 8, 8, 8), "growth": (2,) * 4, "layers": (4,) * 4}, 32),
     "CMMNet": ({"features": (4, 6, 8), "dilations": (3, 2, 1), "extra_features": (8,), "hppm": 1}, 16),
     "HorizontalUNet": ({"features": (4, 6, 8)}, 16),
+    "LightUNet": ({"features": 2}, 16),
+    "MAABUNet": ({"features": (4, 4, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -172,7 +174,7 @@ def test_published_parameter_counts(name, options, millions):
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", TINY)
 def test_default_size_builds_without_memory(name, dimensions):
-    size = {"image_size": 96} if name in ("nnunet", "unetr", "segresnet_vae") else {}
+    size = {"image_size": 96} if name in ("nnunet", "unetr", "segresnet_vae") else {"blocks": 5} if name == "LightUNet" else {}
     assert parameters(name, dimensions=dimensions, **size) > 3e5
 
 
@@ -425,6 +427,8 @@ def test_every_network_is_configured():
         "hardnet",
         "cmm_net",
         "horizontal_unet",
+        "light_unet",
+        "maab",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",

@@ -7,7 +7,7 @@ import torch
 
 from datamodules import Sampling
 from datamodules.cache import CaseCache
-from datamodules.preprocessing import Preprocessing, dataset_statistics, labeled_statistics
+from datamodules.preprocessing import Preprocessing, dataset_statistics, histogram_statistics, labeled_statistics
 from datamodules.samples import TrainingSamples, collate
 from datamodules.whole_cases import WholeCases
 from lesionbench.case import Case
@@ -18,7 +18,7 @@ from tests.toys import small_net
 TASK = Task(("t1", "t2"), {"background": 0, "lesion": 1})
 SHAPE = (20, 18, 16)
 NORMALIZATIONS = {
-    "zscore": {}, "zscore_all": {}, "minmax": {}, "percentile": {}, "dataset": {}, "none": {"clip": (-1000, 400)}, "ct": {"clip": (-1000, 400)},
+    "zscore": {}, "zscore_all": {}, "minmax": {}, "percentile": {}, "dataset": {}, "histogram": {}, "none": {"clip": (-1000, 400)}, "ct": {"clip": (-1000, 400)},
 }  # fmt: skip
 
 
@@ -42,8 +42,12 @@ def store(tmp_path_factory):
         cache = CaseCache(folder / str(sorted(settings.items())), TASK, preprocessing)
         cache.prepare([case])
         opened = cache.open(case)
-        statistics = {"dataset": dataset_statistics([opened.stats]), "ct": labeled_statistics([opened.labeled_values()])}
-        return case, cache, preprocessing, statistics.get(preprocessing.normalize)
+        made = {
+            "dataset": lambda: dataset_statistics([opened.stats]),
+            "histogram": lambda: histogram_statistics([opened.stats]),
+            "ct": lambda: labeled_statistics([opened.labeled_values()]),
+        }
+        return case, cache, preprocessing, made.get(preprocessing.normalize, lambda: None)()
 
     return make
 

@@ -45,6 +45,23 @@ def experiment():
     return composed("experiment=supervised/folder")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place", "option", "value"),
+    [
+        (["experiment=supervised/folder"], "model.inferer", "starts", "clamped"),
+        (["experiment=supervised/folder", "model/network=swin_unetr"], "model.network", "shift", False),
+        (["experiment=umm/ibsr", "sweep=umm_rows", "row=swin_unetr"], "model.branches.v", "shift", False),
+    ],
+)
+def test_an_argument_that_came_later_leaves_earlier_runs_where_they_are(arguments, place, option, value):
+    cfg = composed(*arguments)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    earlier, other = cfg.copy(), cfg.copy()
+    del OmegaConf.select(earlier, place)[option]
+    OmegaConf.select(other, place)[option] = value
+    assert config_hash(earlier) == config_hash(cfg) != config_hash(other)
+
+
 def changed(cfg, override: str):
     """The configuration with `key=value`; a choice of a group (`trainer=gpu`) is composed anew."""
     key, _, value = override.partition("=")
@@ -363,6 +380,8 @@ def test_cap():
     assert cap([64, 16], None) == [64, 16]
     assert cap(None, None) is None
     assert cap(None, 16) == [16, 16, 16]
+    assert cap([128, 16], 32, 64) == [64, 16]
+    assert cap([128, 16], None, 64) == [128, 16]
 
 
 def test_either_keeps_everything_but_null():

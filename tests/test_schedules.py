@@ -154,19 +154,10 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    assert set(schedulers) == {
-        "poly",
-        "cosine",
-        "warmup",
-        "constant",
-        "plateau",
-        "steps",
-        "warmup_poly",
-        "flat_cosine",
-        "one_cycle",
-        "cosine_cycles",
-    }
-    schedulers["warmup_poly"].epochs, schedulers["plateau"].mode = 10, "max"  # otherwise those of the training
+    names = "poly cosine warmup constant plateau steps step_decay warmup_poly flat_cosine one_cycle cosine_cycles"
+    assert set(schedulers) == set(names.split())
+    schedulers["plateau"].mode = "max"  # otherwise that of the training, as the epochs
+    schedulers["warmup_poly"].epochs = schedulers["step_decay"].epochs = 10
     for name, config in configured("optimizer").items():
         for scheduler in schedulers.values():
             weight = torch.nn.Parameter(torch.ones(1))

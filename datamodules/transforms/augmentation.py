@@ -1,9 +1,10 @@
 """Augmentation: chains of TorchIO transforms named in the configuration, and a gate that opens less often late in training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datamodules.transforms.placement import RandomPlacement
+from lesionbench.errors import SuiteError
 
 
 class Chain:
@@ -17,10 +18,7 @@ class Chain:
         import torchio
 
         for transform in transforms:
-            if isinstance(transform, torchio.Transform):
-                transform.copy = False
-            if isinstance(transform, torchio.IntensityTransform) and transform.include is None:
-                transform.include = ["image"]
+            _set_up(transform)
         self.placement = placement
         self.transforms = torchio.Compose(transforms, copy=False)
 
@@ -32,6 +30,35 @@ def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any]
     """One augmentation out of named transforms, so that each can be changed or removed (set to null) by its name; None when empty."""
     kept = [t for t in transforms.values() if t is not None]
     return Chain(kept, placement) if kept or placement is not None else None
+
+
+def one_of(transforms: Sequence[Callable], weights: Sequence[float] | None = None, p: float = 1.0) -> Callable:
+    """With probability `p` one of the TorchIO transforms, drawn by its weight.
+
+    Args:
+        weights: divided by their sum; None = equal ones.
+
+    Raises:
+        SuiteError: not a weight for each, or weights below 0 or all 0.
+    """
+    import torchio
+
+    weights = [1.0] * len(transforms) if weights is None else list(weights)
+    if len(weights) != len(transforms) or min(weights) < 0 or sum(weights) <= 0:
+        raise SuiteError(f"augmentation: weights={weights} of {len(transforms)} transforms: one for each, at least 0 and not all 0")
+    return torchio.OneOf(dict(zip(transforms, weights, strict=True)), p=p)
+
+
+def _set_up(transform: Callable) -> None:
+    """Has a transform work in place, and an intensity transform on the image alone where it does not say on what."""
+    import torchio
+
+    if isinstance(transform, torchio.Transform):
+        transform.copy = False
+    if isinstance(transform, torchio.IntensityTransform | torchio.RandomAnisotropy) and transform.include is None:
+        transform.include = ["image"]
+    for inner in getattr(transform, "transforms_dict", ()):
+        _set_up(inner)
 
 
 class Gate:

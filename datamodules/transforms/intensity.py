@@ -157,21 +157,37 @@ class RandomScaleShift(RandomTransform, IntensityTransform):
     Args:
         scale: the factor is uniform in [1 - scale, 1 + scale].
         shift: the number is uniform in [-shift, shift], in units of the normalized image.
+        per_channel: each channel has its own factor and number.
 
     Raises:
         SuiteError: a negative scale or shift.
     """
 
-    def __init__(self, scale: float = 0.1, shift: float = 0.1, **options: Any) -> None:
+    def __init__(self, scale: float = 0.1, shift: float = 0.1, per_channel: bool = False, **options: Any) -> None:
         if scale < 0 or shift < 0:
             raise SuiteError(f"augmentation: scale={scale} and shift={shift} must not be negative")
         super().__init__(**options)
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.per_channel = scale, shift, per_channel
 
     def apply_transform(self, subject: Subject) -> Subject:
-        factor, offset = 1 + self.scale * (2 * torch.rand(1) - 1), self.shift * (2 * torch.rand(1) - 1)
-        for image in self.get_images(subject):
+        images = self.get_images(subject)
+        shape = (len(images[0].data), 1, 1, 1) if self.per_channel else (1,)
+        factor, offset = 1 + self.scale * (2 * torch.rand(shape) - 1), self.shift * (2 * torch.rand(shape) - 1)
+        for image in images:
             image.set_data(image.data * factor + offset)
+        return subject
+
+
+class RandomChannelNoise(RandomTransform, IntensityTransform):
+    """Replaces one channel, drawn anew, by Gaussian noise of mean 0 and standard deviation 1 (Akbar et al., BrainLes 2021, Section 2.5).
+
+    Args:
+        p: probability that it is applied.
+    """
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        for image in self.get_images(subject):
+            image.data[int(torch.randint(len(image.data), ()))].normal_()
         return subject
 
 

@@ -33,9 +33,15 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {
-    "model.freeze": [], "init_prefix": None, "test_time": None, "model.scheduler.cooldown": 0, "model.target.decoding": "nested", "model.target.background": False,
-    **{f"postprocessing.{rule}": None for rule in ("probability", "opening", "closing", "suppress")}, "postprocessing.decoding": "nested", "postprocessing.keep_largest": [],
+_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None}
+_NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
+    "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
+    "lightning_modules.inferers.Window": {"starts": "even"},
+    "lightning_modules.networks.swin_unetr": {"shift": True},
+    "lightning_modules.postprocessing.PostProcessing": {
+        **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],
+    },
+    "lightning_modules.schedules.plateau": {"cooldown": 0},
 }  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
@@ -58,7 +64,15 @@ def config_hash(cfg: DictConfig) -> str:
             node = node.get(parent) or {}
         if dotted in _INCIDENTAL or node.get(last) == _NEUTRAL[dotted]:
             node.pop(last, None)
-    return hashlib.sha256(json.dumps(recorded(data), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(recorded(_as_earlier(data)), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _as_earlier(node: Any) -> Any:
+    """A configuration (plain data) without the arguments that came later and are neutral."""
+    if isinstance(node, dict):
+        neutral = _NEUTRAL_ARGUMENTS.get(str(node.get("_target_")), {})
+        return {k: _as_earlier(v) for k, v in node.items() if k not in neutral or v != neutral[k]}
+    return [_as_earlier(value) for value in node] if isinstance(node, list) else node
 
 
 def variant_hash(cfg: DictConfig) -> str:

@@ -1,9 +1,13 @@
 """Soft Dice losses for classes (softmax) and for regions (sigmoid); both stand on `soft_dice`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from lesionbench.errors import SuiteError
 from lesionbench.task import IGNORE
+from lightning_modules.losses.cross_entropy import weighted_mean
 
 
 def soft_dice(
@@ -36,10 +40,9 @@ def soft_dice(
     return dice, (valid.amax(axes) > 0).expand_as(dice)
 
 
-def dice_loss(dice: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - Dice over the coefficients that have valid voxels; 0 (with a gradient path) where none has."""
-    known = known.to(dice)
-    return ((1 - dice) * known).sum() / known.sum().clamp_min(1)
+def dice_loss(dice: torch.Tensor, known: torch.Tensor, weights: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Mean of 1 - Dice, weighted by channel, over the coefficients that have valid voxels; 0 (with a gradient path) where none has."""
+    return weighted_mean(1 - dice, known.to(dice) * weights)
 
 
 class SoftDice(nn.Module):
@@ -73,21 +76,33 @@ class SoftDice(nn.Module):
 class RegionDice(nn.Module):
     """1 - mean soft Dice over regions (and samples), on sigmoid probabilities (region-based training, Isensee et al., BrainLes 2020).
 
-    Args: as `SoftDice`; every region counts.
+    Args:
+        batch, squared, smooth: as `SoftDice`.
+        weights: of the regions in the mean, in the task's order; None for equal ones.
 
     Shapes: logits (B, R, *spatial), target region masks (B, R, *spatial) with -1 = ignore -> scalar in [0, 1], float32.
+
+    Raises:
+        SuiteError: weights below 0 or all 0, or of another number than the regions.
     """
 
     kind = "sigmoid"
 
-    def __init__(self, batch: bool = False, squared: bool = False, smooth: float = 1e-5) -> None:
+    def __init__(self, batch: bool = False, squared: bool = False, smooth: float = 1e-5, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.batch, self.squared, self.smooth = batch, squared, smooth
+        if weights is not None and (min(weights) < 0 or max(weights) <= 0):
+            raise SuiteError(f"loss.weights={list(weights)}: numbers of at least 0, not all 0; null for equal ones")
+        given = None if weights is None else torch.tensor([float(w) for w in weights])
+        self.register_buffer("weights", given, persistent=False)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.weights is not None and len(self.weights) != logits.shape[1]:
+            raise SuiteError(f"loss.weights has {len(self.weights)} numbers, but the task has {logits.shape[1]} regions")
         probabilities = logits.float().sigmoid()
         valid = target != IGNORE
-        return dice_loss(*soft_dice(probabilities, target.float(), valid, batch=self.batch, squared=self.squared, smooth=self.smooth))
+        dice, known = soft_dice(probabilities, target.float(), valid, batch=self.batch, squared=self.squared, smooth=self.smooth)
+        return dice_loss(dice, known, 1.0 if self.weights is None else self.weights)
 
 
 class GeneralizedDice(nn.Module):

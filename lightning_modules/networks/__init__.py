@@ -19,6 +19,8 @@ from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.hardnet import HarDNet
 from lightning_modules.networks.horizontal_unet import HorizontalUNet
+from lightning_modules.networks.light_unet import LightUNet
+from lightning_modules.networks.maab import MAABUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -51,6 +53,8 @@ __all__ = [
     "DilatedUNet",
     "HarDNet",
     "HorizontalUNet",
+    "LightUNet",
+    "MAABUNet",
     "MiddleSlice",
     "MultiHeadResNet",
     "MultiHeadUNet",

@@ -7,6 +7,7 @@ from monai.networks.nets import (
     UNETR,
     SwinUNETR,
 )
+from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -94,6 +95,7 @@ def swin_unetr(
     depths: Sequence[int] = (2, 2, 2, 2),
     heads: Sequence[int] = (3, 6, 12, 24),
     attention_window: int = 7,
+    shift: bool = True,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
 ) -> SwinUNETR:
@@ -103,6 +105,8 @@ def swin_unetr(
         feature_size: width after patch embedding, a multiple of 12.
         depths, heads: transformer blocks and attention heads of the four stages.
         attention_window: side of the attention windows, in tokens.
+        shift: move the windows of every second block by half a side, so that attention crosses their borders; without, nothing does
+            within a stage. No parameter depends on it.
         dropout: dropout rate in the transformer, in [0, 1].
         gradient_checkpointing: recompute the encoder in the backward pass; less memory, more time, same result.
 
@@ -120,6 +124,9 @@ def swin_unetr(
             use_checkpoint=gradient_checkpointing,
             spatial_dims=dimensions,
         )
+    for block in network.modules():
+        if isinstance(block, SwinTransformerBlock) and not shift:
+            block.shift_size = (0,) * dimensions
     parts = {
         "encoder": ("swinViT", "encoder1", "encoder2", "encoder3", "encoder4"),
         "bottleneck": ("encoder10",),
