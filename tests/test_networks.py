@@ -40,6 +40,7 @@ TINY = {
     "MAABUNet": ({"features": (4, 4, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
+    "NnSegNet": ({"features": (4, 6, 8, 8)}, 16),
 }
 
 ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
@@ -82,7 +83,11 @@ def test_shapes_gradients_and_forms(name, dimensions):
     out = network(image)
     out = out if isinstance(out, dict) else {"logits": out}
     assert set(out) == {"logits"} | (
-        {"deep"} if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet") else {"loss"} if name == "segresnet_vae" else set()
+        {"deep"}
+        if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet", "NnSegNet")
+        else {"loss"}
+        if name == "segresnet_vae"
+        else set()
     )
     assert out["logits"].shape == (2, 3, *size)
     heads = [out["logits"], *out.get("deep", [])]
@@ -432,6 +437,7 @@ def test_every_network_is_configured():
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",
+        "nnsegnet",
         "slab",
         "small_unet",
         "subpixel",

@@ -72,6 +72,7 @@ __all__ = [
     "stateless",
     "swin_unet",
     "transbts",
+    *_MONAI,
 ]
 
 
