@@ -34,6 +34,7 @@ TINY = {
     "DilatedUNet": ({"width": 4}, 16),
     "CMMNet": ({"features": (4, 6, 8), "dilations": (3, 2, 1), "extra_features": (8,), "hppm": 1}, 16),
     "HorizontalUNet": ({"features": (4, 6, 8)}, 16),
+    "ResUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
 }
@@ -419,6 +420,7 @@ def test_every_network_is_configured():
         "dilated_unet",
         "cmm_net",
         "horizontal_unet",
+        "resunet",
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",
