@@ -8,8 +8,8 @@ images, and the training loss over the last tenth of the iterations.
 `enhancing` (docs/methods/modified_unet_horizontal.md): the same, sensitivity for enhancing tumor where there is some, and the volume that is taken for it where
 there is none.
 
-Reads `config.yaml`, `test/cases.csv` and `metrics.csv` of every finished run below the folder. Runs are grouped by what their configurations differ
-in, but for seeds; a row is a group and a measure, with mean and standard deviation over seeds. The last table is printed as Markdown.
+Reads `config.yaml`, `test/cases.csv` and `metrics.csv` of every finished run below the folder. Runs are grouped by what their models differ in,
+but for seeds; a row is a group and a measure, with mean and standard deviation over seeds. The last table is printed as Markdown.
 """
 
 import csv
@@ -26,11 +26,11 @@ from pairing_effects import Measured, print_table, write_table
 
 from lesionbench.results import read_rows
 
-ALONE = ("seed", "run_folder", "simulation_seed", "default_root_dir", "folder")  # differ between the seeds of one arm
+ALONE = ("seed", "metrics")  # what no arm is told by
 
 
 def flat(config: Any, name: str = "") -> dict[str, str]:
-    """Dotted key -> value as text, without what differs between seeds."""
+    """Dotted key -> value as text, without `ALONE`."""
     if not isinstance(config, Mapping):
         return {name: str(config)}
     return {k: v for key, value in config.items() if key not in ALONE for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}

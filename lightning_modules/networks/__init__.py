@@ -28,6 +28,7 @@ from lightning_modules.networks.nnsegnet import NnSegNet
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
+from lightning_modules.networks.resunet import ResUNet
 from lightning_modules.networks.slab import SlabChannels
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.networks.subpixel import SubpixelNet
@@ -64,6 +65,7 @@ __all__ = [
     "PackUNet",
     "PairedUNet",
     "PixelCritic",
+    "ResUNet",
     "SlabChannels",
     "SpatialAutoencoder",
     "SubpixelNet",
