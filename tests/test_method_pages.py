@@ -20,7 +20,13 @@ from tests.test_docs import ROOT, blocks, called, keys, overrides
 HEADINGS = ["Paper", "Method", "Run", "Options", "Departures", "Results"]
 PACKAGES = ("lightning_modules", "datamodules", "callbacks", "lesionbench")
 ABSENT = "no such key"
-RECIPES = ("ensemble", "nnunet_region_loss_ensemble")  # have a page, but no file of their own in conf/model
+RECIPES = (
+    "ensemble",
+    "maab_unet",
+    "modality_ablation_unet",
+    "nnunet_region_loss_ensemble",
+    "swin_unetr",
+)  # have a page, but no file of their own in conf/model
 PAGES = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
