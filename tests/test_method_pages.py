@@ -25,10 +25,13 @@ RECIPES = (
     "cmm_net_3d",
     "ensemble",
     "hardnet_bts",
+    "maab_unet",
+    "modality_ablation_unet",
     "modified_unet_horizontal",
     "nnsegnet",
     "nnunet_region_loss_ensemble",
     "resunet3d_pei",
+    "swin_unetr",
 )  # have a page, but no file of their own in conf/model
 PAGES = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
