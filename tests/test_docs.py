@@ -119,7 +119,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["benchmark=brats2020", "model=supervised", "model/network=slab"], ["benchmark=brats2020", "model=supervised", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal_adversarial/toy2d"],
         ["experiment=modality_pairing/toy_missing"],
-        ["experiment=spin/atlas"], ["experiment=spin/semi_real"],
+        ["experiment=spin/atlas"], ["experiment=spin/semi_real"], ["experiment=swin_unetr/brats2021"],
         ["experiment=flair_threshold/simulated"],
         ["experiment=umm/simulated"],
         ["experiment=fae/simulated"],
