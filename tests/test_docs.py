@@ -127,6 +127,8 @@ def test_keys_and_choices_in_the_text_exist():
         ["benchmark=blobs", "model=pseudo_label", "callbacks=[default,pseudo_label_quality]"], ["benchmark=blobs", "model=co_learning"],
         ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
+        ["experiment=attention_unet_positive_mining/simulated"],
+        ["experiment=hardnet_bts/simulated"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
