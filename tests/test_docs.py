@@ -128,6 +128,8 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
         ["experiment=cmm_net_3d/brats2021"], ["experiment=modified_unet_horizontal/brats2021"], ["experiment=resunet3d_pei/brats2021"],
+        ["experiment=attention_unet_positive_mining/simulated"],
+        ["experiment=hardnet_bts/simulated"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
