@@ -41,7 +41,7 @@ TINY = {
     "ResUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadUNet": ({"features": (4, 6, 8)}, 16),
     "MultiHeadVNet": ({"features": (4, 6, 8), "convolutions": (1, 2, 3)}, 16),
-    "NnSegNet": ({"features": (4, 6, 8, 8)}, 16),
+    "SegNet": ({"features": (4, 6, 8, 8)}, 16),
 }
 
 ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
@@ -85,7 +85,7 @@ def test_shapes_gradients_and_forms(name, dimensions):
     out = out if isinstance(out, dict) else {"logits": out}
     assert set(out) == {"logits"} | (
         {"deep"}
-        if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet", "NnSegNet")
+        if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet", "SegNet")
         else {"loss"}
         if name == "segresnet_vae"
         else set()
@@ -439,7 +439,7 @@ def test_every_network_is_configured():
         "multi_head_unet",
         "multi_head_vnet",
         "multi_head_resnet",
-        "nnsegnet",
+        "segnet",
         "slab",
         "small_unet",
         "subpixel",

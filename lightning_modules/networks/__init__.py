@@ -24,11 +24,11 @@ from lightning_modules.networks.maab import MAABUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
-from lightning_modules.networks.nnsegnet import NnSegNet
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
 from lightning_modules.networks.resunet import ResUNet
+from lightning_modules.networks.segnet import SegNet
 from lightning_modules.networks.slab import SlabChannels
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.networks.subpixel import SubpixelNet
@@ -60,7 +60,7 @@ __all__ = [
     "MultiHeadResNet",
     "MultiHeadUNet",
     "MultiHeadVNet",
-    "NnSegNet",
+    "SegNet",
     "NoisyInput",
     "PackUNet",
     "PairedUNet",

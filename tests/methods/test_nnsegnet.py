@@ -9,7 +9,7 @@ from datamodules.readers.brats_files import brats_task
 from lesionbench.checkpoint import build_method
 from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
-from lightning_modules.networks import NnSegNet
+from lightning_modules.networks import SegNet
 from tests.harness import composed, shared
 
 SMALL = {"features": (4, 8, 16, 16)}
@@ -18,13 +18,13 @@ SMALL = {"features": (4, 8, 16, 16)}
 @pytest.mark.parametrize(("decoder", "count"), [("transposed", 31_198_176), ("unpool", 27_663_648), ("small", 17_431_488)])
 def test_parameters_of_the_table(decoder, count):
     with torch.device("meta"):
-        network = NnSegNet(4, 3, decoder=decoder)
+        network = SegNet(4, 3, decoder=decoder)
     assert sum(p.numel() for p in network.parameters()) == count
     assert network.divisor == (32, 32, 32)
 
 
 def test_unpooling_brings_maxima_back_to_their_place():
-    network = NnSegNet(1, 1, dimensions=2, **SMALL)
+    network = SegNet(1, 1, dimensions=2, **SMALL)
     x = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pooled, places = network.pool(x)
     back = network.ups[0](pooled, places)
@@ -38,7 +38,7 @@ def test_unpooling_brings_maxima_back_to_their_place():
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_heads_and_gradients(decoder, dimensions):
     torch.manual_seed(0)
-    network = NnSegNet(2, 3, dimensions=dimensions, decoder=decoder, **SMALL)
+    network = SegNet(2, 3, dimensions=dimensions, decoder=decoder, **SMALL)
     image = torch.randn(1, 2, *(16,) * dimensions)
     outputs = network(image)
     assert [tuple(h.shape[2:]) for h in (outputs["logits"], *outputs["deep"])] == [(s,) * dimensions for s in (16, 8, 4)]
@@ -52,7 +52,7 @@ def test_small_does_not_see_the_encoders_features():
     torch.manual_seed(0)
     answers = {}
     for decoder in ("unpool", "small"):
-        network = NnSegNet(1, 1, dimensions=2, decoder=decoder, deep_supervision=False, **SMALL)
+        network = SegNet(1, 1, dimensions=2, decoder=decoder, deep_supervision=False, **SMALL)
         seen = []
         network.decoder[-1].register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0].shape[1]))
         network(torch.randn(1, 1, 16, 16))
@@ -62,7 +62,7 @@ def test_small_does_not_see_the_encoders_features():
 
 def test_the_order_of_a_block():
     for order, kinds in {"conv_act_norm": ["LeakyReLU", "InstanceNorm3d"], "conv_norm_act": ["InstanceNorm3d", "LeakyReLU"]}.items():
-        block = NnSegNet(1, 1, order=order, **SMALL).encoder[0][0]
+        block = SegNet(1, 1, order=order, **SMALL).encoder[0][0]
         assert [type(part).__name__ for part in block] == ["Conv3d", *kinds]
         assert block[0].bias is not None
 
@@ -78,8 +78,8 @@ def test_the_order_of_a_block():
 )
 def test_refusals(options, message):
     with pytest.raises(SuiteError, match=message):
-        NnSegNet(1, 1, **options)
-    NnSegNet(1, 1, features=(8, 16, 32), decoder="transposed")
+        SegNet(1, 1, **options)
+    SegNet(1, 1, features=(8, 16, 32), decoder="transposed")
 
 
 def test_the_papers_loss_on_its_five_heads():
@@ -105,7 +105,7 @@ def test_decoding_overwrites_from_the_outside_in():
 @pytest.mark.parametrize("method", ["mean_teacher", "supervised"])
 def test_in_other_methods(method):
     cfg = composed(
-        "benchmark=simulated", f"model={method}", "model/network=nnsegnet", "model.network.features=[4,8,16,16]", "patch=[16,16,16]"
+        "benchmark=simulated", f"model={method}", "model/network=segnet", "model.network.features=[4,8,16,16]", "patch=[16,16,16]"
     )
     task = instantiate(cfg.data, _convert_="all").task
     built = build_method(OmegaConf.to_container(cfg.model, resolve=True), task)

@@ -13,7 +13,7 @@ DECODERS = ("unpool", "small", "transposed")
 ORDERS = ("conv_act_norm", "conv_norm_act")
 
 
-class NnSegNet(nn.Module):
+class SegNet(nn.Module):
     """U-shaped network whose decoder is that of a SegNet (Jabareen & Lukassen, BrainLes 2021, Section 2.3 and Table 1).
 
     Every level has two blocks, a convolution of 3^n with bias, leaky ReLU (0.01) and instance normalization. A decoder level that leads to
