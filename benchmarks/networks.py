@@ -60,7 +60,8 @@ def network(name: str) -> Any:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"model/network={name}", f"patch=[{SIDE},{SIDE},{SIDE}]"])
-    made = instantiate(cfg.model.network, _convert_="all")(in_channels=CHANNELS, out_channels=OUTPUTS)
+    more = {"channels": ["t1", "t1ce", "t2", "flair"]} if name == "paired_unet" else {}  # otherwise those of the task
+    made = instantiate(cfg.model.network, _convert_="all")(in_channels=CHANNELS, out_channels=OUTPUTS, **more)
     if made.dimensions != 3 or made.slab:
         raise SuiteError(f"{name} is no 3D network")
     return made
