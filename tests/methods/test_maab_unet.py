@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from benchmarks.maab_effects import DILATIONS, cue_accuracy, cue_network
-from datamodules.transforms.axis_permutation import RandomAxisPermutation
+from datamodules.transforms.axes import RandomAxisPermutation
 from datamodules.transforms.intensity import RandomChannelNoise
 from lesionbench.errors import SuiteError
 from lightning_modules.inferers import Window
