@@ -169,6 +169,8 @@ def test_the_error_of_a_sweep_names_the_job():
         (["mirror=[0,0]"], "mirror=[0, 0]: expected some of the axes"),
         (["mirror=all"], "mirror=all: expected some of the axes"),
         (["test_time=flip"], "test_time 'flip'"),
+        (["job=tune", "tune.what=thresholds", "tune.trials=0"], "tune.trials=0: expected a whole number, at least 1"),
+        (["job=tune", "tune.what=suppression", "tune.depth=deep"], "tune.depth=deep: expected a whole number, at least 1"),
         (["mirror=[0]", "test_time=flips"], "mirror=[0] and test_time=flips: one of them"),
         (["select=bset"], "did you mean 'best'"),
         (

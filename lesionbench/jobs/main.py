@@ -12,7 +12,7 @@ from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
 
-_ON_DATA = ("fit", "test", "predict", "check", "prepare", "show")  # what the options of training, data and inference are about
+_JUDGED = ("fit", "test", "predict", "check", "prepare", "show", "tune")  # jobs whose options are judged first
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -23,7 +23,7 @@ def run_job(cfg: DictConfig) -> float | None:
     """
     if cfg.job not in JOBS:
         raise unknown("job", cfg.job, JOBS)
-    if cfg.job in _ON_DATA:
+    if cfg.job in _JUDGED:
         check_options(cfg)
     return JOBS[cfg.job](cfg)
 

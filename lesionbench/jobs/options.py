@@ -10,7 +10,7 @@ from lesionbench.errors import SuiteError, unknown
 # option -> smallest whole number; null, where an option may be null, is not looked at
 _WHOLE = {
     "seed": 0, "epochs": 1, "accumulate": 1, "threads": 1, "data.batch_size": 1, "data.samples_per_epoch": 1, "data.num_workers": 0, "data.limit_cases": 1,
-    "data.seed": 0, "data.split.seed": 0, "data.split.folds": 2, "data.split.fold": 0,
+    "data.seed": 0, "data.split.seed": 0, "data.split.folds": 2, "data.split.fold": 0, "tune.trials": 1, "tune.depth": 1,
 }  # fmt: skip
 _SHARES = ("data.split.test", "data.split.val")  # below 1 a share, else a number of patients
 _POSITIVE = ("clip", "model.clip")
