@@ -114,6 +114,8 @@ class CaseCache:
     def folder(self) -> Path:
         """`<root>/<key>`: the key stands for all that changes what is stored."""
         settings = {k: v for k, v in self.settings.to_dict().items() if k not in ("normalize", "allow_missing")}
+        if settings["crop_size"] is None:
+            del settings["crop_size"]  # entries from before there was such a thing stay good
         stored = {
             "format": FORMAT,
             "channels": self.task.channels,

@@ -17,7 +17,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import TOLERANCE, Geometry, displacement, read_header, read_volume, resample
 from lesionbench.task import Task
 
-CROPS = ("foreground", "label", "none")
+CROPS = ("foreground", "label", "center", "none")
 NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "histogram", "none")
 INTERPOLATIONS = ("linear", "nearest")
 CT_PERCENTILES = (0.5, 99.5)
@@ -37,7 +37,8 @@ class Preprocessing:
             null for an axis keeps it: `[256, 256, null]` resizes the slices of a stack.
         crop: `foreground` = the box around the foreground (the whole volume where there is none), `none` = the whole volume; `label` =
             the box around what is labeled, by any rater, or the whole volume of a case without a label. It looks at the truth, of test
-            cases as well: for protocols that do so.
+            cases as well: for protocols that do so; `center` = a box of `crop_size` in the middle of the volume, whatever lies there.
+        crop_size: of `center`: voxels along the canonical axes, of the resampled grid; null for an axis, or more than it has, keeps it.
         margin: voxels added around the box on both sides, within the volume: one number, or one per axis.
         normalize: applied when a patch is read. `zscore` over the case's foreground, per channel; `zscore_all` over all voxels of
             the stored box; `minmax` maps the foreground's range to [0, 1]; `percentile` clips at its `percentiles` first;
@@ -52,12 +53,14 @@ class Preprocessing:
         interpolation: of the image where it is resampled: `linear`, or `nearest` (labels always are).
 
     Raises:
-        SuiteError: an unknown crop, normalization or interpolation, a spacing, size, margin or clip that makes no sense, both a spacing and a size.
+        SuiteError: an unknown crop, normalization or interpolation, a spacing, size, margin or clip that makes no sense, both a spacing and a
+            size, a size of the crop without `center` or the other way round.
     """
 
     spacing: tuple[float, float, float] | None = None
     size: tuple[int | None, int | None, int | None] | None = None
     crop: str = "foreground"
+    crop_size: tuple[int | None, int | None, int | None] | None = None
     margin: int | tuple[int, int, int] = 0
     normalize: str = "zscore"
     percentiles: tuple[float, float] = (0.5, 99.5)
@@ -69,12 +72,18 @@ class Preprocessing:
         for name in ("spacing", "percentiles", "clip"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
-        if self.size is not None:
-            object.__setattr__(self, "size", tuple(None if v is None else int(v) for v in self.size))
-            if self.spacing is not None or len(self.size) != 3 or any(v is not None and v < 1 for v in self.size):
-                raise SuiteError(
-                    f"data.preprocessing.size: three numbers of voxels, each or all null; got {self.size}; not with spacing ({self.spacing})"
-                )
+        for name in ("size", "crop_size"):
+            voxels = getattr(self, name)
+            if voxels is not None:
+                object.__setattr__(self, name, tuple(None if v is None else int(v) for v in voxels))
+                if len(voxels) != 3 or any(v is not None and v < 1 for v in voxels):
+                    raise SuiteError(f"data.preprocessing.{name}: three numbers of voxels, each or all null; got {voxels}")
+        if self.size is not None and self.spacing is not None:
+            raise SuiteError(f"data.preprocessing.size={self.size} does not go with spacing={self.spacing}: set one of them to null")
+        if (self.crop == "center") != (self.crop_size is not None):
+            raise SuiteError(
+                f"data.preprocessing.crop={self.crop} with crop_size={self.crop_size}: crop=center takes a crop_size such as [128,128,null], and nothing else does"
+            )
         if self.crop not in CROPS:
             raise unknown("crop", self.crop, CROPS)
         if self.normalize not in NORMALIZATIONS:
@@ -152,6 +161,8 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
 
     if settings.crop == "foreground":
         geometry = replace(geometry, crop=_bounding_box(body, settings.margins))
+    if settings.crop == "center":
+        geometry = replace(geometry, crop=_middle(geometry.resampled, settings.crop_size or (None,) * 3))
     if settings.crop == "label":
         drawn = [whole(path) > 0 for path in ([case.label] if case.label else case.raters)]
         geometry = replace(geometry, crop=_bounding_box(np.any(drawn, axis=0) if drawn else np.zeros_like(body), settings.margins))
@@ -418,6 +429,12 @@ def _bounding_box(mask: np.ndarray, margins: Sequence[int]) -> tuple[tuple[int, 
         hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
         box.append((max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin)))
     return tuple(box)
+
+
+def _middle(shape: Sequence[int], wanted: Sequence[int | None]) -> tuple[tuple[int, int], ...]:
+    """The box of these sides in the middle; of an odd rest the larger half is cut off at the end."""
+    sides = [size if side is None else min(side, size) for size, side in zip(shape, wanted, strict=True)]
+    return tuple(((size - side) // 2, (size - side) // 2 + side) for size, side in zip(shape, sides, strict=True))
 
 
 def _statistics(image: np.ndarray, mask: np.ndarray, present: Sequence[bool], settings: Preprocessing) -> Stats:

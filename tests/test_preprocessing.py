@@ -101,6 +101,34 @@ def test_downsampling_averages_neighbors_and_rounds_the_shape(tmp_path):
     assert np.array_equal(nearest, [2, 4, 6, 8])  # values of the file, no averages
 
 
+@pytest.mark.parametrize("affine", [RAS, LPS, PERMUTED])
+def test_center_crop_is_in_the_middle_of_the_resampled_volume_and_comes_back_onto_the_grid(tmp_path, affine):
+    images, label = blob((11, 16, 21))
+    sides = {"R": 11, "A": 16, "S": 21} if affine is not PERMUTED else {"R": 21, "A": 11, "S": 16}
+    settings = Preprocessing(crop="center", crop_size=[4, None, 99])
+    prepared = preprocess(make_case(tmp_path, images, label, affine=affine), TASK, settings)
+    start = (sides["R"] - 4) // 2  # 3 of 11, so that 3 are cut off before and 4 behind; 8 of 21
+    assert prepared.geometry.crop == ((start, start + 4), (0, sides["A"]), (0, sides["S"]))
+    whole = preprocess(make_case(tmp_path, images, label, affine=affine, name="whole"), TASK, Preprocessing(crop="none"))
+    assert np.array_equal(prepared.image, whole.image[:, start : start + 4])
+    assert np.array_equal(prepared.label, whole.label[start : start + 4])
+    kept = whole.label.copy()
+    kept[:start], kept[start + 4 :] = 0, 0
+    back, expected = (g.to_native(torch.from_numpy(a)[None]) for g, a in [(prepared.geometry, prepared.label), (whole.geometry, kept)])
+    assert torch.equal(back, expected)
+    again = Preprocessing.from_dict(json.loads(json.dumps(settings.to_dict())))
+    assert again == settings
+    assert Preprocessing.from_dict({k: v for k, v in Preprocessing().to_dict().items() if k != "crop_size"}) == Preprocessing()
+
+
+def test_center_crop_counts_resampled_voxels(tmp_path):
+    images, _ = blob((12, 16, 20))
+    case = make_case(tmp_path, images, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    prepared = preprocess(case, TASK, Preprocessing(spacing=[1, 2, 4], crop="center", crop_size=[10, 10, 4]))
+    assert prepared.geometry.resampled == (24, 16, 10)
+    assert prepared.geometry.crop == ((7, 17), (3, 13), (3, 7))
+
+
 def test_crop_is_the_box_of_any_channel_plus_margin_within_the_volume(tmp_path):
     t1, flair = np.zeros((10, 10, 10), np.int16), np.zeros((10, 10, 10), np.int16)
     t1[3, 4, 5] = 7
@@ -339,6 +367,9 @@ def test_settings_survive_a_checkpoint_and_refuse_nonsense():
         {"spacing": (1, 1, 0)},
         {"clip": (5, 5)},
         {"margin": -1},
+        {"crop": "center"},
+        {"crop_size": (8, 8, 8)},
+        {"crop_size": (8, 0, 8), "crop": "center"},
     ):
         with pytest.raises(SuiteError, match=next(iter(wrong))):
             Preprocessing(**wrong)

@@ -115,9 +115,11 @@ class Assembled:
 
     def _check_origin(self, checkpoint: str, own: dict[str, Any]) -> None:
         """Refuses weights that were trained on the cases they would be tested on, or on data prepared in another way."""
-        for name, ours in [("task", self.data.task.to_dict()), ("preprocessing", self.data.preprocessing.to_dict())]:
-            if own.get(name) not in (None, ours):
-                differing = ", ".join(f"{k}: {own[name].get(k)} -> {ours.get(k)}" for k in ours if own[name].get(k) != ours.get(k))
+        for name, now in [("task", self.data.task), ("preprocessing", self.data.preprocessing)]:
+            theirs = type(now).from_dict(own[name]) if own.get(name) else now  # fields that came later have their defaults
+            if theirs != now:
+                before, after = theirs.to_dict(), now.to_dict()
+                differing = ", ".join(f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k])
                 raise SuiteError(f"{checkpoint}: was trained with another {name} than this experiment's data has ({differing})")
         self.data.setup("test")
         both = sorted({c.patient for c in self.data.parts["test"]} & set(own.get("patients") or []))

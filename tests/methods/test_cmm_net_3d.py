@@ -209,6 +209,7 @@ def test_loss_of_equation_3():
 
 def test_the_preset_of_the_paper(tmp_path):
     cfg = composed("experiment=cmm_net_3d/brats2021", f"run_folder={tmp_path}")
+    assert (cfg.data.preprocessing.crop, list(cfg.data.preprocessing.crop_size), list(cfg.patch)) == ("center", [128] * 3, [128] * 3)
     weight = nn.Parameter(torch.zeros(1))
     optimizer = instantiate(cfg.model.optimizer)([weight])
     assert type(optimizer) is torch.optim.Adam

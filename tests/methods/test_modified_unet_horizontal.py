@@ -166,6 +166,7 @@ def test_the_preset_of_the_paper(tmp_path):
     optimizer = instantiate(cfg.model.optimizer)([nn.Parameter(torch.zeros(1))])
     assert (type(optimizer), optimizer.defaults["lr"], optimizer.defaults["betas"]) == (torch.optim.Adam, 5e-5, (0.9, 0.999))
     assert (cfg.epochs, cfg.data.batch_size, list(cfg.patch)) == (25, 8, [128, 128, 128])
+    assert (cfg.data.preprocessing.crop, list(cfg.data.preprocessing.crop_size)) == ("center", [160, 192, 128])
     (elastic,) = instantiate(cfg.data.augmentation).transforms
     assert (type(elastic), elastic.probability, elastic.std) == (RandomElastic, 0.75, 2.0)
     assert type(instantiate(cfg.model.loss)) is GeneralizedDice
