@@ -38,7 +38,7 @@ class CaseDataModule(pl.LightningDataModule):
 
     Args:
         root: folder of the data set.
-        task: `{channels: [...], regions: [...]}` narrows the data set's task; None or missing keys leave it.
+        task: `{channels: [...], regions: [...], inputs: [...]}` narrows the data set's task, or adds inputs; None or missing keys leave it.
         preprocessing: what is done once per case (see `Preprocessing`).
         split: who is trained, validated and tested on (see `Split`).
         sampling: where training samples are cut (see `Sampling`).
@@ -110,6 +110,9 @@ class CaseDataModule(pl.LightningDataModule):
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
         self.extra_maps, self.check = dict(extra_maps or {}), check
+        for name in self.task.inputs:
+            if name not in ("brain_mask", *self.extra_maps):
+                raise unknown("further input (task.inputs)", name, ["brain_mask", *self.extra_maps])
         self.allow_missing = self.preprocessing.allow_missing
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed

@@ -12,6 +12,7 @@ from datamodules.preprocessing import Preprocessing, foreground, normalize_patch
 from datamodules.sampling import Box, Sampling
 from datamodules.transforms.placement import Placement
 from lesionbench.case import Case
+from lesionbench.errors import SuiteError
 from lesionbench.keyed import numpy_generator, torch_seeded
 from lesionbench.maps import MapStore
 from lesionbench.task import Task
@@ -100,6 +101,7 @@ class TrainingSamples(Dataset):
                 sample = self._augmented(sample, epoch)
         if self.channel_dropout and self.repeat is None:
             sample = self._without_channels(sample, numpy_generator(self.seed, "channel dropout", self.stream, epoch, position))
+        sample = with_inputs(sample, self.task, case.id)
         known = {"attributes": case.attributes} if self.labeled else {}
         return {**self._viewed(sample, rng), "case": case.id, **known}
 
@@ -213,6 +215,31 @@ class TrainingSamples(Dataset):
                 moved = value.movedim(axis, -1)
                 result[name] = moved if name == "image" else moved[..., self.slab // 2]
         return {k: v.contiguous() for k, v in result.items()}
+
+
+def with_inputs(sample: dict[str, Any], task: Task, case: str) -> dict[str, Any]:
+    """The sample with the task's further inputs as channels of `image` behind the others; False in `channel_mask`, which tells of
+    modalities, and 0 in `outside`.
+
+    Args:
+        sample: `image` (M, *spatial), and each input (1, *spatial) under its name; changed copies only.
+
+    Raises:
+        SuiteError: an input that the sample lacks or that has several channels; names it and the case.
+    """
+    if not task.inputs:
+        return sample
+    maps = []
+    for name in task.inputs:
+        if name not in sample:
+            raise SuiteError(f"case {case}: task.inputs names {name}, of which there is no map for this case")
+        if len(sample[name]) != 1:
+            raise SuiteError(f"case {case}: the map {name} of task.inputs has {len(sample[name])} channels; an input has one")
+        maps.append(sample[name].to(sample["image"]))
+    none = torch.zeros(len(maps), dtype=torch.bool)
+    more = {"outside": torch.cat([sample["outside"], torch.zeros(len(maps))])} if "outside" in sample else {}
+    image = torch.cat([sample["image"], *maps])
+    return {**sample, "image": image, "channel_mask": torch.cat([sample["channel_mask"], none]), **more}
 
 
 def _as_torchio(values: torch.Tensor, linear: bool) -> torch.Tensor:

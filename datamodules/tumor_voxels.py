@@ -27,11 +27,13 @@ def extract(cfg: DictConfig, folder: Path) -> Path:
     Test and validation cases are not read. A case whose mask is empty is left out, and named.
 
     Raises:
-        SuiteError: no training case has tumor voxels, a case lacks a modality.
+        SuiteError: no training case has tumor voxels, a case lacks a modality, the task has further inputs.
     """
     from hydra.utils import instantiate
 
     data = instantiate(cfg.data, _convert_="all")
+    if data.task.inputs:
+        raise SuiteError(f"task.inputs={list(data.task.inputs)}: voxel vectors hold the channels of the image alone; set it to null")
     data.prepare_data()
     data.setup("fit")
     store, empty = VoxelStore(folder), []

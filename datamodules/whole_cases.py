@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from datamodules.cache import CaseCache
 from datamodules.preprocessing import Preprocessing, foreground, normalize_patch, outside
+from datamodules.samples import with_inputs
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
@@ -65,7 +66,7 @@ class WholeCases(Dataset):
             if self.store is not None and self.store.has(name, case.id):
                 array = np.array(self.store.read(name, case.id))
                 item[name] = torch.from_numpy(array if array.ndim == 4 else array[None])
-        return item
+        return with_inputs(item, self.task, case.id)
 
     def _native(self, case: Case, path: Path) -> np.ndarray:
         values, _, _ = read_volume(path)

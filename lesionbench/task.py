@@ -27,9 +27,10 @@ class Task:
         slice_axis: axis of the canonical (RAS) array along which 2D and 2.5D views are cut; 2 is axial.
         unit: `mm` where the spacing is real, `vox` for data without geometry.
         ignore: values on disk that are left out of losses and metrics.
+        inputs: further input channels, behind those of the image: `brain_mask`, or per-case maps by name (see `data.extra_maps`).
 
     Raises:
-        SuiteError: classes without background, shared disk values, unknown classes in a region, a region that is empty or holds
+        SuiteError: a name that is a channel and an input, classes without background, shared disk values, unknown classes in a region, a region that is empty or holds
             background, or regions that overlap without nesting.
     """
 
@@ -40,12 +41,16 @@ class Task:
     slice_axis: int = 2
     unit: str = "mm"
     ignore: tuple[int, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         classes = {k: _ints(v) for k, v in dict(self.classes).items()}
         regions = {k: tuple(v) for k, v in dict(self.regions).items()} or {k: (k,) for k in list(classes)[1:]}
-        for name, value in [("channels", tuple(self.channels)), ("classes", classes), ("regions", regions), ("ignore", _ints(self.ignore))]:
+        plain = {"channels": tuple(self.channels), "ignore": _ints(self.ignore), "inputs": tuple(self.inputs)}
+        for name, value in {**plain, "classes": classes, "regions": regions}.items():
             object.__setattr__(self, name, value)
+        if len({*self.channels, *self.inputs}) < len(self.channels) + len(self.inputs):
+            raise SuiteError(f"task: a name stands twice in channels={list(self.channels)} and inputs={list(self.inputs)}")
         if not classes or next(iter(classes)) != BACKGROUND or 0 not in classes[BACKGROUND]:
             raise SuiteError(f"task.classes must begin with '{BACKGROUND}: 0'; got {classes}")
         values = [v for vs in classes.values() for v in vs] + list(self.ignore)
@@ -63,6 +68,11 @@ class Task:
                     raise SuiteError(f"task.regions: {a} and {b} overlap without one holding the other")
         if self.unit not in ("mm", "vox"):
             raise unknown("task.unit", self.unit, ["mm", "vox"])
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that a network gets: those of the image and the further inputs."""
+        return len(self.channels) + len(self.inputs)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -116,14 +126,21 @@ class Task:
         )
         return first.astype(fitting)[np.maximum(labels, 0)]
 
-    def narrowed(self, channels: Sequence[str] | None = None, regions: Sequence[str] | Mapping[str, Sequence[str]] | None = None) -> "Task":
-        """The task with only these channels and regions; regions may be new ones, name -> classes, as for `Task`.
+    def narrowed(
+        self,
+        channels: Sequence[str] | None = None,
+        regions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        inputs: Sequence[str] | None = None,
+    ) -> "Task":
+        """The task with only these channels and regions; regions may be new ones, name -> classes, as for `Task`. `inputs` are further ones.
 
         Classes that no region tells apart become one class.
 
         Raises:
             SuiteError: an unknown channel or region; new regions that `Task` refuses.
         """
+        if inputs is not None:
+            return Task(**{**self.to_dict(), "inputs": tuple(inputs)}).narrowed(channels, regions)
         if isinstance(regions, Mapping):
             return Task(**{**self.to_dict(), "regions": regions}).narrowed(channels, list(regions))
         for kind, wanted, known in [("channel", channels, self.channels), ("region", regions, self.regions)]:

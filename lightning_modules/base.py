@@ -43,6 +43,7 @@ class Method(pl.LightningModule):
             and no optimizer, and they stay in evaluation mode, so that batch normalization keeps its running statistics.
 
     Attributes:
+        takes_inputs: whether it has use for further input channels (`Task.inputs`).
         streams: the data streams that `training_step` expects.
         writes_maps: per-case maps that training itself writes to the data module's map store.
         map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
@@ -51,6 +52,7 @@ class Method(pl.LightningModule):
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
     """
 
+    takes_inputs: bool = False
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
@@ -71,6 +73,8 @@ class Method(pl.LightningModule):
         freeze: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if task.inputs and not self.takes_inputs:
+            raise SuiteError(f"task.inputs={list(task.inputs)}: {type(self).__name__} sees the channels of the image alone; set it to null")
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
         self.accumulate, self.clip, self.seed, self.monitor = accumulate, clip, seed, monitor
         self.metrics = metrics or CaseMetrics()

@@ -28,6 +28,8 @@ class SegmentationMethod(Method):
         inferer: called with (image, predictor, slice axis): see `lightning_modules.inferers`.
     """
 
+    takes_inputs = True
+
     def __init__(
         self,
         task: Task,
@@ -45,7 +47,7 @@ class SegmentationMethod(Method):
             raise SuiteError(
                 f"model.loss={type(loss).__name__} is for {kind} outputs, model.target={type(self.target).__name__} gives {self.target.kind}; change one of them"
             )
-        self.network = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
+        self.network = network(in_channels=task.in_channels, out_channels=self.target.out_channels)
         self.loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)  # without heads it is the plain loss
         if getattr(inferer, "divisor", 0) is None:
             fitted: Any = copy(inferer)

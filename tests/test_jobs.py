@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from datamodules.preprocessing import Preprocessing
+from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError
+from lesionbench.geometry import read_volume
 from lesionbench.task import Task
 from tests.fake_data import write_fake_brats, write_fake_folder
 from tests.harness import SMALL, assert_same, composed, rows, run, run_folders, run_killed, weights
@@ -330,6 +332,26 @@ def test_predict_refuses_to_overwrite_and_writes_the_inputs_geometry(folder, tmp
     for field in ("qform_code", "sform_code", "descrip", "quatern_d", "srow_x"):
         assert np.array_equal(mask.header[field], image.header[field]), field
     assert not list(images.glob(".*"))
+
+
+def test_further_inputs_reach_training_test_prediction_and_ensembles(folder, tmp_path):
+    for name, inputs in [("with", "task.inputs=[brain_mask]"), ("without", "task.inputs=null")]:
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path / name}", inputs)
+    found = {name: run_folders(tmp_path / name)[0] / "checkpoints" / "last.ckpt" for name in ("with", "without")}
+    first = {name: load_method(str(path), ["tests"])[0].network[0].weight for name, path in found.items()}
+    assert [first[name].shape[1] for name in ("with", "without")] == [3, 2]
+    predict = ["job=predict", f"input={folder / 'images'}", "trust=[tests]", "writer.probabilities=true"]
+    for name, ckpt in [("alone", found["with"]), ("both", f"[{found['with']},{found['without']}]"), ("plain", found["without"])]:
+        run(*predict, f"ckpt={ckpt}", f"out={tmp_path / name}")
+    maps = {
+        name: read_volume(next((tmp_path / name / "predictions").glob("case_00_prob_*.nii.gz")))[0] for name in ("alone", "both", "plain")
+    }
+    assert np.allclose(maps["both"], (maps["alone"] + maps["plain"]) / 2, atol=2e-3)
+    assert not np.allclose(maps["alone"], maps["plain"], atol=2e-3)
+    with pytest.raises(SuiteError, match=r"task\.inputs=\['brain_mask'\]: voxel vectors hold the channels of the image alone"):
+        run("experiment=fae/simulated", "task.inputs=[brain_mask]", f"runs={tmp_path / 'fae'}")
+    with pytest.raises(SuiteError, match=r"FlairThreshold sees the channels of the image alone"):
+        run("experiment=flair_threshold/simulated", "task.inputs=[brain_mask]", f"runs={tmp_path / 'flair'}")
 
 
 def test_prediction_goes_on_without_what_cannot_be_used(folder, tmp_path, capsys, monkeypatch):

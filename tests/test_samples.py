@@ -418,6 +418,43 @@ def test_maps_follow_the_label_through_rotation_and_scaling(root, store):
     assert changed == 4
 
 
+@pytest.mark.parametrize("view", ["patch", "slab", "voxels"])
+def test_further_inputs_are_channels_behind_the_image_moved_with_it(root, store, view):
+    import torchio
+
+    form = {"patch": (6, 5, 4), "slab": (6, 5), "voxels": (9, 9, 9)}[view]
+    options = {
+        "view": view, "voxels": 50, "patch": form, "slab": 3, "extra_maps": {"soft": "nearest"}, "maps": store,
+        "augmentation": chain(flip=torchio.RandomFlip(axes=(0, 1, 2)), noise=torchio.RandomNoise(std=(1, 1))), "channel_dropout": 0.5,
+    }  # fmt: skip
+    data = module(root, task={"inputs": ["brain_mask", "soft"]}, **options)
+    assert (data.task.in_channels, data.task.channels, data.task.inputs) == (4, ("t1", "flair"), ("brain_mask", "soft"))
+    for batch, plain in zip(data.train_dataloader(), module(root, **options).train_dataloader(), strict=True):
+        assert torch.equal(batch["image"][:, :2], plain["image"])  # which has seen the noise, and lacks channels
+        for place, name in [(2, "brain_mask"), (3, "soft")]:
+            values = batch["image"][:, place, ..., 1] if view == "slab" else batch["image"][:, place]
+            assert torch.equal(values, batch[name][:, 0].float())
+        assert torch.equal(batch["channel_mask"][:, :2], plain["channel_mask"])
+        assert not batch["channel_mask"][:, 2:].any()
+    case = whole(data, data.parts["train"][0].id)
+    assert torch.equal(case["image"][2:], torch.cat([case["brain_mask"], case["soft"]]).float())
+    assert case["outside"][2:].tolist() == [0, 0]
+
+
+def test_an_input_without_a_map_is_named(root, store, tmp_path):
+    with pytest.raises(SuiteError, match=r"further input \(task\.inputs\).*'brainmask'.*did you mean 'brain_mask'"):
+        module(root, task={"inputs": ["brainmask"]})
+    with pytest.raises(SuiteError, match=r"a name stands twice in channels=\['t1', 'flair'\] and inputs=\['t1'\]"):
+        module(root, task={"inputs": ["t1"]})
+    options = {"maps": store}
+    two = module(root, task={"inputs": ["shares"]}, extra_maps={"shares": "linear"}, **options)
+    with pytest.raises(SuiteError, match=r"the map shares of task\.inputs has 2 channels"):
+        dataset(two)[(0, 0)]
+    nobody = module(root, task={"inputs": ["soft"]}, extra_maps={"soft": "linear"}, maps=MapStore(tmp_path))
+    with pytest.raises(SuiteError, match=r"case .*: task\.inputs names soft, of which there is no map"):
+        dataset(nobody)[(0, 0)]
+
+
 def test_a_map_that_only_some_cases_have_is_left_out_of_the_batch(root, tmp_path):
     partial, data = MapStore(tmp_path), module(root)
     owner = data.parts["train"][0]

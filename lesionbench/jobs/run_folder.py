@@ -33,8 +33,9 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None}
+_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None}
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
+    "datamodules.Preprocessing": {"crop_size": None},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
     "lightning_modules.inferers.Window": {"starts": "even"},
     "lightning_modules.networks.swin_unetr": {"shift": True},
@@ -42,6 +43,7 @@ _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever 
         **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],
     },
     "lightning_modules.schedules.plateau": {"cooldown": 0},
+    "torch.optim.Adam": {"eps": 1e-8},
 }  # fmt: skip
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"

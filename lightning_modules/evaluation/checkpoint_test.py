@@ -17,6 +17,8 @@ class CheckpointTest(Method):
         trust: further packages whose classes a checkpoint may build.
     """
 
+    takes_inputs = True
+
     def __init__(self, task: Task, *, checkpoint: str, trust: Sequence[str] = (), **options: Any) -> None:
         super().__init__(task, **options)
         self.method = load_method(checkpoint, trust)[0].requires_grad_(False)

@@ -262,10 +262,10 @@ class Ensemble(Method):
     def _view(self, member: Member, own: Mapping[str, Any], batch: Batch) -> Batch:
         """The case as this member wants it: as it is where the data module prepares cases in just this way."""
         data = self.trainer.datamodule
-        ours = (data.task.channels, data.preprocessing.to_dict(), data.statistics)
-        if ours == (member.task.channels, own["preprocessing"], own["statistics"]):
-            return batch
         preprocessing = type(data.preprocessing).from_dict(own["preprocessing"])
+        ours = (data.task.channels, data.task.inputs, data.preprocessing, data.statistics)
+        if ours == (member.task.channels, member.task.inputs, preprocessing, own["statistics"]):
+            return batch
         view = data.case_batch(batch["case"][0], member.task, preprocessing, own["statistics"])
         return data.transfer_batch_to_device(view, self.device, 0)
 
@@ -290,7 +290,7 @@ def common_task(paths: Sequence[str], trust: Sequence[str] = ()) -> Task:
     if not all(set(task.regions) <= set(most.regions) for task in tasks):
         with suppress(SuiteError):  # of regions that do not go together the ensemble itself tells
             whole = joined(tasks)
-    return Task(**{**whole.to_dict(), "channels": tuple(channels)})
+    return Task(**{**whole.to_dict(), "channels": tuple(channels), "inputs": ()})  # every member has its own inputs
 
 
 def _reason(path: str, trust: Sequence[str]) -> str:

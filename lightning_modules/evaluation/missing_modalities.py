@@ -43,9 +43,12 @@ class MissingModalities(CheckpointTest):
     def predict_case(self, batch: Batch) -> Prediction:
         prediction = self.method.predict_case(batch)
         for name, subset in self.subsets.items():
-            there = torch.tensor([c in subset for c in self.task.channels], device=batch["image"].device)
+            there = torch.tensor(
+                [*(c in subset for c in self.task.channels), *(False for _ in self.task.inputs)], device=batch["image"].device
+            )
             there = there & batch["channel_mask"]
-            image = batch["image"] * there[:, :, None, None, None]
-            beyond = {"outside": batch["outside"] * there} if "outside" in batch else {}
+            kept = there | torch.arange(there.shape[-1], device=there.device).ge(len(self.task.channels))  # further inputs stay
+            image = batch["image"] * kept[:, :, None, None, None]
+            beyond = {"outside": batch["outside"] * kept} if "outside" in batch else {}
             prediction.members[name] = self.method.predict_case({**batch, "image": image, "channel_mask": there, **beyond})
         return prediction

@@ -80,7 +80,7 @@ class CoLearning(SemiSupervised):
         if len(variants) != 2:
             raise SuiteError(f"model.variants has {len(variants)} entries: one mapping of network options for each of the two students")
         super().__init__(task, network=lambda **sizes: network(**sizes, **variants[0]), **options)
-        self.second = network(in_channels=len(task.channels), out_channels=self.target.out_channels, **variants[1])
+        self.second = network(in_channels=task.in_channels, out_channels=self.target.out_channels, **variants[1])
         if init == "same":
             first, second = self.network.state_dict(), self.second.state_dict()
             self.second.load_state_dict({**second, **{k: v for k, v in first.items() if k in second and second[k].shape == v.shape}})

@@ -22,7 +22,7 @@ class CrossPseudoSupervision(SemiSupervised):
 
     def __init__(self, task: Task, *, network: Callable[..., nn.Module], **options: Any) -> None:
         super().__init__(task, network=network, **options)
-        self.second = network(in_channels=len(task.channels), out_channels=self.target.out_channels)
+        self.second = network(in_channels=task.in_channels, out_channels=self.target.out_channels)
 
     def students(self) -> dict[str, nn.Module]:
         return {"student1": self.network, "student2": self.second}

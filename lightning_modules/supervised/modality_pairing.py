@@ -33,6 +33,8 @@ class ModalityPairing(SegmentationMethod):
         SuiteError: a negative weight or warm-up, or a network that returns no features.
     """
 
+    takes_inputs = False  # its branches are groups of modalities
+
     def __init__(
         self,
         task: Task,

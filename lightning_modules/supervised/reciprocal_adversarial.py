@@ -100,7 +100,7 @@ class ReciprocalAdversarial(SegmentationMethod):
         self.weights = {name: float(weights.get(name, 0)) for name in WEIGHTS}
         self.warmup = {name: int((warmup or {}).get(name, 0)) for name in WEIGHTS}
         dimensions = getattr(self.network, "dimensions", 3)
-        self.critic = critic(channels=self.target.out_channels, image_channels=len(task.channels), dimensions=dimensions)
+        self.critic = critic(channels=self.target.out_channels, image_channels=task.in_channels, dimensions=dimensions)
         self.vat = vat(kind=self.target.kind)
         self.vat_target, self.vat_brain, self.adversary, self.penalty = vat_target, vat_brain, adversary, penalty
         self.instance_noise, self.critic_steps, self.gradients = instance_noise, critic_steps, gradients
