@@ -17,6 +17,7 @@ from lesionbench.jobs.assembled import Assembled
 from lesionbench.jobs.console import first_process, say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
+from lesionbench.jobs.memory import say_memory
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.jobs.validation import check_validation, waiting
 from lesionbench.stopping import Stopped
@@ -191,6 +192,7 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     run.method.check(run.data)
     if cfg.init_from:
         read_weights(cfg.init_from)  # one that cannot be read is refused before hours of caching
+    say_memory(cfg, run.method, run.data, run.trainer.strategy.root_device)
     _prepare(run, stage, folder)
     names = waiting(cfg, stage.name)
     if names:
