@@ -52,11 +52,18 @@ def write_fake_brats(
     """
     home = {"2020": Path(root) / "MICCAI_BraTS2020_TrainingData"}.get(layout, Path(root))
     folders = [home / name for name in _BRATS_NAMES[layout](count)]
-    joint, names = ("-", NAMES_2023) if layout == "2023" else ("_", {c: c for c in BRATS_CHANNELS})
+    joint, names = ("-", NAMES_2023) if layout >= "2023" else ("_", {c: c for c in BRATS_CHANNELS})
+    if layout == "2024_men_rt":
+        joint, names = "_", {"t1ce": "t1c"}
     for number, folder in enumerate(folders):
-        images, label = fake_case(BRATS_CHANNELS, (1, 3 if layout == "2023" else 4, 2), shape, (seed, number))
+        images, label = fake_case(tuple(names), (1, 3 if layout >= "2023" else 4, 2), shape, (seed, number))
+        if layout in ("2024", "2024_ped", "2025_met"):
+            label[-2:, -2:] = 4  # off the tumor: a resection cavity, edema
+        if layout == "2024_men_rt":
+            label = (label > 0).astype(label.dtype)
         files = {c: (f"{folder.name}{joint}{names[c]}", image) for c, image in images.items()}
-        stem = "W39_1998.09.19_Segm" if folder.name == "BraTS20_Training_355" else f"{folder.name}{joint}seg"
+        end = "gtv" if layout == "2024_men_rt" else "seg"
+        stem = "W39_1998.09.19_Segm" if folder.name == "BraTS20_Training_355" else f"{folder.name}{joint}{end}"
         for key, (name, array) in {**files, "seg": (stem, label)}.items():
             if (number, key) not in missing:
                 write_volume(folder / f"{name}{extension}", array, LPS)
@@ -76,6 +83,11 @@ _BRATS_NAMES: dict[str, Callable[[int], list[str]]] = {
     "2020": lambda count: [f"BraTS20_Training_{n:03d}" for n in [*range(1, count), 355]],  # 355: the misnamed segmentation
     "2021": lambda count: [f"BraTS2021_{n:05d}" for n in range(count)],
     "2023": lambda count: [f"BraTS-GLI-{max(n - 1, 0):05d}-{n == 1:03d}" for n in range(count)],  # the first patient came twice
+    "2023_ped": lambda count: [f"BraTS-PED-{n:05d}-000" for n in range(count)],
+    "2024": lambda count: [f"BraTS-GLI-{max(n - 1, 0):05d}-{100 + (n == 1)}" for n in range(count)],
+    "2024_ped": lambda count: [f"BraTS-PED-{n:05d}-000" for n in range(count)],
+    "2024_men_rt": lambda count: [f"BraTS-MEN-RT-{n:04d}-1" for n in range(count)],
+    "2025_met": lambda count: [f"BraTS-MET-{n:05d}-000" for n in range(count)],
 }
 
 

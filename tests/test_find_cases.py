@@ -1,13 +1,16 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 
+from datamodules.brats import BraTS
 from datamodules.readers.brats_files import brats_task, detect_layout, find_brats
 from datamodules.readers.folder_files import find_folder, find_images, images_below
 from datamodules.readers.ibsr_files import find_ibsr
+from datamodules.split import Split
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
@@ -25,20 +28,24 @@ def touch(folder, *names):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["2018", "2019", "2020", "2021", "2023"])
+DETECTED = ["2018", "2019", "2020", "2021", "2023", "2024", "2024_men_rt"]  # by names alone
+
+
+@pytest.mark.parametrize("layout", [*DETECTED, "2023_ped", "2024_ped", "2025_met"])
 @pytest.mark.parametrize("extension", [".nii.gz", ".nii"])
 def test_every_layout_is_detected_and_complete(tmp_path, layout, extension):
     root = write_fake_brats(tmp_path, layout, shape=TINY, extension=extension)
-    cases = find_brats(root)
-    assert detect_layout(root) == layout
-    assert find_brats(root, layout) == cases
+    cases = find_brats(root, layout)
+    if layout in DETECTED:
+        assert detect_layout(root) == layout
+        assert find_brats(root) == cases
     assert len(cases) == 6
     assert [c.id for c in cases] == sorted(c.id for c in cases)
     for case in cases:
-        assert tuple(case.images) == BRATS_CHANNELS
+        assert tuple(case.images) == (("t1ce",) if layout == "2024_men_rt" else BRATS_CHANNELS)
         assert all(path.is_file() and path.parent.name == case.id for path in case.files)
         assert all(path.name.endswith(extension) for path in case.files)
-        assert "eg" in case.label.name
+        assert "eg" in case.label.name or case.label.name == f"{case.id}_gtv{extension}"
 
 
 def test_channels_are_not_mixed_up(tmp_path):
@@ -143,13 +150,73 @@ def test_missing_root_empty_root_mixed_years_and_unknown_layout(tmp_path):
         find_brats(tmp_path, "2022")
 
 
-@pytest.mark.parametrize(("layout", "written"), [("2018", 4), ("2020", 4), ("2021", 4), ("2023", 3)])
-def test_task_reads_both_values_of_enhancing_tumor_and_writes_its_own(layout, written):
+@pytest.mark.parametrize("layout", ["2018", "2020", "2021"])
+def test_up_to_2021_both_values_of_enhancing_tumor_are_read_and_4_is_written(layout):
     task = brats_task(layout)
     assert task.from_disk(np.array([0, 1, 2, 3, 4])).tolist() == [0, 1, 2, 3, 3]
-    assert task.to_disk(np.array([0, 1, 2, 3])).tolist() == [0, 1, 2, written]
+    assert task.to_disk(np.array([0, 1, 2, 3])).tolist() == [0, 1, 2, 4]
     assert task.region_names == ("WT", "TC", "ET")
     assert task.region_matrix.astype(int).tolist() == [[0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "values"),
+    [  # region -> values on disk, as the challenges evaluate them
+        ("2023", {"WT": {1, 2, 3}, "TC": {1, 3}, "ET": {3}}),
+        ("2023_ped", {"WT": {1, 2, 3}, "TC": {1, 3}, "ET": {3}}),
+        ("2024", {"WT": {1, 2, 3}, "TC": {1, 3}, "ET": {3}, "NETC": {1}, "SNFH": {2}, "RC": {4}}),
+        ("2024_ped", {"WT": {1, 2, 3, 4}, "TC": {1, 2, 3}, "ET": {1}, "NETC": {2}, "CC": {3}, "ED": {4}}),
+        ("2024_men_rt", {"GTV": {1}}),
+        ("2025_met", {"WT": {1, 2, 3}, "TC": {1, 3}, "ET": {3}, "RC": {4}}),
+    ],
+)
+def test_what_label_values_mean_from_2023_on(layout, values):
+    task = brats_task(layout)
+    assert task.region_values() == values
+    assert list(task.region_values()) == list(values)
+    known = sorted({0}.union(*values.values()))
+    assert task.to_disk(task.from_disk(np.array(known))).tolist() == known
+    with pytest.raises(SuiteError, match="unknown label value"):
+        task.from_disk(np.array([max(known) + 1]))
+
+
+def test_names_that_two_sets_share_are_told_apart_by_the_user(tmp_path):
+    """Pediatric labels of 2023 and of 2024 mean other things under the same names; the other pairs differ in one class more."""
+    pediatric = write_fake_brats(tmp_path / "ped", "2024_ped", count=1, shape=TINY)
+    with pytest.raises(SuiteError, match=r"BraTS-PED-00000-000 could be of data\.layout=2023_ped or 2024_ped.*say which"):
+        find_brats(pediatric)
+    metastases = write_fake_brats(tmp_path / "met", "2025_met", count=1, shape=TINY)
+    assert detect_layout(metastases) == "2023"
+    after = write_fake_brats(tmp_path / "gli", "2024", count=2, shape=TINY)
+    with pytest.raises(SuiteError, match=r"no BraTS 2023 case folders \(there are cases of data\.layout=2024\)"):
+        find_brats(after, "2023")
+    mixed = write_fake_brats(after, "2023", count=2, shape=TINY)
+    assert detect_layout(mixed) == "2024"
+    for name, patient in [
+        ("BraTS-SSA-00002-000", "BraTS-SSA-00002"),
+        ("BraTS-GoAT-00003", "BraTS-GoAT-00003"),
+        ("BraTS-MEN-00004-000", "BraTS-MEN-00004"),
+    ]:
+        (case,) = find_brats(touch(tmp_path / name, *(f"{name}/{name}-{s}.nii.gz" for s in ("t1n", "t1c", "t2w", "t2f"))))
+        assert case.patient == patient
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "fits"), [("2024", "2023", "2024"), ("2025_met", "2023", "2025_met"), ("2024_ped", "2023_ped", "2024_ped")]
+)
+def test_a_label_map_of_another_set_is_refused_with_the_set_that_it_fits(tmp_path, written, read, fits):
+    root = write_fake_brats(tmp_path, written, shape=TINY)
+    if written == "2024":  # a case from before treatment in the names, with a resection cavity in the labels
+        for folder in sorted(root.glob("BraTS-GLI-*-1*")):
+            new = folder.name[:-3] + "0" + folder.name[-2:]
+            for path in folder.iterdir():
+                path.rename(folder / path.name.replace(folder.name, new))
+            folder.rename(root / new)
+    data = BraTS(root, layout=read, split=Split(test=2, val=1), patch=(4, 4, 4))
+    with pytest.raises(SuiteError, match=rf"holds values of no class[\s\S]*: 4; known \[0, 1, 2, 3\].*fits data\.layout={fits} \("):
+        data.prepare_data()
+    assert not data.store.folder.exists()
+    BraTS(root, layout=fits, split=Split(test=2, val=1), patch=(4, 4, 4)).prepare_data()
 
 
 def test_folder_with_raters_and_attributes(tmp_path):
@@ -313,17 +380,19 @@ def test_a_missing_folder_of_images_to_predict_is_named_by_its_option(tmp_path):
 
 
 def test_brats_folders_are_prediction_input_too(tmp_path):
-    for layout in ("2018", "2023"):
+    for layout in ("2018", "2023", "2024_men_rt"):
         root = write_fake_brats(tmp_path / layout, layout, count=3, shape=TINY)
-        assert [(c.id, c.images) for c in find_images(root, BRATS_CHANNELS)] == [(c.id, c.images) for c in find_brats(root)]
+        channels = brats_task(layout).channels
+        assert [(c.id, c.images) for c in find_images(root, channels)] == [(c.id, c.images) for c in find_brats(root)]
 
 
 @pytest.mark.parametrize("name", [n for n in WRITERS if n.startswith("brats") or n in ("folder", "ibsr")])
 def test_fake_data_are_deterministic_and_hold_every_class(tmp_path, name):
     roots = [WRITERS[name](tmp_path / str(n)) for n in range(2)]
-    finder = {"folder": find_folder, "ibsr": find_ibsr}.get(name, find_brats)
+    finder = {"folder": find_folder, "ibsr": find_ibsr}.get(name, partial(find_brats, layout=name.removeprefix("brats")))
     first, second = (finder(root) for root in roots)
-    values = {"folder": {0, 1}, "brats2023": {0, 1, 2, 3}, "ibsr": {0, 1, 2, 3}}.get(name, {0, 1, 2, 4})
+    four = {"folder": {0, 1}, "brats2024_men_rt": {0, 1}, "brats2023": {0, 1, 2, 3}, "brats2023_ped": {0, 1, 2, 3}, "ibsr": {0, 1, 2, 3}}
+    values = four.get(name, {0, 1, 2, 3, 4} if name >= "brats2024" else {0, 1, 2, 4})
     for a, b in zip(first, second, strict=True):
         assert set(np.unique(read_volume(a.label)[0]).tolist()) == values
         for x, y in zip(a.files, b.files, strict=True):

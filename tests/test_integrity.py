@@ -48,7 +48,8 @@ def test_clean_data_give_no_finding(tmp_path, name):
     if name == "folder":
         found, task = find_folder(root), Task(channels=("t1", "flair"), classes={"background": 0, "lesion": 1})
     else:
-        found, task = find_brats(root), brats_task(name.removeprefix("brats"))
+        layout = name.removeprefix("brats")
+        found, task = find_brats(root, layout), brats_task(layout)
     patients = sorted({c.patient for c in found})
     splits = {"train": [c.id for c in found if c.patient in patients[:3]], "test": [c.id for c in found if c.patient not in patients[:3]]}
     assert check(found, task, splits=splits) == []

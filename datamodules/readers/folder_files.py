@@ -60,7 +60,7 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
     """The cases to predict, sorted by id, without labels.
 
     Accepted, under `root/images` if there is one, else `root`, in folders of any depth: `<case>_<channel>.nii.gz`, the suffixes of BraTS
-    2023 (`<case>-t1n.nii.gz` ...), and channels numbered in the order of `channels` (`<case>_0000.nii.gz` ...).
+    2023 (`<case>-t1n.nii.gz`, `<case>_t1c.nii.gz` ...), and channels numbered in the order of `channels` (`<case>_0000.nii.gz` ...).
 
     Raises:
         SuiteError: missing folder, nothing that fits, missing channels, two files for one channel of a case, or more numbered channels
@@ -68,7 +68,8 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
     """
     root = require_root(root, "of images to predict", "input")
     files = images_below(root)
-    suffixes = {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in SUFFIXES_2023.items() if c in channels}
+    newer = {c: s for c, s in SUFFIXES_2023.items() if c in channels}
+    suffixes = {f"_{s}": c for c, s in newer.items()} | {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in newer.items()}
     numbered = {f"_{i:04d}": c for i, c in enumerate(channels)}
     named = [file for file in files if _stem(file).endswith(tuple(suffixes))]
     beside = {file.parent for file in named}  # where channels have names, a number belongs to the case
