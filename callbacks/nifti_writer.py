@@ -1,4 +1,4 @@
-"""Predictions as NIfTI files on the grid and with the label values of the input."""
+"""Predictions as image files on the grid and with the label values of the input."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,15 +12,19 @@ import torch
 
 from callbacks.case_callback import CaseCallback
 from lesionbench.batch import Batch
-from lesionbench.errors import SuiteError
-from lesionbench.geometry import write_native
+from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import WRITTEN, write_native
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.results import write_rows
 from lesionbench.task import Task
 
+DEFAULT = ".nii.gz"
+
 
 class NiftiWriter(CaseCallback):
     """Writes `<case>.nii.gz` for every predicted case: label values on disk, on the native grid, with the header of the input.
+
+    Predicted images that are NRRD or MetaImage files are answered in their own format; test cases always as NIfTI.
 
     On request also `<case>_prob_<region>.nii.gz` and `<case>_uncertainty_<name>.nii.gz` (float32), and `<case>_<member>.nii.gz`.
     Anomaly scores, where the method has them, go to `<case>_score.nii.gz`; case-level results of all cases to `table.csv`.
@@ -30,9 +34,11 @@ class NiftiWriter(CaseCallback):
         labels, probabilities, uncertainty, members: which maps to write.
         on_test: also write the predictions of test cases; those of an earlier test of the run are replaced.
         overwrite: let prediction replace files.
+        format: ending of the files of `job=predict`, one of `geometry.WRITTEN`; None = as the case's first image (`.nii.gz` for those
+            that are not written).
 
     Raises:
-        SuiteError: prediction would replace a file; raised before any inference where the data module can tell the cases.
+        SuiteError: an unknown format, or prediction would replace a file; raised before any inference where the data module can tell the cases.
     """
 
     def __init__(
@@ -44,7 +50,11 @@ class NiftiWriter(CaseCallback):
         members: bool = False,
         on_test: bool = False,
         overwrite: bool = False,
+        format: str | None = None,
     ) -> None:
+        if format is not None and format not in WRITTEN:
+            raise unknown("writer.format", str(format), WRITTEN)
+        self.format = format
         self.folder = Path(folder) / "predictions"
         self.labels, self.probabilities, self.uncertainty, self.members = labels, probabilities, uncertainty, members
         self.stages = ("test", "predict") if on_test else ("predict",)
@@ -58,7 +68,8 @@ class NiftiWriter(CaseCallback):
         """
         if not self.overwrite:
             suffixes = ["", "_score", *(f"_prob_{r}" for r in method.task.region_names)]
-            files = [self._path(case, suffix) for case in data.predict_ids() for suffix in suffixes]
+            endings = [self.format] if self.format else WRITTEN
+            files = [self._path(case, suffix, e) for case in data.predict_ids() for suffix in suffixes for e in endings]
             self._refuse([*files, self.folder / "table.csv"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,7 +85,8 @@ class NiftiWriter(CaseCallback):
             prediction = prediction.map(result.geometry.to_native, partial(result.geometry.to_native, discrete=True))
         if not self.members:
             prediction = replace(prediction, members={})
-        files = {self._path(result.case, suffix): array for suffix, array in self._arrays(prediction, method.task)}
+        ending = DEFAULT if method.trainer.testing else self.format or _answering(result.geometry.ending)
+        files = {self._path(result.case, suffix, ending): array for suffix, array in self._arrays(prediction, method.task)}
         if not (self.overwrite or method.trainer.testing):
             self._refuse(files)
         for path, array in files.items():
@@ -94,8 +106,8 @@ class NiftiWriter(CaseCallback):
             if part.scores is not None:
                 yield f"{member}_score", _float(part.scores)
 
-    def _path(self, case: str, suffix: str = "") -> Path:
-        return self.folder / f"{case}{suffix}.nii.gz".replace("/", "_")
+    def _path(self, case: str, suffix: str, ending: str) -> Path:
+        return self.folder / f"{case}{suffix}{ending}".replace("/", "_")
 
     def _refuse(self, files: Iterable[Path]) -> None:
         existing = next((file for file in files if file.exists()), None)
@@ -106,6 +118,11 @@ class NiftiWriter(CaseCallback):
         rows = [row for rank in ranks for row in rank]
         if rows:
             write_rows(self.folder / "table.csv", sorted(rows, key=lambda row: row["case"]))
+
+
+def _answering(ending: str) -> str:
+    """The format in which an image of this ending is answered."""
+    return {".nhdr": ".nrrd", ".mhd": ".mha"}.get(ending, ending if ending in WRITTEN else DEFAULT)
 
 
 def _float(values: torch.Tensor) -> np.ndarray:

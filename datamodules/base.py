@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from datamodules.cache import CaseCache
 from datamodules.integrity import ERROR, Finding, check_cases, raise_on_errors, render
 from datamodules.preprocessing import Preprocessing, dataset_statistics, histogram_statistics, labeled_statistics
-from datamodules.readers.brats_files import nifti
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
@@ -26,6 +25,7 @@ from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import volume_file
 from lesionbench.keyed import key
 from lesionbench.maps import MapStore
 from lesionbench.task import Task
@@ -396,7 +396,7 @@ def with_labels(cases: Sequence[Case], folder: Path) -> list[Case]:
     Raises:
         SuiteError: no folder, or nothing in it for any case.
     """
-    found = {case.id: nifti(folder, case.id) for case in cases}
+    found = {case.id: volume_file(folder, case.id) for case in cases}
     if cases and not any(found.values()):
         raise SuiteError(f"data.labels={folder}: no label map for any of {len(cases)} cases; expected files such as {cases[0].id}.nii.gz")
     return [replace(case, label=found[case.id], raters=[]) for case in cases]

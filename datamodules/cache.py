@@ -18,7 +18,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 
@@ -27,7 +26,7 @@ from datamodules.provenance import current, stamps
 from datamodules.workers import heed_parent, shielded
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
-from lesionbench.geometry import Geometry, read_volume
+from lesionbench.geometry import Geometry, fits_int16, read_volume
 from lesionbench.keyed import key, numpy_generator
 from lesionbench.maps import Box, file_name, read_box
 from lesionbench.task import Task
@@ -274,8 +273,7 @@ class CaseCache:
         _, affine, shape = read_volume(path, header_only=True)
         geometry = Geometry.of(affine, shape)
         grid = resampled_shape(geometry, self.settings)
-        proxy = nib.load(path).dataobj
-        raw = grid == geometry.canonical and np.can_cast(proxy.dtype, np.int16) and (proxy.slope, proxy.inter) == (1, 0)
+        raw = grid == geometry.canonical and fits_int16(path)
         per_voxel = (2 if raw else 4) * len(self.task.channels) + bool(case.label) + len(case.raters)
         return int(np.prod(grid)) * per_voxel
 

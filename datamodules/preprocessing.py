@@ -14,7 +14,7 @@ from nibabel.orientations import aff2axcodes
 
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.geometry import TOLERANCE, Geometry, displacement, read_header, read_volume, resample
+from lesionbench.geometry import TOLERANCE, Geometry, displacement, ending_of, read_header, read_volume, resample
 from lesionbench.task import Task
 
 CROPS = ("foreground", "label", "center", "none")
@@ -393,7 +393,7 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
 def _geometry(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int]) -> Geometry:
     if not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
         raise SuiteError(f"case {case.id}: {path}: the affine in the header is no invertible matrix: {np.asarray(affine).tolist()}")
-    return Geometry.of(affine, shape, read_header(path))
+    return Geometry.of(affine, shape, read_header(path), ending_of(path))
 
 
 def _check_grid(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int], geometry: Geometry) -> None:

@@ -18,7 +18,13 @@ from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from lesionbench.errors import SuiteError
+from lesionbench.itk_files import ENDINGS as ITK_ENDINGS
+from lesionbench.itk_files import itk_type_fits_int16, read_itk, write_itk
 from lesionbench.written import whole
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS, ".img")  # of files that `read_volume` reads, the likeliest first
+WRITTEN = (*NIFTI_ENDINGS, ".nrrd", ".mha")  # of files that `write_volume` writes
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Geometry:
         resampled: canonical shape after resampling (equal to the canonical shape where nothing was resampled).
         crop: (start, stop) for each canonical axis, on the resampled grid.
         header: the NIfTI header of the file it was read from, in hexadecimal; "" where there is none.
+        ending: of that file's name, one of `ENDINGS`.
     """
 
     affine: tuple[tuple[float, ...], ...]
@@ -42,9 +49,10 @@ class Geometry:
     resampled: tuple[int, ...]
     crop: tuple[tuple[int, int], ...]
     header: str = ""
+    ending: str = ".nii.gz"
 
     @classmethod
-    def of(cls, affine: np.ndarray, shape: Sequence[int], header: str = "") -> "Geometry":
+    def of(cls, affine: np.ndarray, shape: Sequence[int], header: str = "", ending: str = ".nii.gz") -> "Geometry":
         """Geometry of an untouched volume."""
         orientation = io_orientation(affine)
         canonical = tuple(int(shape[int(np.where(orientation[:, 0] == axis)[0][0])]) for axis in range(3))
@@ -58,6 +66,7 @@ class Geometry:
             resampled=canonical,
             crop=tuple((0, s) for s in canonical),
             header=header,
+            ending=ending,
         )
 
     @property
@@ -135,7 +144,7 @@ def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -
 
 
 def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | None, np.ndarray, tuple[int, ...]]:
-    """Reads a NIfTI or Analyze volume: (array in its stored type where unscaled, else float32; affine; shape).
+    """Reads a NIfTI, Analyze, NRRD or MetaImage volume: (array in its stored type where unscaled, else float32; affine; shape).
 
     A trailing axis of length one is dropped. With `header_only` the array is None. The affine leads from voxels to mm. It is the sform,
     without one the qform, without both the header's voxel sizes, as nibabel reads it. Where the sform has other voxel sizes than `pixdim`
@@ -145,6 +154,9 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
     Raises:
         SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers; names the file.
     """
+    if ending_of(path) in ITK_ENDINGS:
+        array, affine, shape = read_itk(path, header_only)
+        return array.astype(np.float32) if array is not None and array.dtype == np.float64 else array, affine, shape
     try:
         image = nib.load(path)
         shape = tuple(image.shape)
@@ -176,6 +188,29 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
         ) from None
 
 
+def fits_int16(path: Path) -> bool:
+    """Whether the stored type of a volume's values, which are unscaled, is told by the header to fit int16."""
+    if ending_of(path) in ITK_ENDINGS:
+        return itk_type_fits_int16(path)
+    proxy = nib.load(path).dataobj
+    return bool(np.can_cast(proxy.dtype, np.int16)) and (proxy.slope, proxy.inter) == (1, 0)
+
+
+def ending_of(path: Path | str) -> str:
+    """The ending of a file's name that `read_volume` knows; "" of others."""
+    return next((ending for ending in ENDINGS if str(path).lower().endswith(ending)), "")
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without the ending that `read_volume` knows."""
+    return path.name[: len(path.name) - len(ending_of(path))]
+
+
+def volume_file(folder: Path, stem: str) -> Path | None:
+    """The file in `folder` with this name and an ending that `read_volume` knows, if there is one; the first of `ENDINGS` counts."""
+    return next((path for ending in ENDINGS if (path := folder / f"{stem}{ending}").is_file()), None)
+
+
 def _header_affine(image: Any) -> tuple[np.ndarray, str]:
     """The affine of `read_volume`, 4 x 4, and what the header says twice and differently ("" where it does not)."""
     affine, header = np.asarray(image.affine, dtype=float), image.header
@@ -196,6 +231,8 @@ def _header_affine(image: Any) -> tuple[np.ndarray, str]:
 
 def header_doubt(path: Path) -> str:
     """What the header of a volume says twice and differently, and which counts; "" where there is nothing."""
+    if ending_of(path) in ITK_ENDINGS:
+        return ""
     return _header_affine(nib.load(path))[1]
 
 
@@ -204,26 +241,32 @@ def _sizes(values: np.ndarray) -> str:
 
 
 def read_header(path: Path) -> str:
-    """The NIfTI header of a file that `read_volume` reads, in hexadecimal; "" for Analyze, which has no orientation to keep."""
+    """The NIfTI header of a file that `read_volume` reads, in hexadecimal; "" where there is none to keep, or nothing but the grid."""
+    if ending_of(path) in ITK_ENDINGS:
+        return ""
     header = nib.load(path).header
     return header.binaryblock.hex() if isinstance(header, nib.Nifti1Header) else ""
 
 
 def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None, header: str = "") -> Path:
-    """Writes a NIfTI file atomically (a reader never sees half of it).
+    """Writes a file atomically (a reader never sees half of it), in the format that the ending of `path` says (one of `WRITTEN`).
 
     Args:
         affine: voxel-to-world matrix, 4 x 4, in mm; None with a header.
-        header: of `read_header`: its grid, codes, units and description are kept, so that every program sees both files on one grid.
+        header: of `read_header`, for NIfTI: its grid, codes, units and description are kept, so that every program sees both files on one grid.
     """
     with whole(path) as temporary:
-        _image(np.ascontiguousarray(array), affine, bytes.fromhex(header)).to_filename(temporary)
+        if ending_of(path) in ITK_ENDINGS:
+            write_itk(temporary, array, np.asarray(affine))
+        else:
+            _image(np.ascontiguousarray(array), affine, bytes.fromhex(header)).to_filename(temporary)
     return Path(path)
 
 
 def write_native(path: Path, array: np.ndarray, geometry: Geometry) -> Path:
-    """Writes an array (X, Y, Z) on the native grid of a case with the header of its first image."""
-    return write_volume(path, array, None if geometry.header else np.asarray(geometry.affine), geometry.header)
+    """Writes an array (X, Y, Z) on the native grid of a case, as NIfTI with the header of its first image where that has one."""
+    kept = geometry.header if ending_of(path) not in ITK_ENDINGS else ""
+    return write_volume(path, array, None if kept else np.asarray(geometry.affine), kept)
 
 
 def _image(array: np.ndarray, affine: np.ndarray | None, header: bytes) -> Any:

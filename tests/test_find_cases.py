@@ -258,10 +258,10 @@ def test_folder_errors(tmp_path):
     with pytest.raises(SuiteError, match="  b: t2\n"):
         find_folder(tmp_path)
     assert [list(c.images) for c in find_folder(tmp_path, allow_missing=True)] == [["t1", "t2"], ["t1"]]
-    with pytest.raises(SuiteError, match=r"no image of channels \['flair'\] among 3 NIfTI files \(a_t1.nii.gz"):
+    with pytest.raises(SuiteError, match=r"no image of channels \['flair'\] among 3 image files \(a_t1.nii.gz"):
         find_folder(tmp_path, ["flair"])
     touch(tmp_path, "labels/a_seg.nii.gz")
-    with pytest.raises(SuiteError, match=r"belong to no case: 1 NIfTI files .a_seg.nii.gz"):
+    with pytest.raises(SuiteError, match=r"belong to no case: 1 image files .a_seg.nii.gz"):
         find_folder(tmp_path, ["t1"])
     touch(tmp_path, "images/a_t1.nii")
     with pytest.raises(SuiteError, match="two files for one channel"):

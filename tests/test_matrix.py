@@ -70,7 +70,7 @@ def narrow(config, place):
             yield f"{place}.{key}={[max(8, f // 8) for f in value]}".replace(" ", "")
         elif key == "growth":
             yield f"{place}.{key}={[max(2, g // 4) for g in value]}".replace(" ", "")
-        elif key == "width":
+        elif key == "width" or (key == "features" and isinstance(value, int)):
             yield f"{place}.{key}={max(8, value // 4)}"
         elif key == "mc_samples":
             yield f"{place}.{key}={min(value, 2)}"

@@ -10,9 +10,10 @@ import numpy as np
 
 from datamodules.provenance import derive
 from datamodules.readers.array_files import h5_array, h5_names, write_pair
-from datamodules.readers.brats_files import EXTENSIONS, nifti, require_root
+from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import NIFTI_ENDINGS, volume_file
 
 FILES = ("h5", "nifti")
 
@@ -164,10 +165,14 @@ def _frames(folder: Path) -> list[Case]:
 
 def _frame(folder: Path, number: int, info: _Info) -> Case:
     name = f"{folder.name}_frame{number:02d}"
-    image = nifti(folder, name)
+    image = volume_file(folder, name)
     phase = {"phase": info.phases[number]} if number in info.phases else {}
     return Case(
-        name, {} if image is None else {"mri": image}, nifti(folder, f"{name}_gt"), patient=folder.name, attributes=phase | info.attributes
+        name,
+        {} if image is None else {"mri": image},
+        volume_file(folder, f"{name}_gt"),
+        patient=folder.name,
+        attributes=phase | info.attributes,
     )
 
 
@@ -189,7 +194,7 @@ def _info(path: Path) -> _Info:
 
 
 def _nothing(root: Path, files: str) -> SuiteError:
-    endings = {"h5": (".h5",), "nifti": EXTENSIONS}
+    endings = {"h5": (".h5",), "nifti": NIFTI_ENDINGS}
     fits = next((f"; what is there fits data.files={k}" for k in FILES if k != files and _holds(root, endings[k])), "")
     there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
     return SuiteError(f"{root}: no ACDC frames, it holds {there}; expected files such as {EXPECTED[files]}{fits}")

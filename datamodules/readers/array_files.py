@@ -45,30 +45,6 @@ def h5_array(path: Path, name: str, dimensions: int) -> np.ndarray:
     return array
 
 
-def nrrd_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The array (X, Y, Z) of an NRRD file, in the order of the file, and its voxel-to-world matrix (RAS), 4 x 4.
-
-    Raises:
-        SuiteError: unreadable, or not three-dimensional; names the file.
-    """
-    import SimpleITK as sitk
-
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise SuiteError(f"{path}: cannot be read as NRRD ({reason}); truncated? Copy or download it again") from None
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise SuiteError(
-            f"{path}: expected one 3D volume, got size {image.GetSize()}, {image.GetNumberOfComponentsPerPixel()} component(s)"
-        )
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), lps_to_ras @ affine
-
-
 def write_pair(image: np.ndarray, label: np.ndarray | None, affine: np.ndarray, targets: Sequence[Path], source: Path) -> None:
     """Writes an image and its label to `targets` (image, and label where there is one).
 

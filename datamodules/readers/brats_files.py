@@ -9,11 +9,11 @@ from typing import Any
 from datamodules.readers.tables import ABSENT, read_table
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import volume_file
 from lesionbench.task import Task
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
 SUFFIXES_2023 = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}
-EXTENSIONS = (".nii.gz", ".nii")
 
 _GLIOMA = {"WT": ("ncr", "ed", "et"), "TC": ("ncr", "et"), "ET": ("et",)}
 _CAVITY = {"netc": (1,), "snfh": (2,), "et": (3,), "rc": (4,)}
@@ -211,11 +211,6 @@ def require_channels(cases: list[Case], channels: Sequence[str], allow_missing: 
     return cases
 
 
-def nifti(folder: Path, stem: str) -> Path | None:
-    """The file `<stem>.nii.gz` or `<stem>.nii` in `folder`, if it is there."""
-    return next((path for e in EXTENSIONS if (path := folder / f"{stem}{e}").is_file()), None)
-
-
 def _known(layout: str) -> str:
     if str(layout) not in LAYOUTS:
         raise unknown("BraTS layout", str(layout), LAYOUTS)
@@ -246,10 +241,10 @@ def _expected(root: Path, layouts: Iterable[str]) -> str:
 
 def _case(folder: Path, layout: str) -> Case:
     name, known = folder.name, LAYOUTS[layout]
-    files = {channel: nifti(folder, f"{name}{known.joint}{suffix}") for channel, suffix in known.suffixes.items()}
-    label = nifti(folder, f"{name}{known.joint}{known.label}")
+    files = {channel: volume_file(folder, f"{name}{known.joint}{suffix}") for channel, suffix in known.suffixes.items()}
+    label = volume_file(folder, f"{name}{known.joint}{known.label}")
     if label is None and name in _MISNAMED_LABELS:
-        label = nifti(folder, _MISNAMED_LABELS[name])
+        label = volume_file(folder, _MISNAMED_LABELS[name])
     return Case(
         id=name,
         images={channel: path for channel, path in files.items() if path},

@@ -1,7 +1,7 @@
 """Finds cases in a user's own folder or list, and the images to predict.
 
 Folder: `images/<case>_<channel>.nii.gz`, `labels/<case>.nii.gz`, optional `labels/<case>_rater1.nii.gz` ..., optional `attributes.csv`.
-List: a CSV or JSON file with one row per case. `.nii` is as good as `.nii.gz` everywhere.
+List: a CSV or JSON file with one row per case. NIfTI (`.nii.gz`, `.nii`), NRRD, MetaImage and Analyze are as good everywhere.
 """
 
 import difflib
@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.brats_files import EXTENSIONS, SUFFIXES_2023, require_channels, require_root
+from datamodules.readers.brats_files import SUFFIXES_2023, require_channels, require_root
 from datamodules.readers.tables import ABSENT, parsed, read_json, read_table
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
+from lesionbench.geometry import ending_of, stem_of
 
 _RATER = re.compile(r"rater(\d+)")
 
@@ -31,7 +32,7 @@ def find_folder(
     Args:
         root: the data folder; a relative `list_file` is looked for here and in the working folder.
         channels: channel names, which may hold underscores (the longest that fits the file name wins); files of other channels
-            are left out. None takes the part after the last underscore (in a list: every column of NIfTI paths).
+            are left out. None takes the part after the last underscore (in a list: every column of paths to images).
         list_file: CSV or JSON list.
         allow_missing: accept cases that lack channels, as long as one is there.
 
@@ -45,9 +46,9 @@ def find_folder(
     images = root / "images"
     if not images.is_dir():
         raise SuiteError(f"{root}: no folder images/; {_expected(channels or ['flair'])}")
-    files = _niftis(images)
+    files = _volumes(images)
     if channels is None:
-        channels = sorted({_stem(f).rpartition("_")[2] for f in files if "_" in _stem(f)})
+        channels = sorted({stem_of(f).rpartition("_")[2] for f in files if "_" in stem_of(f)})
     cases = require_channels(_cases(files, channels, {f"_{c}": c for c in channels}), channels, allow_missing)
     if not cases:
         raise SuiteError(f"{images}: no image of channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
@@ -71,10 +72,10 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
     newer = {c: s for c, s in SUFFIXES_2023.items() if c in channels}
     suffixes = {f"_{s}": c for c, s in newer.items()} | {f"_{c}": c for c in channels} | {f"-{s}": c for c, s in newer.items()}
     numbered = {f"_{i:04d}": c for i, c in enumerate(channels)}
-    named = [file for file in files if _stem(file).endswith(tuple(suffixes))]
+    named = [file for file in files if stem_of(file).endswith(tuple(suffixes))]
     beside = {file.parent for file in named}  # where channels have names, a number belongs to the case
     by_number = [file for file in files if file.parent not in beside]
-    if any(_stem(file).endswith(tuple(numbered)) for file in by_number):
+    if any(stem_of(file).endswith(tuple(numbered)) for file in by_number):
         _refuse_more_numbers(by_number, channels)
     cases = _cases([*named, *by_number], channels, {**suffixes, **numbered})
     if not cases:
@@ -83,10 +84,10 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
 
 
 def images_below(root: Path) -> list[Path]:
-    """Every NIfTI file that `find_images` looks at, in folders of any depth, hidden ones left out."""
+    """Every image file that `find_images` looks at, in folders of any depth, hidden ones left out."""
     start = root / "images" if (root / "images").is_dir() else root
     found = (Path(folder) / name for folder, folders, names in _walked(start) for name in names)
-    return sorted(path for path in found if path.name.endswith(EXTENSIONS) and not path.name.startswith("."))
+    return sorted(path for path in found if ending_of(path) and not path.name.startswith("."))
 
 
 def _walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -100,13 +101,9 @@ def _walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
             yield folder, folders, names
 
 
-def _niftis(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(EXTENSIONS) and p.is_file())
+def _volumes(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if ending_of(p) and p.is_file())
     return [p for p in files if not p.name.startswith(".")]  # also the ._ files that macOS leaves
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _cases(files: Iterable[Path], channels: Sequence[str], suffixes: dict[str, str]) -> list[Case]:
@@ -114,10 +111,10 @@ def _cases(files: Iterable[Path], channels: Sequence[str], suffixes: dict[str, s
     longest_first = sorted(suffixes, key=len, reverse=True)
     found: dict[str, dict[str, Path]] = {}
     for path in files:
-        suffix = next((s for s in longest_first if _stem(path).endswith(s) and _stem(path) != s), None)
+        suffix = next((s for s in longest_first if stem_of(path).endswith(s) and stem_of(path) != s), None)
         if suffix is None:
             continue
-        images, channel = found.setdefault(_stem(path).removesuffix(suffix), {}), suffixes[suffix]
+        images, channel = found.setdefault(stem_of(path).removesuffix(suffix), {}), suffixes[suffix]
         if channel in images:
             raise SuiteError(f"two files for one channel: {images[channel]} and {path}; keep one")
         images[channel] = path
@@ -126,7 +123,7 @@ def _cases(files: Iterable[Path], channels: Sequence[str], suffixes: dict[str, s
 
 def _refuse_more_numbers(files: Iterable[Path], channels: Sequence[str]) -> None:
     """A set with more numbered channels was numbered for another list of channels: 0000 would be the wrong image."""
-    beyond = [f for f in files if (m := re.search(r"_(\d{4})$", _stem(f))) and int(m[1]) >= len(channels)]
+    beyond = [f for f in files if (m := re.search(r"_(\d{4})$", stem_of(f))) and int(m[1]) >= len(channels)]
     if beyond:
         raise SuiteError(
             f"{beyond[0]}: numbered channel, but only {len(channels)} are wanted ({', '.join(channels)}); "
@@ -148,17 +145,21 @@ def _expected(channels: Sequence[str]) -> str:
 
 def _listed(files: Sequence[Path]) -> str:
     names = ", ".join(f.name for f in files[:5])
-    return f"{len(files)} NIfTI files ({names}{', ...' if len(files) > 5 else ''})" if files else "no NIfTI files"
+    return (
+        f"{len(files)} image files ({names}{', ...' if len(files) > 5 else ''})"
+        if files
+        else "no image files (.nii.gz, .nii, .nrrd, .mha ...)"
+    )
 
 
 def _add_labels(folder: Path, cases: list[Case]) -> None:
     by_id = {case.id: case for case in cases}
     raters: dict[str, dict[int, Path]] = {}
     strangers = []
-    for path in _niftis(folder) if folder.is_dir() else []:
-        name, _, rater = _stem(path).rpartition("_")
-        if _stem(path) in by_id:
-            by_id[_stem(path)].label = path
+    for path in _volumes(folder) if folder.is_dir() else []:
+        name, _, rater = stem_of(path).rpartition("_")
+        if stem_of(path) in by_id:
+            by_id[stem_of(path)].label = path
         elif name in by_id and (match := _RATER.fullmatch(rater)):
             raters.setdefault(name, {})[int(match[1])] = path
         else:
@@ -215,12 +216,12 @@ def _located(list_file: Path, root: Path) -> Path:
 
 def _from_list(table: Path, channels: Sequence[str] | None, allow_missing: bool) -> list[Case]:
     rows = _rows(table)
-    paths = {k for row in rows for k, v in row.items() if isinstance(v, str) and v.endswith(EXTENSIONS)}
+    paths = {k for row in rows for k, v in row.items() if isinstance(v, str) and ending_of(v)}
     raters = sorted((k for k in paths if _RATER.fullmatch(k)), key=lambda k: int(_RATER.fullmatch(k)[1]))
     if channels is None:
         channels = [k for k in dict.fromkeys(k for row in rows for k in row) if k in paths and k != "label" and k not in raters]
     if not rows or not channels:
-        raise SuiteError(f"{table}: no cases with NIfTI paths; expected columns case, {', '.join(channels or ['flair'])}, label")
+        raise SuiteError(f"{table}: no cases with paths to images; expected columns case, {', '.join(channels or ['flair'])}, label")
     plain = {*channels, *paths, "label", "case", "patient", "site"}
 
     def files(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Path]:

@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from datamodules.readers.brats_files import EXTENSIONS, require_root
+from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import NIFTI_ENDINGS
 from lesionbench.task import Task
 
-FILES = {"nifti": EXTENSIONS, "analyze": (".img",)}
+FILES = {"nifti": NIFTI_ENDINGS, "analyze": (".img",)}
 IMAGES = ("ana_strip", "ana")
 LABELS = ("segTRI", "segTRI_fill")
 THICK_AXIS = {"nifti": 1, "analyze": 2}  # of 1.5 mm; Analyze headers hold no orientation, so axes stay in the order of the file

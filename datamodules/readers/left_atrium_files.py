@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.provenance import derive
-from datamodules.readers.array_files import h5_array, h5_names, nrrd_volume, write_pair
+from datamodules.readers.array_files import h5_array, h5_names, write_pair
 from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.geometry import read_volume
 
 FILES = {"h5": "mri_norm2.h5", "nrrd": "lgemri.nrrd"}
 LABEL = "laendo.nrrd"
@@ -126,6 +127,6 @@ def _write_scan(scan: Scan, targets: Sequence[Path]) -> None:
         image, affine = h5_array(scan.image, "image", 3), np.diag([SPACING, SPACING, SPACING, 1])
         label = h5_array(scan.image, "label", 3) if scan.label else None
     else:
-        image, affine = nrrd_volume(scan.image)
-        label = nrrd_volume(scan.label)[0] if scan.label else None
+        image, affine, _ = read_volume(scan.image)
+        label = read_volume(scan.label)[0] if scan.label else None
     write_pair(image, label, affine, targets, scan.image)

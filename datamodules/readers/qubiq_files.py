@@ -12,10 +12,10 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from datamodules.provenance import derive
-from datamodules.readers.brats_files import nifti, require_root
+from datamodules.readers.brats_files import require_root
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.geometry import write_volume
+from lesionbench.geometry import volume_file, write_volume
 from lesionbench.task import Task
 
 PARTS = ("Training", "Validation")
@@ -87,7 +87,7 @@ def _case_folders(part: Path) -> list[Path]:
 
 
 def _case(folder: Path, part: str, dataset: str, number: int) -> Case:
-    image = nifti(folder, "image")
+    image = volume_file(folder, "image")
     masks = {int(m[2]): f for f in folder.iterdir() if (m := _MASK.fullmatch(f.name)) and int(m[1]) == number}
     if len(masks) > SETS[dataset].raters:
         raise SuiteError(f"{folder}: {len(masks)} raters of task {number}; {dataset} has at most {SETS[dataset].raters}")

@@ -13,7 +13,7 @@ from lesionbench.moved import words
 JOBS = {
     "fit": "run the experiment's stages: train, then test (default)",
     "test": "test ckpt=... on the test part of the data; several as an ensemble",
-    "predict": "apply ckpt=... to the NIfTI files in input=..., write masks to out=...",
+    "predict": "apply ckpt=... to the images in input=..., write masks to out=...",
     "tune": "choose the smallest volume of a region on out-of-fold predictions",
     "compare": "compare run folders: table, costs, paired tests",
     "dashboard": "make a comparison workspace of the runs on Weights & Biases",

@@ -16,7 +16,7 @@ from lesionbench.stopping import Stopped
 
 def predict(cfg: DictConfig) -> None:
     """Applies `ckpt` (or an experiment's method, if it has nothing to train) to the images under `input`, or to every case of the data
-    set, and writes NIfTI files to `out`. Several checkpoints are applied as one ensemble."""
+    set, and writes masks to `out`. Several checkpoints are applied as one ensemble."""
     from callbacks import progress_bar
 
     quiet()
@@ -100,7 +100,7 @@ def _from_experiment(cfg: DictConfig) -> tuple[Any, Any]:
     data = instantiate(cfg.data, _convert_="all")
     method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)
     if any(p.requires_grad for p in method.parameters()):
-        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of NIfTI files>)")
+        raise SuiteError("job=predict needs ckpt=<run folder>/checkpoints/best.ckpt (and input=<folder of images>)")
     return method, _prediction_data(cfg, data.task.to_dict(), data.preprocessing, None)
 
 
