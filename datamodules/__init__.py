@@ -4,10 +4,12 @@ from datamodules.acdc import ACDC
 from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
 from datamodules.brats import BraTS
+from datamodules.decathlon import Decathlon
 from datamodules.folder import Folder
 from datamodules.ibsr import IBSR
 from datamodules.images import Images
 from datamodules.left_atrium import LeftAtrium
+from datamodules.nnunet import NNUNet
 from datamodules.preprocessing import Preprocessing
 from datamodules.qubiq import QUBIQ
 from datamodules.sampling import Sampling
@@ -32,12 +34,14 @@ __all__ = [
     "BraTS",
     "CaseDataModule",
     "ContextToy",
+    "Decathlon",
     "Ellipses",
     "Folder",
     "Images",
     "LeftAtrium",
     "LesionInsertion",
     "ModalityToy",
+    "NNUNet",
     "Preprocessing",
     "Sampling",
     "SemiReal",

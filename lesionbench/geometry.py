@@ -188,6 +188,27 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
         ) from None
 
 
+def read_channels(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """A NIfTI file of several channels: array (X, Y, Z, C) in its stored type where unscaled, else float32; and affine and header of one
+    channel, as `write_volume` takes them.
+
+    Raises:
+        SuiteError: as of `read_volume`, or neither three- nor four-dimensional; names the file.
+    """
+    try:
+        image = nib.load(path)
+        if len(image.shape) not in (3, 4):
+            raise SuiteError(f"{path}: expected one volume for each channel, got shape {tuple(image.shape)}")
+        scaled = (image.dataobj.slope, image.dataobj.inter) != (1, 0)
+        array = np.asarray(image.dataobj, dtype=np.float32) if scaled else np.asanyarray(image.dataobj)
+    except FileNotFoundError:
+        raise SuiteError(f"{path}: no such file") from None
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, OverflowError, MemoryError, zlib.error) as error:
+        raise SuiteError(f"{path}: cannot be read as NIfTI ({error or type(error).__name__}); truncated or not an image?") from None
+    header = read_header(path)
+    return array if array.ndim == 4 else array[..., None], None if header else np.asarray(image.affine, dtype=float), header
+
+
 def fits_int16(path: Path) -> bool:
     """Whether the stored type of a volume's values, which are unscaled, is told by the header to fit int16."""
     if ending_of(path) in ITK_ENDINGS:

@@ -45,7 +45,7 @@ def find_folder(
     root = require_root(root, "folder")
     images = root / "images"
     if not images.is_dir():
-        raise SuiteError(f"{root}: no folder images/; {_expected(channels or ['flair'])}")
+        raise SuiteError(f"{root}: no folder images/{_recognized(root)}; {_expected(channels or ['flair'])}")
     files = _volumes(images)
     if channels is None:
         channels = sorted({stem_of(f).rpartition("_")[2] for f in files if "_" in stem_of(f)})
@@ -53,7 +53,7 @@ def find_folder(
     if not cases:
         raise SuiteError(f"{images}: no image of channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
     _add_labels(root / "labels", cases)
-    _add_attributes(root / "attributes.csv", cases)
+    add_attributes(root / "attributes.csv", cases)
     return cases
 
 
@@ -131,6 +131,21 @@ def _refuse_more_numbers(files: Iterable[Path], channels: Sequence[str]) -> None
         )
 
 
+def _recognized(root: Path) -> str:
+    """What else the folder looks like, and how that is read."""
+    description = root / "dataset.json"
+    if description.is_file():
+        of_nnunet = "channel_names" in (read_json(description) or {})
+        return (
+            f", but a dataset.json of {'nnU-Net' if of_nnunet else 'the Decathlon'}: data={'nnunet' if of_nnunet else 'decathlon'} reads it"
+        )
+    if (root / "imagesTr").is_dir():
+        return ", but imagesTr/: data=nnunet and data=decathlon read such folders with their dataset.json"
+    if any(root.glob("sub-*/**/anat")):
+        return ", but sub-*/anat as in BIDS: list its files in a table for data.list_file"
+    return ""
+
+
 def _expected(channels: Sequence[str]) -> str:
     def example(names: Iterable[str]) -> str:
         return ", ".join(f"{name}.nii.gz" for name in names)
@@ -170,7 +185,12 @@ def _add_labels(folder: Path, cases: list[Case]) -> None:
         by_id[name].raters = [numbered[n] for n in sorted(numbered)]
 
 
-def _add_attributes(table: Path, cases: list[Case]) -> None:
+def add_attributes(table: Path, cases: list[Case]) -> None:
+    """Patients, sites and attributes from a table with the column `case`, where it is there.
+
+    Raises:
+        SuiteError: rows that belong to no case, all at once.
+    """
     by_id = {case.id: case for case in cases}
     rows = _rows(table) if table.is_file() else []
     strangers = [row["case"] for row in rows if row["case"] not in by_id]

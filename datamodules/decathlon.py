@@ -1,0 +1,45 @@
+"""Tasks of the Medical Segmentation Decathlon: images that hold all channels in one file."""
+
+from pathlib import Path
+from typing import Any
+
+from datamodules.base import CaseDataModule
+from datamodules.readers.nnunet_files import described_task, find_decathlon, read_description, split_channels, write_channels
+from lesionbench.case import Case
+from lesionbench.task import Task
+
+
+class Decathlon(CaseDataModule):
+    """`TaskXX_Name` of the Decathlon: `dataset.json`, `imagesTr`, `labelsTr` (Antonelli et al., Nature Communications 13, 2022).
+
+    Where there are several channels, each is written to a file of its own beside the cache, once.
+
+    Args:
+        slice_axis: see `Task`.
+
+    Raises:
+        SuiteError: see `nnunet_files`.
+    """
+
+    def __init__(self, root: str | Path, *, slice_axis: int = 2, **options: Any) -> None:
+        description = read_description(Path(root).expanduser(), "the Medical Segmentation Decathlon", ("modality", "labels", "training"))
+        labels = {name: int(value) if str(value).isdecimal() else value for value, name in description["labels"].items()}
+        self._task = described_task(Path(root).expanduser() / "dataset.json", description["modality"], labels, slice_axis)
+        super().__init__(root, **options)
+
+    def default_task(self) -> Task:
+        return self._task
+
+    def materialize(self) -> None:
+        from rich.console import Console
+        from rich.progress import track
+
+        every, console = self._task.channels, Console(stderr=True)
+        cases = find_decathlon(self.root, every) if len(every) > 1 else []
+        for case in track(cases, "Splitting channels", console=console, transient=True, disable=not console.is_terminal):
+            write_channels(case, every, self.cache_root / "channels")
+
+    def find_cases(self) -> list[Case]:
+        every = self._task.channels
+        cases = find_decathlon(self.root, every)
+        return cases if len(every) == 1 else [split_channels(case, every, self.cache_root / "channels") for case in cases]
