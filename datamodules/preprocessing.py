@@ -212,6 +212,13 @@ def read_label(case: Case, path: Path, task: Task, geometry: Geometry) -> np.nda
         raise SuiteError(f"case {case.id}: {path}: {error}") from None
 
 
+def geometry_of(case: Case, task: Task) -> Geometry:
+    """The native grid of a case, that of its first image; nothing is read but the header."""
+    path = next(case.images[channel] for channel in task.channels if channel in case.images)
+    _, affine, shape = read_volume(path, header_only=True)
+    return _geometry(case, path, affine, shape)
+
+
 def foreground(image: np.ndarray, background: float = 0) -> np.ndarray:
     """Where any channel of (M, x, y, z) differs from the background value: (x, y, z), bool."""
     mask = image[0] != background

@@ -20,6 +20,7 @@ JOBS = {
     "check": "integrity check of a data set",
     "prepare": "preprocess and cache a data set ahead of training",
     "simulate": "write simulated cases to out=... in a BraTS layout",
+    "export_dataset": "write a data set to out=... as nnU-Net reads it, with the same folds",
     "show": "pictures of cases and of augmented training samples",
     "methods": "every method and network: paper, needs, experiments, what was measured; one in full with name=...",
 }

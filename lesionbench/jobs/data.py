@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, unknown
 from lesionbench.installation import command
 from lesionbench.jobs.console import say
 
@@ -53,6 +53,23 @@ def simulate(cfg: DictConfig) -> None:
     count, layout = options.pop("count"), options.pop("layout")
     path = write_brats(Path(cfg.out), Simulation(**options), count, str(layout))
     say(f"{count} cases in {path}; train on them with\n  {command()} benchmark=brats2020 data.layout={layout} data.root={path}")
+
+
+def export_dataset(cfg: DictConfig) -> None:
+    """Writes the data set to `out` in the raw format of another program (`layout`), with the folds of `data.split`."""
+    from hydra.utils import instantiate
+
+    from datamodules.export import LAYOUTS, export_nnunet
+
+    if cfg.layout not in LAYOUTS:
+        raise unknown("layout", str(cfg.layout), LAYOUTS)
+    if not cfg.out:
+        raise SuiteError("job=export_dataset needs out=<new folder>, such as out=nnUNet_raw/Dataset001_Name")
+    data = instantiate(cfg.data, _convert_="all")
+    path = export_nnunet(data, Path(cfg.out), say)
+    say(
+        f"{len(data.cases())} cases in {path}; splits_final.json goes to nnUNet_preprocessed/{path.name}/ after nnUNetv2_plan_and_preprocess"
+    )
 
 
 def show(cfg: DictConfig) -> None:
