@@ -4,13 +4,17 @@
     python benchmarks/recipe_effects.py specks et_threshold_specks.csv
     python benchmarks/recipe_effects.py threshold et_threshold.csv RUN_FOLDER ...
     python benchmarks/recipe_effects.py ensembles ensemble_by_seed.csv RUN_FOLDER ...
+    python benchmarks/recipe_effects.py hardest losses_hardest.csv RUN_FOLDER ...
 
 `raters`: one good and two poor raters of a cube, whose errors are independent or partly the same, fused by vote and by STAPLE, five seeds.
 `specks`: the smallest volume of enhancing tumor chosen on one half of 80 drawn cases and applied to the other, and the other way round, five
 seeds. A quarter of the cases has no enhancing tumor, half of all have a false speck of it.
 `threshold`: the smallest volume of enhancing tumor chosen on one half of the held-out cases of each run, applied to the other half, and the
 other way round (cases of trained networks). The halves alternate in the order of case names.
-`ensembles`: mean Dice over the regions and cases of tested ensembles (their run folders), a row for each seed, beside that of each member.
+`ensembles`: mean Dice over the regions and cases of tested ensembles (their run folders), a row for each seed, beside that of each member. Of STAPLE
+also the sensitivities that it estimated, mean over regions and cases, beside the true ones.
+`hardest`: cross-entropy of held-out cases, over the tenth of the voxels where it is largest and over all, for each loss and seed (runs on nested
+regions tested with writer.on_test=true writer.probabilities=true, whose maps have two bytes for a value).
 """
 
 import os
@@ -18,9 +22,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import csv
+import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SEEDS = range(5)
@@ -139,24 +144,67 @@ def threshold(folders: Sequence[str]) -> Iterator[dict]:
         }
 
 
+def defined(cells: Iterable[object]) -> float:
+    """Mean of the cells that hold a number."""
+    values = [float(cell) for cell in cells if cell not in ("", None)]
+    return statistics.mean(v for v in values if not math.isnan(v))
+
+
 def ensembles(folders: Sequence[str]) -> Iterator[dict]:
     """A row for each seed: mean Dice of every member alone and of each fusion of them."""
     import yaml
 
     from lesionbench.results import read_rows
 
-    def dice(folder: Path) -> float:
+    def mean(folder: Path, metric: str) -> float:
         rows = read_rows(folder / "test" / "cases.csv")
-        return statistics.mean(float(r["dice"]) for r in rows if r["region"] and not r["member"])
+        return defined(r[metric] for r in rows if r["region"] and not r["member"])
+
+    def estimated(folder: Path, number: int) -> float:
+        rows = [r for r in read_rows(folder / "test" / "cases.csv") if not r["region"] and not r["member"]]
+        names = [name for name in rows[0] if name.startswith("staple_sensitivity_") and name.endswith(f"_m{number}")]
+        return defined(r[name] for r in rows for name in names)
 
     found: dict[int, dict[str, float]] = {}
     for folder in map(Path, folders):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         row = found.setdefault(config["seed"], {"seed": config["seed"]})
         for number, path in enumerate(config["model"]["checkpoints"], start=1):
-            row[f"member_{number}"] = dice(Path(path).parent.parent)
-        row[config["model"]["fusion"]] = dice(folder)
+            row[f"member_{number}"] = mean(Path(path).parent.parent, "dice")
+        row[config["model"]["fusion"]] = mean(folder, "dice")
+        if config["model"]["fusion"] == "staple":
+            for number, path in enumerate(config["model"]["checkpoints"], start=1):
+                row[f"estimated_{number}"] = estimated(folder, number)
+                row[f"true_{number}"] = mean(Path(path).parent.parent, "sensitivity")
     yield from (found[seed] for seed in sorted(found))
+
+
+def hardest(folders: Sequence[str]) -> Iterator[dict]:
+    """A row for each run: means over its test cases of the cross-entropy over a tenth of the voxels, of that over all, and of Dice."""
+    import numpy as np
+    import yaml
+
+    from lesionbench.results import read_rows
+    from lightning_modules.evaluation.tuning import tested_cases
+
+    for folder in map(Path, folders):
+        config, worst, every = yaml.safe_load((folder / "config.yaml").read_text()), [], []
+        for case in tested_cases(folder, None, ()):
+            regions = case.regions().double().numpy()  # nested, the largest first
+            classes = -np.diff(np.concatenate([np.ones_like(regions[:1]), regions, np.zeros_like(regions[:1])]), axis=0)
+            depth = case.task.region_matrix.sum(axis=0)  # of a class: in how many regions it lies
+            said = np.take_along_axis(classes, depth[case.truth.numpy()][None], axis=0)[0]
+            loss = np.sort(-np.log(said.clip(2**-11)).ravel())
+            worst.append(loss[-(len(loss) // 10) :].mean())
+            every.append(loss.mean())
+        rows = [r for r in read_rows(folder / "test" / "cases.csv") if r["region"] and not r["member"]]
+        yield {
+            "loss": config["model"]["loss"]["_target_"].rsplit(".", 1)[-1],
+            "seed": config["seed"],
+            "hardest_tenth": float(np.mean(worst)),
+            "all": float(np.mean(every)),
+            "dice": statistics.mean(float(r["dice"]) for r in rows),
+        }
 
 
 def write(rows: Sequence[Mapping], path: Path) -> None:
@@ -169,8 +217,8 @@ def write(rows: Sequence[Mapping], path: Path) -> None:
 
 def main() -> None:
     kind, path, *folders = sys.argv[1:]
-    kinds = {"raters": raters, "specks": specks, "threshold": lambda: threshold(folders), "ensembles": lambda: ensembles(folders)}
-    write(list(kinds[kind]()), Path(path))
+    drawn, of_runs = {"raters": raters, "specks": specks}, {"threshold": threshold, "ensembles": ensembles, "hardest": hardest}
+    write(list(of_runs[kind](folders) if kind in of_runs else drawn[kind]()), Path(path))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["benchmark=blobs", "model=pseudo_label", "callbacks=[default,pseudo_label_quality]"], ["benchmark=blobs", "model=co_learning"],
         ["experiment=nnunet_region_loss_ensemble/brats2021", "model/loss=region_topk_dice"],
         ["experiment=coranet/blobs"],
-        ["experiment=cmm_net_3d/brats2021"], ["experiment=modified_unet_horizontal/brats2021"], ["experiment=resunet3d_pei/brats2021"],
+        ["experiment=cmm_net_3d/brats2021"], ["experiment=modified_unet_horizontal/brats2021"], ["experiment=deepseg_nnunet_staple_ensemble/brats2021"], ["experiment=resunet3d_pei/brats2021"],
         ["experiment=attention_unet_positive_mining/simulated"],
         ["experiment=hardnet_bts/simulated"],
     ]  # fmt: skip

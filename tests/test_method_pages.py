@@ -23,6 +23,7 @@ ABSENT = "no such key"
 RECIPES = (
     "attention_unet_positive_mining",
     "cmm_net_3d",
+    "deepseg_nnunet_staple_ensemble",
     "ensemble",
     "hardnet_bts",
     "maab_unet",

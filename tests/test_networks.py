@@ -32,6 +32,7 @@ TINY = {
     "vnet": ({}, 32),
     "unet_plus_plus": ({"features": FEATURES, "deep_supervision": True}, 32),
     "CBAMUNet": ({"width": 4, "reduction": 1}, 16),
+    "DeepSeg": ({"features": 4, "levels": 3}, 16),
     "DilatedUNet": ({"width": 4}, 16),
     "HarDNet": ({"features": (4, 6, 8, 8, 8, 8), "growth": (2,) * 4, "layers": (4,) * 4}, 32),
     "CMMNet": ({"features": (4, 6, 8), "dilations": (3, 2, 1), "extra_features": (8,), "hppm": 1}, 16),
@@ -429,6 +430,7 @@ def test_every_network_is_configured():
     configured = {path.stem for path in (CONF / "model" / "network").glob("*.yaml")}
     assert {n for n in TINY if n.islower()} | {
         "cbam_unet",
+        "deepseg",
         "dilated_unet",
         "hardnet",
         "cmm_net",

@@ -16,6 +16,7 @@ from lightning_modules.networks.cmm_net import CMMNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
+from lightning_modules.networks.deepseg import DeepSeg
 from lightning_modules.networks.dilated_unet import DilatedUNet
 from lightning_modules.networks.hardnet import HarDNet
 from lightning_modules.networks.horizontal_unet import HorizontalUNet
@@ -51,6 +52,7 @@ _MONAI = {  # name -> the module that makes it
 __all__ = [
     "CBAMUNet",
     "CMMNet",
+    "DeepSeg",
     "DilatedUNet",
     "HarDNet",
     "HorizontalUNet",
