@@ -166,7 +166,8 @@ class CaseDataModule(pl.LightningDataModule):
             splits, more = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}, []
         except SuiteError as error:
             splits, more = {}, [Finding("error", "data.split", None, "these cases cannot be split", str(error))]
-        return more + check_cases(cases, self.task, splits=splits, allow_missing=self.allow_missing, progress=progress)
+        options: dict[str, Any] = {"allow_missing": self.allow_missing, "progress": progress, "header": self.preprocessing.header}
+        return more + check_cases(cases, self.task, splits=splits, **options)
 
     def prepare_data(self) -> None:
         """Generates, checks and caches what is not there yet. Runs in one process per machine."""
@@ -192,7 +193,8 @@ class CaseDataModule(pl.LightningDataModule):
         cases = list(self.predict_cases or ())
         left_out: dict[str, str] = {}
         if self.check:
-            for finding in check_cases(cases, self.task, splits={"predict": [c.id for c in cases]}, allow_missing=self.allow_missing):
+            options: dict[str, Any] = {"allow_missing": self.allow_missing, "header": self.preprocessing.header}
+            for finding in check_cases(cases, self.task, splits={"predict": [c.id for c in cases]}, **options):
                 if finding.level == ERROR:
                     left_out.setdefault(
                         finding.case, ": ".join(str(part) for part in (finding.file, finding.message, finding.value) if part)
@@ -220,7 +222,11 @@ class CaseDataModule(pl.LightningDataModule):
         """Checks unless these very files have passed before."""
         found = [(str(f.resolve()), f.stat()) for c in cases for f in c.files if f.exists()]
         stamps = [(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found]
-        marker = self.cache_root / "checked" / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing):016x}.json"
+        marker = (
+            self.cache_root
+            / "checked"
+            / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing, self.preprocessing.header):016x}.json"
+        )
         if marker.exists():
             return
         findings = self.findings(cases)

@@ -113,8 +113,9 @@ class CaseCache:
     def folder(self) -> Path:
         """`<root>/<key>`: the key stands for all that changes what is stored."""
         settings = {k: v for k, v in self.settings.to_dict().items() if k not in ("normalize", "allow_missing")}
-        if settings["crop_size"] is None:
-            del settings["crop_size"]  # entries from before there was such a thing stay good
+        for name, neutral in (("crop_size", None), ("header", "auto")):
+            if settings[name] == neutral:
+                del settings[name]  # entries from before there was such a thing stay good
         stored = {
             "format": FORMAT,
             "channels": self.task.channels,
@@ -270,7 +271,7 @@ class CaseCache:
 
     def _estimate(self, case: Case) -> int:
         path = next(case.images[channel] for channel in self.task.channels if channel in case.images)
-        _, affine, shape = read_volume(path, header_only=True)
+        _, affine, shape = read_volume(path, header_only=True, header=self.settings.header)
         geometry = Geometry.of(affine, shape)
         grid = resampled_shape(geometry, self.settings)
         raw = grid == geometry.canonical and fits_int16(path)

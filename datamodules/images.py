@@ -57,6 +57,5 @@ class Images(CaseDataModule):
     def findings(self, cases: Any = None, progress: bool = True) -> list:
         from datamodules.integrity import check_cases
 
-        return check_cases(
-            self.predict_cases, self.task, splits={"predict": self.predict_ids()}, allow_missing=self.allow_missing, progress=progress
-        )
+        options: dict[str, Any] = {"allow_missing": self.allow_missing, "progress": progress, "header": self.preprocessing.header}
+        return check_cases(self.predict_cases, self.task, splits={"predict": self.predict_ids()}, **options)

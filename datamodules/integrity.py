@@ -39,7 +39,9 @@ TWO_SPLITS = "patient in two splits: split by patient"
 NOT_FOUND = "split names a case that was not found: correct the split"
 EMPTY_LABEL = "empty label: make sure that the case has no lesion"
 EMPTY_REGION = "empty region: fine for some cases, else check the values of its classes"
-TWO_HEADERS = "header holds two different voxel sizes: look which is right, and repair the other"
+TWO_HEADERS = (
+    "header holds two different voxel sizes: look which is right, and repair the other, or say which counts (data.preprocessing.header)"
+)
 ODD_SPACING = "odd voxel size: check the header, or resample (data.preprocessing.spacing)"
 
 
@@ -71,6 +73,7 @@ def check_cases(
     allow_missing: bool = False,
     workers: int = 0,
     progress: bool = True,
+    header: str = "auto",
 ) -> list[Finding]:
     """Reads every file of every case in full and returns all findings, in the order of the cases, then those between cases.
 
@@ -82,11 +85,12 @@ def check_cases(
         allow_missing: cases may lack channels, as long as one is there.
         workers: threads that read files; 0 reads in the calling one.
         progress: draw a progress bar if the terminal is interactive.
+        header: see `geometry.read_volume`; with another one than `auto` two voxel sizes in a header are no finding.
     """
     labeled = {c.id for c in cases} if splits is None else {i for s, ids in splits.items() if s not in UNLABELED_SPLITS for i in ids}
 
     def check(case: Case) -> _Report:
-        return _check_case(case, task, allow_missing, needs_label=case.id in labeled)
+        return _check_case(case, task, allow_missing, header, needs_label=case.id in labeled)
 
     if workers:
         with ThreadPoolExecutor(workers) as pool:
@@ -129,7 +133,7 @@ def _shown(reports: Iterable[_Report], total: int, progress: bool) -> Iterator[_
     return iter(track(reports, "Checking cases", total, console=console, transient=True, disable=not (progress and console.is_terminal)))
 
 
-def _check_case(case: Case, task: Task, allow_missing: bool, needs_label: bool) -> _Report:
+def _check_case(case: Case, task: Task, allow_missing: bool, header: str, needs_label: bool) -> _Report:
     report = _Report()
     missing = [c for c in task.channels if c not in case.images]
     if missing and (not allow_missing or len(missing) == len(task.channels)):
@@ -138,20 +142,20 @@ def _check_case(case: Case, task: Task, allow_missing: bool, needs_label: bool) 
         report.findings.append(Finding(ERROR, case.id, None, NO_LABEL))
     for channel in (c for c in task.channels if c in case.images):
         path = case.images[channel]
-        array = _read(case, path, report)
+        array = _read(case, path, report, header)
         if array is not None:
             _check_image(case, channel, path, array, report)
     for path in [*([case.label] if case.label else []), *case.raters]:
-        array = _read(case, path, report)
+        array = _read(case, path, report, header)
         if array is not None:
             report.findings += [Finding(level, case.id, path, message, value) for level, message, value in _label_faults(array, task)]
     return report
 
 
-def _read(case: Case, path: Path, report: _Report) -> np.ndarray | None:
+def _read(case: Case, path: Path, report: _Report, header: str) -> np.ndarray | None:
     """The volume, if its content can be judged; reports an unreadable file, NaN and what differs from the case's grid."""
     try:
-        array, affine, shape = read_volume(path)
+        array, affine, shape = read_volume(path, header=header)
         _read_to_end(path)
     except (SuiteError, HeaderDataError, OSError, EOFError, zlib.error, MemoryError) as error:
         value = str(error).removeprefix(f"{path}: ") or type(error).__name__
@@ -168,7 +172,7 @@ def _read(case: Case, path: Path, report: _Report) -> np.ndarray | None:
         bad = int((~np.isfinite(array)).sum()) if array.dtype.kind == "f" else array.size
         faults.append((NOT_FINITE, f"{bad} of {array.size} voxels"))
     report.findings += [Finding(ERROR, case.id, path, message, value) for message, value in faults]
-    if doubt := header_doubt(path):
+    if header == "auto" and (doubt := header_doubt(path)):
         report.findings.append(Finding(WARNING, case.id, path, TWO_HEADERS, doubt))
     return array if finite else None
 

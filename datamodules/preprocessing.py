@@ -14,7 +14,7 @@ from nibabel.orientations import aff2axcodes
 
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.geometry import TOLERANCE, Geometry, displacement, ending_of, read_header, read_volume, resample
+from lesionbench.geometry import HEADERS, TOLERANCE, Geometry, displacement, ending_of, read_header, read_volume, resample
 from lesionbench.task import Task
 
 CROPS = ("foreground", "label", "center", "none")
@@ -51,9 +51,10 @@ class Preprocessing:
         clip: (low, high) raw values to clip at before everything else, for CT-like units whose background is not 0.
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
         interpolation: of the image where it is resampled: `linear`, or `nearest` (labels always are).
+        header: what of a NIfTI header says where the voxels lie: `auto`, `sform`, `qform` or `pixdim` (see `geometry.read_volume`).
 
     Raises:
-        SuiteError: an unknown crop, normalization or interpolation, a spacing, size, margin or clip that makes no sense, both a spacing and a
+        SuiteError: an unknown crop, normalization, interpolation or header, a spacing, size, margin or clip that makes no sense, both a spacing and a
             size, a size of the crop without `center` or the other way round.
     """
 
@@ -67,6 +68,7 @@ class Preprocessing:
     clip: tuple[float, float] | None = None
     allow_missing: bool = False
     interpolation: str = "linear"
+    header: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("spacing", "percentiles", "clip"):
@@ -88,6 +90,8 @@ class Preprocessing:
             raise unknown("crop", self.crop, CROPS)
         if self.normalize not in NORMALIZATIONS:
             raise unknown("normalization", self.normalize, NORMALIZATIONS)
+        if self.header not in HEADERS:
+            raise unknown("header (data.preprocessing.header)", self.header, HEADERS)
         if self.interpolation not in INTERPOLATIONS:
             raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
         if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
@@ -156,7 +160,7 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
     body = foreground(image, settings.background)
 
     def whole(path: Path) -> np.ndarray:
-        label = geometry.to_canonical(read_label(case, path, task, geometry))
+        label = geometry.to_canonical(read_label(case, path, task, geometry, settings.header))
         return resample(torch.from_numpy(np.ascontiguousarray(label))[None], geometry.resampled, discrete=True)[0].numpy()
 
     if settings.crop == "foreground":
@@ -198,13 +202,13 @@ def check_channels(case: Case, task: Task, settings: Preprocessing) -> None:
         )
 
 
-def read_label(case: Case, path: Path, task: Task, geometry: Geometry) -> np.ndarray:
+def read_label(case: Case, path: Path, task: Task, geometry: Geometry, header: str = "auto") -> np.ndarray:
     """A label map of the case on its native grid: class indices (X, Y, Z), int8, -1 = ignore.
 
     Raises:
         SuiteError: unreadable, on another grid than the images, or with an unknown value; names case, file and value.
     """
-    values, affine, shape = read_volume(path)
+    values, affine, shape = read_volume(path, header=header)
     _check_grid(case, path, affine, shape, geometry)
     try:
         return task.from_disk(values)
@@ -212,10 +216,10 @@ def read_label(case: Case, path: Path, task: Task, geometry: Geometry) -> np.nda
         raise SuiteError(f"case {case.id}: {path}: {error}") from None
 
 
-def geometry_of(case: Case, task: Task) -> Geometry:
+def geometry_of(case: Case, task: Task, header: str = "auto") -> Geometry:
     """The native grid of a case, that of its first image; nothing is read but the header."""
     path = next(case.images[channel] for channel in task.channels if channel in case.images)
-    _, affine, shape = read_volume(path, header_only=True)
+    _, affine, shape = read_volume(path, header_only=True, header=header)
     return _geometry(case, path, affine, shape)
 
 
@@ -375,7 +379,7 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
             volumes.append(None)
             continue
         path = case.images[channel]
-        array, affine, shape = read_volume(path)
+        array, affine, shape = read_volume(path, header=settings.header)
         if geometry is None:
             geometry = _geometry(case, path, affine, shape)
         _check_grid(case, path, affine, shape, geometry)

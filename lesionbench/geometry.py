@@ -143,16 +143,21 @@ def resample(maps: torch.Tensor, shape: Sequence[int], discrete: bool = False) -
     return torch.nn.functional.interpolate(maps[None].float(), size=tuple(shape), **mode)[0].to(maps.dtype)
 
 
-def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | None, np.ndarray, tuple[int, ...]]:
+HEADERS = ("auto", "sform", "qform", "pixdim")  # what of a NIfTI header says where the voxels lie
+
+
+def read_volume(path: Path, header_only: bool = False, header: str = "auto") -> tuple[np.ndarray | None, np.ndarray, tuple[int, ...]]:
     """Reads a NIfTI, Analyze, NRRD or MetaImage volume: (array in its stored type where unscaled, else float32; affine; shape).
 
-    A trailing axis of length one is dropped. With `header_only` the array is None. The affine leads from voxels to mm. It is the sform,
-    without one the qform, without both the header's voxel sizes, as nibabel reads it. Where the sform has other voxel sizes than `pixdim`
+    A trailing axis of length one is dropped. With `header_only` the array is None. The affine leads from voxels to mm. With `header="auto"`
+    it is the sform, without one the qform, without both the header's voxel sizes, as nibabel reads it. Where the sform has other voxel sizes than `pixdim`
     (by more than 1 %), sizes of exactly 1 are taken for never set; of two others `pixdim` counts, as in ITK: with the directions of the
-    qform, or of the sform where there is no qform. Units of meters and micrometers become mm.
+    qform, or of the sform where there is no qform. `sform` and `qform` take that one; `pixdim` takes the voxel sizes, along right, anterior
+    and superior. Units of meters and micrometers become mm.
 
     Raises:
-        SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers; names the file.
+        SuiteError: missing, unreadable, truncated, not three-dimensional, or colors or complex numbers, or without the form that is asked
+            for; names the file.
     """
     if ending_of(path) in ITK_ENDINGS:
         array, affine, shape = read_itk(path, header_only)
@@ -171,7 +176,7 @@ def read_volume(path: Path, header_only: bool = False) -> tuple[np.ndarray | Non
             raise SuiteError(f"{path}: holds complex numbers ({stored}), not intensities or labels; export the magnitude")
         if len(shape) != 3 or 0 in shape:
             raise SuiteError(f"{path}: expected one 3D volume, got shape {tuple(image.shape)}")
-        affine = _header_affine(image)[0]
+        affine = _header_affine(image)[0] if header == "auto" else _form(path, image, header)
         if header_only:
             return None, affine, shape
         slope, inter = image.dataobj.slope, image.dataobj.inter
@@ -246,8 +251,26 @@ def _header_affine(image: Any) -> tuple[np.ndarray, str]:
             qform = header.get_qform(coded=True)[0]
             affine = affine * [*(stated / sizes), 1] if qform is None else qform
         doubt = f"sform {_sizes(sizes)}, pixdim {_sizes(stated)}: {taken} counts"
+    return _in_millimeters(header) @ affine, doubt
+
+
+def _form(path: Path, image: Any, header: str) -> np.ndarray:
+    """The affine, 4 x 4, in mm, that one part of a NIfTI header tells; of other formats the only one."""
+    known = image.header
+    if not isinstance(known, nib.Nifti1Header):
+        return _header_affine(image)[0]
+    if header == "pixdim":
+        affine = np.diag([*np.asarray(known["pixdim"][1:4], dtype=float), 1])
+    else:
+        affine, code = known.get_sform(coded=True) if header == "sform" else known.get_qform(coded=True)
+        if affine is None:
+            raise SuiteError(f"{path}: has no {header} (code {int(code)}), which data.preprocessing.header={header} asks for")
+    return _in_millimeters(known) @ np.asarray(affine, dtype=float)
+
+
+def _in_millimeters(header: Any) -> np.ndarray:
     scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)
-    return affine * np.array([scale, scale, scale, 1])[:, None], doubt
+    return np.diag([scale, scale, scale, 1.0])
 
 
 def header_doubt(path: Path) -> str:

@@ -198,3 +198,29 @@ def test_a_small_rotation_of_a_large_volume_moves_its_far_end(tmp_path):
     c, s = np.cos(np.radians(0.05)), np.sin(np.radians(0.05))
     rotation = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     assert displacement(np.eye(4), rotation, (241, 2, 2)) == pytest.approx(0.21, abs=0.002)
+
+
+# what the user says counts
+
+
+@pytest.mark.parametrize(("header", "expected"), [("sform", (2, 3, 4)), ("qform", SIZES), ("pixdim", SIZES), ("auto", SIZES)])
+def test_the_form_that_is_asked_for_counts(tmp_path, header, expected):
+    """A sform of other voxel sizes and axes than the qform, in meters."""
+    sform, qform = turned(90, (2, 3, 4)), turned(30)
+    path = save(tmp_path / "a.nii.gz", sform=sform, qform=qform, codes=(2, 1), units=1)
+    _, affine, _ = read_volume(path, header=header)
+    assert np.linalg.norm(affine[:3, :3], axis=0) == pytest.approx(np.multiply(expected, 1000))
+    wanted = {"sform": sform, "qform": qform, "auto": qform, "pixdim": np.diag([*SIZES, 1])}[header]
+    np.testing.assert_allclose(affine, np.diag([1000, 1000, 1000, 1]) @ wanted, rtol=1e-5, atol=1e-2)
+    case = preprocess(Case("a", {"t1": path}), TASK, Preprocessing(crop="none", header=header))
+    assert sorted(case.geometry.native_spacing) == pytest.approx(sorted(np.multiply(expected, 1000)))
+    found = integrity.check_cases([Case("a", {"t1": path})], TASK, splits={"predict": ["a"]}, progress=False, header=header)
+    assert any(f.message == integrity.TWO_HEADERS for f in found) == (header == "auto")
+
+
+def test_a_form_that_is_not_there_is_named(tmp_path):
+    path = save(tmp_path / "a.nii.gz", qform=turned(30))
+    with pytest.raises(SuiteError, match=r"a\.nii\.gz: has no sform \(code 0\), which data\.preprocessing\.header=sform asks for"):
+        read_volume(path, header="sform")
+    with pytest.raises(SuiteError, match=r"Unknown header \(data\.preprocessing\.header\) 'sfrom'; did you mean 'sform'"):
+        Preprocessing(header="sfrom")

@@ -238,7 +238,7 @@ def tested_cases(folder: Path, data_root: str | None, trust: Sequence[str]) -> I
     for case in known.values():
         if case.label is None:
             raise SuiteError(f"case {case.id} has no label map to compare with")
-        values, affine, _ = read_volume(case.label)
+        values, affine, _ = read_volume(case.label, header=data.preprocessing.header)
         spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0)).tolist() if task.unit == "mm" else [1.0] * 3
         yield TestedCase(
             str(folder), case.id, case.patient, task, folder / "predictions", torch.from_numpy(task.from_disk(values)), spacing
