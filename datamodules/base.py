@@ -118,6 +118,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
         self.labels = None if labels is None else Path(labels).expanduser()
         self.channel_dropout = channel_dropout
+        self.doubts = ""  # what the integrity check warned of, once the data are prepared
         self.maps: MapStore | None = None  # set by whoever owns the run folder
         self.statistics: dict | None = None
         self.parts: dict[str, list[Case]] = {}
@@ -228,13 +229,15 @@ class CaseDataModule(pl.LightningDataModule):
             / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing, self.preprocessing.header):016x}.json"
         )
         if marker.exists():
+            self.doubts = json.loads(marker.read_text()).get("doubts", "")
             return
         findings = self.findings(cases)
         raise_on_errors(findings)
         if findings:
-            print(render(findings))
+            self.doubts = render(findings)
+            print(self.doubts)
         marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"cases": len(cases), "warnings": len(findings)}))
+        marker.write_text(json.dumps({"cases": len(cases), "warnings": len(findings), "doubts": self.doubts}))
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_cases is not None:

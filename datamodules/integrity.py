@@ -42,6 +42,7 @@ EMPTY_REGION = "empty region: fine for some cases, else check the values of its 
 TWO_HEADERS = (
     "header holds two different voxel sizes: look which is right, and repair the other, or say which counts (data.preprocessing.header)"
 )
+ASTRAY = "files that do not go together: mend their names, or take them out"
 ODD_SPACING = "odd voxel size: check the header, or resample (data.preprocessing.spacing)"
 
 

@@ -8,6 +8,18 @@ class SuiteError(Exception):
     """Something the user can mend (input, configuration, checkpoint); the message says what, where and how."""
 
 
+class Incomplete(SuiteError):
+    """A data set whose files do not go together, with the cases that were found all the same, for a check that goes on.
+
+    Attributes:
+        cases: what was found, as far as it goes.
+    """
+
+    def __init__(self, message: str, cases: list) -> None:
+        super().__init__(message)
+        self.cases = cases
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'dice'? Known: ce, dice"`` for an unknown `name`."""
     known = sorted(known)

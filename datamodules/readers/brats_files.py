@@ -8,7 +8,7 @@ from typing import Any
 
 from datamodules.readers.tables import ABSENT, read_table
 from lesionbench.case import Case
-from lesionbench.errors import SuiteError, unknown
+from lesionbench.errors import Incomplete, SuiteError, unknown
 from lesionbench.geometry import volume_file
 from lesionbench.task import Task
 
@@ -199,16 +199,23 @@ def require_root(root: Path, name: str, option: str = "data.root") -> Path:
 
 
 def require_channels(cases: list[Case], channels: Sequence[str], allow_missing: bool) -> list[Case]:
-    """`cases` if each has all `channels` (with `allow_missing`: at least one); else one error that lists every gap."""
+    """`cases` if each has all `channels` (with `allow_missing`: at least one); else one `Incomplete` that lists every gap."""
+    if gaps := lacking_channels(cases, channels, allow_missing):
+        raise Incomplete(gaps, cases)
+    return cases
+
+
+def lacking_channels(cases: list[Case], channels: Sequence[str], allow_missing: bool) -> str:
+    """Every gap of `require_channels` as one message; "" where there is none."""
     missing = {case.id: [c for c in channels if c not in case.images] for case in cases}
     refused = {case: gaps for case, gaps in missing.items() if gaps and (not allow_missing or len(gaps) == len(channels))}
     if refused:
         lines = "\n".join(f"  {case}: {', '.join(gaps)}" for case, gaps in refused.items())
-        raise SuiteError(
+        return (
             f"{len(refused)} of {len(cases)} cases lack channels:\n{lines}\n"
             "Add the files, narrow the task (task.channels=[...]), or accept cases with at least one channel (data.preprocessing.allow_missing=true)."
         )
-    return cases
+    return ""
 
 
 def _known(layout: str) -> str:

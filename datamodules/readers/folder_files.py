@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.brats_files import SUFFIXES_2023, require_channels, require_root
+from datamodules.readers.brats_files import SUFFIXES_2023, lacking_channels, require_channels, require_root
 from datamodules.readers.tables import ABSENT, parsed, read_json, read_table
 from lesionbench.case import Case
-from lesionbench.errors import SuiteError
+from lesionbench.errors import Incomplete, SuiteError
 from lesionbench.geometry import ending_of, stem_of
 
 _RATER = re.compile(r"rater(\d+)")
@@ -49,11 +49,17 @@ def find_folder(
     files = _volumes(images)
     if channels is None:
         channels = sorted({stem_of(f).rpartition("_")[2] for f in files if "_" in stem_of(f)})
-    cases = require_channels(_cases(files, channels, {f"_{c}": c for c in channels}), channels, allow_missing)
+    cases = _cases(files, channels, {f"_{c}": c for c in channels})
     if not cases:
         raise SuiteError(f"{images}: no image of channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
-    _add_labels(root / "labels", cases)
-    add_attributes(root / "attributes.csv", cases)
+    problems = [lacking_channels(cases, channels, allow_missing)]
+    for add, path in ((_add_labels, root / "labels"), (add_attributes, root / "attributes.csv")):
+        try:
+            add(path, cases)
+        except Incomplete as error:
+            problems.append(str(error))
+    if any(problems):
+        raise Incomplete("\n".join(filter(None, problems)), cases)
     return cases
 
 
@@ -179,10 +185,11 @@ def _add_labels(folder: Path, cases: list[Case]) -> None:
             raters.setdefault(name, {})[int(match[1])] = path
         else:
             strangers.append(path)
-    if strangers:
-        raise SuiteError(f"{folder}: labels that belong to no case: {_listed(strangers)}; name them <case>.nii.gz or <case>_rater1.nii.gz")
     for name, numbered in raters.items():
         by_id[name].raters = [numbered[n] for n in sorted(numbered)]
+    if strangers:
+        what = f"labels that belong to no case: {_listed(strangers)}; name them <case>.nii.gz or <case>_rater1.nii.gz"
+        raise Incomplete(f"{folder}: {what}", cases)
 
 
 def add_attributes(table: Path, cases: list[Case]) -> None:
@@ -194,16 +201,16 @@ def add_attributes(table: Path, cases: list[Case]) -> None:
     by_id = {case.id: case for case in cases}
     rows = _rows(table) if table.is_file() else []
     strangers = [row["case"] for row in rows if row["case"] not in by_id]
-    if strangers:  # its patient, left unsaid, could stand in training and test
-        raise SuiteError(
-            f"{table}: {len(strangers)} row(s) belong to no case; mend the names, or remove the rows:\n"
-            + "\n".join(f"  {name}{_meant(name, by_id)}" for name in strangers[:10])
-        )
     for row in rows:
+        if row["case"] not in by_id:
+            continue
         case = by_id[row.pop("case")]
         case.patient = row.pop("patient", "") or case.id
         case.site = row.pop("site", "")
         case.attributes = _attributes(row)
+    if strangers:  # its patient, left unsaid, could stand in training and test
+        listed = "\n".join(f"  {name}{_meant(name, by_id)}" for name in strangers[:10])
+        raise Incomplete(f"{table}: {len(strangers)} row(s) belong to no case; mend the names, or remove the rows:\n{listed}", cases)
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

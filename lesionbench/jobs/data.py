@@ -8,21 +8,30 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lesionbench.errors import SuiteError, unknown
+from lesionbench.errors import Incomplete, SuiteError, unknown
 from lesionbench.installation import command
 from lesionbench.jobs.console import say
 
 
 def check(cfg: DictConfig) -> None:
-    """Checks every case of the data set and prints all findings at once."""
+    """Checks every case of the data set and prints what it holds and all findings at once."""
     from hydra.utils import instantiate
 
-    from datamodules.integrity import render
+    from datamodules.integrity import ASTRAY, ERROR, Finding, render
+    from datamodules.overview import overview
 
     data = instantiate(cfg.data, _convert_="all")
-    data.materialize()
-    findings = data.findings()
-    say(render(findings) if findings else f"{data.root}: {len(data.cases())} cases, nothing to report")
+    astray, strict, data.allow_missing = [], data.allow_missing, True  # missing channels are found case by case
+    try:
+        data.materialize()
+        cases = data.cases()
+    except Incomplete as error:
+        cases, astray = data.ordered(error.cases), [Finding(ERROR, "data.root", data.root, ASTRAY, str(error))]
+    finally:
+        data.allow_missing = strict
+    findings = [*astray, *data.findings(cases)]
+    say(render(findings) if findings else f"{data.root}: nothing to report")
+    say(overview(cases, data.task, data.preprocessing.header))
     if any(f.level == "error" for f in findings):
         raise SuiteError(f"{sum(f.level == 'error' for f in findings)} error(s) in {data.root}; see above")
 

@@ -81,9 +81,13 @@ def fingerprint(data: DictConfig) -> str:
 def _prepare(run: Assembled, stage: DictConfig, folder: RunFolder) -> None:
     """Prepares the cases and remembers which they are."""
     run.prepare()
-    cases = run.data.fingerprint() if first_process() else None
+    if not first_process():
+        return
+    cases, doubts = run.data.fingerprint(), getattr(run.data, "doubts", "")
     if cases is not None:
         folder.update_summary(cases={**folder.summary.get("cases", {}), stage.name: cases})
+    if doubts:
+        folder.update_summary(data_warnings=doubts)
 
 
 def _discarded(folder: RunFolder) -> bool:

@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from lesionbench.reports.comparison import Comparison
 from lesionbench.reports.html_page import Section, note, page, table
+from lesionbench.reports.report import warned_kinds
 from lesionbench.reports.runs import Values
 from lesionbench.reports.sheets import Sheet
 
@@ -294,10 +296,18 @@ def _pictures(comparison: Comparison) -> Section:
 
 
 def _runs(comparison: Comparison) -> str:
-    return "".join(
+    listed = "".join(
         f"<details><summary>{html.escape(group)}: {len(folders)} run(s)</summary><pre>{html.escape(chr(10).join(folders))}</pre></details>"
         for group, folders in comparison.folders.items()
     )
+    return listed + "".join(note(f"The integrity check of the data: {html.escape(line)}") for line in _warnings(comparison))
+
+
+def _warnings(comparison: Comparison) -> list[str]:
+    """What the check of the data of any run warned of, each kind once."""
+    summaries = (Path(folder) / "summary.json" for folders in comparison.folders.values() for folder in folders)
+    kinds = (line for path in summaries if path.exists() for line in warned_kinds(json.loads(path.read_text())))
+    return list(dict.fromkeys(kinds))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------------

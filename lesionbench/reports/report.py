@@ -50,6 +50,8 @@ def print_run(folder: Path) -> None:
         out.print(_dataset_table(member, regions))
     _baseline(out, folder)
     _zeros(out, folder)
+    for line in warned_kinds(summary):
+        out.print(f"The integrity check of the data: {line}", soft_wrap=True, highlight=False, markup=False)
     for line in _paths(folder, config["runs"], config.get("select")):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if "imulated" in config["data"]["_target_"]:
@@ -59,6 +61,11 @@ def print_run(folder: Path) -> None:
                 "The same command may give other figures on another processor or with other threads, which add in another order "
                 "(measured for `make run`: mean Dice by up to 0.02, mean HD95 by up to 21 mm)."
             )
+
+
+def warned_kinds(summary: dict[str, Any]) -> list[str]:
+    """What the integrity check of a run's data warned of, a line for each kind; the cases are in `data_warnings` of its summary."""
+    return [line for line in summary.get("data_warnings", "").splitlines() if line.startswith("warning x ")]
 
 
 def _results(member: str, regions: dict[str, Any]) -> Any:
