@@ -3,6 +3,7 @@
 from datamodules.acdc import ACDC
 from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
+from datamodules.bids import BIDS
 from datamodules.brats import BraTS
 from datamodules.decathlon import Decathlon
 from datamodules.folder import Folder
@@ -27,6 +28,7 @@ from datamodules.tumor_voxels import TumorVoxels
 
 __all__ = [
     "ACDC",
+    "BIDS",
     "IBSR",
     "QUBIQ",
     "Atlas",

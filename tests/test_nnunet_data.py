@@ -220,5 +220,5 @@ def test_a_folder_that_is_something_else_says_what(tmp_path):
     with pytest.raises(SuiteError, match=r"but imagesTr/: data=nnunet and data=decathlon"):
         find_folder(tmp_path / "bare", ["T1"])
     (tmp_path / "bids" / "sub-01" / "ses-1" / "anat").mkdir(parents=True)
-    with pytest.raises(SuiteError, match=r"sub-\*/anat as in BIDS: list its files in a table for data\.list_file"):
+    with pytest.raises(SuiteError, match=r"sub-\*/anat as in BIDS: data=bids reads it"):
         find_folder(tmp_path / "bids", ["T1"])

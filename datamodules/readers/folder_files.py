@@ -92,11 +92,11 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
 def images_below(root: Path) -> list[Path]:
     """Every image file that `find_images` looks at, in folders of any depth, hidden ones left out."""
     start = root / "images" if (root / "images").is_dir() else root
-    found = (Path(folder) / name for folder, folders, names in _walked(start) for name in names)
+    found = (Path(folder) / name for folder, folders, names in walked(start) for name in names)
     return sorted(path for path in found if ending_of(path) and not path.name.startswith("."))
 
 
-def _walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def walked(start: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Folders below `start`, each once: of several links to one folder, or a link back to where it lies, the first counts."""
     seen = set()
     for folder, folders, names in os.walk(start, followlinks=True):
@@ -148,7 +148,7 @@ def _recognized(root: Path) -> str:
     if (root / "imagesTr").is_dir():
         return ", but imagesTr/: data=nnunet and data=decathlon read such folders with their dataset.json"
     if any(root.glob("sub-*/**/anat")):
-        return ", but sub-*/anat as in BIDS: list its files in a table for data.list_file"
+        return ", but sub-*/anat as in BIDS: data=bids reads it"
     return ""
 
 
