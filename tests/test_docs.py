@@ -130,6 +130,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=cmm_net_3d/brats2021"], ["experiment=modified_unet_horizontal/brats2021"], ["experiment=deepseg_nnunet_staple_ensemble/brats2021"], ["experiment=resunet3d_pei/brats2021"],
         ["experiment=attention_unet_positive_mining/simulated"],
         ["experiment=hardnet_bts/simulated"],
+        ["experiment=supervised/folder", "data=nnunet"], ["experiment=supervised/folder", "data=bids"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))
     known |= {key.rpartition(".")[2] for key in known}  # tables leave the beginning of a key to their title
