@@ -14,6 +14,7 @@ from typing import Any
 from datamodules.readers.brats_files import SUFFIXES_2023, lacking_channels, require_channels, require_root
 from datamodules.readers.tables import ABSENT, parsed, read_json, read_table
 from lesionbench.case import Case
+from lesionbench.dicom_files import series_in
 from lesionbench.errors import Incomplete, SuiteError
 from lesionbench.geometry import ending_of, stem_of
 
@@ -87,6 +88,35 @@ def find_images(root: Path, channels: Sequence[str], allow_missing: bool = False
     if not cases:
         raise SuiteError(f"{root}: nothing to predict for channels {list(channels)} among {_listed(files)}; {_expected(channels)}")
     return require_channels(cases, channels, allow_missing)
+
+
+def find_series(root: Path, channels: Sequence[str]) -> list[Case]:
+    """Cases of DICOM series, sorted by id: `<case>/<channel>/` with the files of a series each, or `<case>/` where there is one channel.
+
+    What `images` names are the folders. Channel folders may have any case; folders of no channel are left out.
+
+    Raises:
+        SuiteError: a folder with series of several channels that is not divided by channels.
+    """
+    folders = [Path(folder) for folder, _, names in walked(Path(root)) if names and series_in(Path(folder))]
+    by_name = {channel.lower(): channel for channel in channels}
+    found: dict[str, dict[str, Path]] = {}
+    for folder in folders:
+        channel = by_name.get(folder.name.lower())
+        if channel is None and len(channels) == 1:
+            channel, home = channels[0], folder
+        elif channel is None:
+            continue
+        else:
+            home = folder.parent
+        name = "_".join(home.relative_to(root).parts) or home.name
+        if channel in found.setdefault(name, {}):
+            raise SuiteError(f"two series for channel {channel}: {found[name][channel]} and {folder}; keep one")
+        found[name][channel] = folder
+    if folders and not found:
+        example = ", ".join(f"<case>/{channel}/" for channel in channels)
+        raise SuiteError(f"{root}: holds DICOM series ({folders[0]} ...), but in no folder named for a channel; expected {example}")
+    return [Case(name, {c: images[c] for c in channels if c in images}) for name, images in sorted(found.items())]
 
 
 def images_below(root: Path) -> list[Path]:
