@@ -94,6 +94,7 @@ class RunFolder:
     def __init__(self, path: Path, made: Path | None = None) -> None:
         """`made` is the topmost folder of `path` that was made for this run; None where the run was there before, or is another process's."""
         self.path, self._made = Path(path), made
+        self._marked = False  # by this object
 
     @classmethod
     def of(cls, cfg: DictConfig, resume: bool = False, same: "Callable[[RunFolder], bool]" = lambda folder: True) -> "RunFolder":
@@ -155,8 +156,14 @@ class RunFolder:
         path = self.path / "stages" / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    @property
+    def continued(self) -> bool:
+        """Whether the run was there before and this process has ended none of its stages: the present one may have been begun already."""
+        return self._made is None and not self._marked
+
     def mark_done(self, name: str, result: Mapping[str, Any]) -> None:
         """Marks a stage as finished, atomically."""
+        self._marked = True
         _write(self.path / "stages" / f"{name}.json", json.dumps(dict(result), indent=1))
 
     def await_stage(self, name: str, patience: float = 3600.0) -> None:

@@ -199,15 +199,14 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
             raise SuiteError(f"{' and '.join(names)} wait(s) for a validation, and data.split leaves no case to validate on")
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
-    iteration = -1
     if resumed:
-        iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
-        say(f"continuing {cfg.run_folder} after iteration {iteration}")
-    elif cfg.init_from:
-        say(initialize_from(run.method, cfg.init_from, cfg.init_prefix))
-    for logger in run.trainer.loggers:
-        if hasattr(logger, "truncate_after"):
-            logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
+        say(f"continuing {cfg.run_folder} after iteration {read_checkpoint(resumed)['lesionbench']['iteration']}")
+    else:
+        if cfg.init_from:
+            say(initialize_from(run.method, cfg.init_from, cfg.init_prefix))
+        for logger in run.trainer.loggers:
+            if hasattr(logger, "wind_back"):
+                logger.wind_back(0)  # a process that came to no checkpoint may have logged
     trains = any(p.requires_grad for p in run.method.parameters())
     if not trains:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
@@ -234,6 +233,9 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         read_checkpoint(checkpoint)  # before hours of caching
     _prepare(run, stage, folder)
     run.configure_inference(cfg)
+    last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
+    if folder.continued and last.exists():
+        run.rewind.tested_after = last
     if checkpoint:
         run.load(checkpoint)
     elif trains:
