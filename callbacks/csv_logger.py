@@ -62,7 +62,8 @@ class CurvesLogger(Logger):
         iteration = values.pop("iteration", step)
         epoch = values.pop("epoch", None)
         head = ["" if n is None else round(n) for n in (iteration, epoch)]
-        self._append([[*head, name, repr(value)] for name, value in values.items()])
+        # by name: Lightning's order is that in which the present process logged them first
+        self._append([[*head, name, repr(value)] for name, value in sorted(values.items())])
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:

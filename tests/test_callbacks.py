@@ -170,6 +170,13 @@ def test_curves_are_long_rows_under_the_logged_iteration(tmp_path):
     assert (tmp_path / "run/metrics.csv").read_text() == "iteration,epoch,name,value\n7,1,loss,0.5\n8,,lr,0.1\n"
 
 
+def test_rows_of_one_call_stand_by_name(tmp_path):
+    """Lightning hands on values in the order in which a process first logged them, which differs after a resume."""
+    logger = CurvesLogger(str(tmp_path))
+    logger.log_metrics({"train/loss": 1.0, "train/dice": 2.0, "iteration": 1.0}, step=0)
+    assert [line.split(",")[2] for line in logger.path.read_text().splitlines()[1:]] == ["train/dice", "train/loss"]
+
+
 def test_curves_of_a_resumed_run_hold_nothing_later_than_the_checkpoint(tmp_path):
     logger = CurvesLogger(str(tmp_path))
     for i in range(1, 5):
@@ -435,7 +442,7 @@ def test_throughput_is_logged_on_its_own_clock(tmp_path):
     fit(tmp_path, Tiny([0.1]), Cost(str(tmp_path), every=3), epochs=1, logger=CurvesLogger(str(tmp_path)), enable_checkpointing=False)
     rows = [r for r in csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()) if r["name"].startswith("perf/")]
     assert [(r["iteration"], r["name"]) for r in rows] == [
-        (i, f"perf/{n}") for i in ("3", "6") for n in ("samples_per_s", "memory_mb", "data_wait")
+        (i, f"perf/{n}") for i in ("3", "6") for n in ("data_wait", "memory_mb", "samples_per_s")
     ]
     assert all(float(r["value"]) > 0 for r in rows if r["name"] != "perf/data_wait")
 
