@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lesionbench.errors import SuiteError, nearest, unknown
+from lesionbench.jobs import run_folder
 from lesionbench.jobs.main import run_job
 from lesionbench.jobs.run_folder import RunFolder, config_hash, environment, variant_hash
 from lesionbench.reports.report import curve, print_run
@@ -202,11 +203,18 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     assert len(set(paths)) == 24
 
 
-def test_runs_that_resume_at_once_are_one_run(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda _: RunFolder.of(config(tmp_path), resume=True).path, range(24)))
-    assert {path.name for path in paths} == {"seed=0"}
-    assert [path.name for path in paths[0].parent.iterdir()] == ["seed=0"]
+def test_runs_that_resume_at_once_are_one_run(tmp_path, monkeypatch):
+    real = run_folder._made
+
+    def overtaken(base, *arguments, **options):
+        (base / "seed=0").mkdir(parents=True, exist_ok=True)  # by another process, which has looked just as early
+        return real(base, *arguments, **options)
+
+    monkeypatch.setattr(run_folder, "_made", overtaken)
+    folder = RunFolder.of(config(tmp_path), resume=True)
+    assert [path.name for path in folder.path.parent.iterdir()] == ["seed=0"]
+    assert not folder.empty  # so that it is not discarded
+    assert RunFolder.of(config(tmp_path)).path.name == "seed=0-2"
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
