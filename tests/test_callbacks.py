@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -197,6 +197,20 @@ def test_curves_of_a_fit(tmp_path):
 
 
 # checkpoints
+
+
+def test_what_early_stopping_ended_does_not_go_on_at_a_resume(tmp_path):
+    """As after a kill between the last checkpoint and the end of the training."""
+
+    def stopping():
+        return [EarlyStopping("val/dice", patience=1, mode="max"), BestAndLast(str(tmp_path))]
+
+    fit(tmp_path, Tiny([0.2, 0.1, 0.3, 0.4]), *stopping(), epochs=4)
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert read(last)["iteration"] == 2 * EPOCH
+    again = Tiny([0.2, 0.1, 0.3, 0.4])
+    fit(tmp_path, again, *stopping(), epochs=4, ckpt=last)
+    assert (again.iteration, again.seen) == (2 * EPOCH, [])
 
 
 def test_best_is_the_best_and_last_the_newest(tmp_path):
@@ -436,6 +450,16 @@ def test_cost_counts_and_goes_on_over_resumes(tmp_path):
     assert third["test_s"] > 0
     assert (third["train_s"], third["samples"]) == (second["train_s"], second["samples"])
     assert third["wall_s"] == pytest.approx(second["wall_s"] + third["test_s"])
+
+
+def test_cost_of_a_run_that_was_killed_between_its_last_checkpoint_and_its_cost(tmp_path):
+    fit(tmp_path, Tiny([0.1, 0.2]), Cost(str(tmp_path)), BestAndLast(str(tmp_path)))
+    before = json.loads((tmp_path / "cost.json").read_text())
+    (tmp_path / "cost.json").unlink()
+    fit(tmp_path, Tiny([0.1, 0.2]), Cost(str(tmp_path)), BestAndLast(str(tmp_path)), ckpt=tmp_path / "checkpoints/last.ckpt")
+    after = json.loads((tmp_path / "cost.json").read_text())
+    assert {k: after[k] for k in ("iterations", "samples", "parameters")} == {k: before[k] for k in ("iterations", "samples", "parameters")}
+    assert 0 < after["train_s"] <= before["train_s"]
 
 
 def test_throughput_is_logged_on_its_own_clock(tmp_path):
