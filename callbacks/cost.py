@@ -82,10 +82,9 @@ class Cost(pl.Callback):
         self._close(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if (
-            trainer.is_global_zero and not (self.folder / "cost.json").exists()
-        ):  # killed after its last checkpoint, a resumed run trains no more
-            write_json(self.folder / "cost.json", self.report(trainer, pl_module))
+        path = self.folder / "cost.json"
+        if trainer.is_global_zero and not path.exists():  # killed after its last checkpoint, a resumed run trains no more
+            write_json(path, self.report(trainer, pl_module))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._enter("test")
