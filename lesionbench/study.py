@@ -42,7 +42,7 @@ def running_trial(study: "optuna.Study", number: int) -> "optuna.Trial":
     return optuna.trial.Trial(study, study.trials[number]._trial_id)  # the number is all that is public, the constructor wants the id
 
 
-def locked(path: Path) -> AbstractContextManager[None]:
+def locked(path: Path) -> AbstractContextManager[Any]:
     """Only one sweep at a time works on the study in `path`; a lock goes with the process that held it.
 
     Raises:

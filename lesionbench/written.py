@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import key
@@ -80,8 +81,10 @@ def full(path: Path, written: int, free: int) -> SuiteError:
 
 
 @contextmanager
-def locked(path: Path, refusal: str) -> Iterator[None]:
+def locked(path: Path, refusal: str) -> Iterator[TextIO]:
     """Only one process at a time is inside for a lock file; the lock goes with the process, however it ends, and those it forks do not have it.
+
+    Yields the file, open to append. Inside, no other file object of the process may be opened on it: closing that would end the lock.
 
     Raises:
         SuiteError: another process is inside; says `refusal`.
@@ -89,7 +92,7 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # which of them is up to the system
@@ -97,7 +100,7 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems that know no locks
                 raise
-        yield
+        yield file
 
 
 def clear(folder: Path, below: bool = False) -> None:

@@ -130,7 +130,7 @@ class RunFolder:
         os.environ[_FOLDER_VARIABLE] = str(folder.path)
         return folder
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[Any]:
         """Only one command at a time works on the run.
 
         Raises:
