@@ -65,8 +65,11 @@ def whole(path: Path | str) -> Iterator[Path]:
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that the disk or the quota is exhausted; NumPy, torch and SQLite say so in words of their own."""
-    if _OF_SQLITE in str(error):  # by way of SQLAlchemy
-        return True
+    cause: BaseException | None = error
+    while cause is not None:  # SQLAlchemy and Optuna wrap it
+        if _OF_SQLITE in str(cause):
+            return True
+        cause = cause.__cause__
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     return isinstance(error, OSError | RuntimeError) and any(words in str(error) for words in _IN_WORDS)

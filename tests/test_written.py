@@ -140,14 +140,17 @@ def test_a_database_without_room_is_told_in_one_line(tmp_path):
         from lesionbench.jobs import main
 
         def job(cfg):
-            raise ValueError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")  # SQLAlchemy's words
+            try:
+                raise ValueError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")  # SQLAlchemy's words
+            except ValueError as error:
+                raise KeyError("This typically happens due to invalid data in the commit") from error  # Optuna's
 
         main.JOBS["methods"] = job
 
     code, printed = program(tmp_path / "log", "job=methods", before=full_database)
     assert code == 1
     assert printed == (
-        "error: no space left ((sqlite3.OperationalError) database or disk is full); what was complete is kept: make room, and the same command goes on\n"
+        "error: no space left for a file or for the study of a search; what was complete is kept: make room, and the same command goes on\n"
     )
 
 

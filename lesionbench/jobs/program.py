@@ -83,9 +83,8 @@ def _run(arguments: list[str]) -> None:
     except Exception as error:
         if not is_full(error) or os.environ.get("LESIONBENCH_TRACEBACK"):
             raise
-        said = str(error).splitlines()[0]  # of the database of a search
         raise SuiteError(
-            f"no space left ({said}); what was complete is kept: make room, and the same command goes on{notes(error)}"
+            f"no space left for a file or for the study of a search; what was complete is kept: make room, and the same command goes on{notes(error)}"
         ) from error
 
 
