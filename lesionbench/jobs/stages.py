@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ def fit(cfg: DictConfig) -> float | None:
     """Runs the stages of the experiment (default: fit, test) in a run folder; with resume=true, those not done yet."""
     _check_options(cfg)
     folder = RunFolder.of(cfg, resume=cfg.resume, same=lambda folder: _same_cases(cfg, folder))
+    known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
     with folder.locked() if first_process() else nullcontext():
-        return _run_stages(cfg, folder)
+        return _run_stages(cfg, folder, known)
 
 
-def _run_stages(cfg: DictConfig, folder: RunFolder) -> float | None:
-    known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
+def _run_stages(cfg: DictConfig, folder: RunFolder, known: Mapping[str, Any]) -> float | None:
     done = folder.summary
     if done.get("status") == "finished":
         say(f"{folder.path} is finished; nothing to do (resume=true)")
