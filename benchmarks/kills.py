@@ -415,15 +415,16 @@ def done(jobs: Sequence[Job], scratch: Scratch, counts: Mapping[str, int], seed:
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"{'job':14} {'done to it':10} {'times':>5} {'in time':>7} {'files':>5} {'differing':>9}")
     for way in WAYS:
-        for job in JOBS:
-            own = [row for row in rows if row["way"] == way and row["job"] == job.name]
+        for job in [*JOBS, None]:
+            own = [row for row in rows if row["way"] == way and job in (None, _of(row))]
             if own:
-                print(
-                    f"{job.name:14} {way:10} {len(own):5} {sum(r['hit'] for r in own):7} {own[0]['files']:5} {sum(bool(r['differences']) for r in own):9}"
-                )
-        own = [row for row in rows if row["way"] == way]
-        if own:
-            print(f"{'all':14} {way:10} {len(own):5} {sum(r['hit'] for r in own):7} {'':5} {sum(bool(r['differences']) for r in own):9}")
+                name, files, kind = (job.name, own[0]["files"], f"  {job.kind}") if job else ("all", "", "")
+                hit, differing = sum(row["hit"] for row in own), sum(bool(row["differences"]) for row in own)
+                print(f"{name:14} {way:10} {len(own):5} {hit:7} {files:5} {differing:9}{kind}")
+
+
+def _of(row: Mapping[str, Any]) -> Job:
+    return next(job for job in JOBS if job.name == row["job"])
 
 
 if __name__ == "__main__":
