@@ -13,6 +13,7 @@ from callbacks.nan_guard import NanGuard, NonFiniteLoss
 from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.pseudo_label_quality import PseudoLabelQuality
+from callbacks.rewind import Rewind
 from callbacks.trial_pruner import TrialPruner
 from callbacks.uncertain_region import UncertainRegion
 from callbacks.uncertainty_calibration import UncertaintyCalibration
@@ -33,6 +34,7 @@ __all__ = [
     "NonFiniteLoss",
     "OverlayFigures",
     "PseudoLabelQuality",
+    "Rewind",
     "TrialPruner",
     "UncertainRegion",
     "UncertaintyCalibration",

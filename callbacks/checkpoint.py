@@ -59,6 +59,7 @@ class BestAndLast(Checkpoint):
         self._score: float | None = None
         self.best_model_path, self.last_model_path = "", ""  # Lightning reads both, and sets them after a forked run
         self._saved = 0  # iteration of last.ckpt; 0 = nothing trained yet
+        self._stopped = False  # whether another callback had ended the training by then
         self._since = time.monotonic()
         self._within_batch = False  # from the first gradient of a batch to its end
 
@@ -68,16 +69,20 @@ class BestAndLast(Checkpoint):
         return self._score
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self._score, "saved": self._saved, "best": bool(self.best_model_path), "last": bool(self.last_model_path)}
+        paths = {"best": bool(self.best_model_path), "last": bool(self.last_model_path)}
+        return {"score": self._score, "saved": self._saved, "stopped": self._stopped, **paths}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._score, self._saved = state_dict["score"], state_dict["saved"]
+        self._score, self._saved, self._stopped = state_dict["score"], state_dict["saved"], state_dict.get("stopped", False)
         for kind in ("best", "last"):
             if state_dict[kind]:
                 setattr(self, f"{kind}_model_path", str(self._path(kind)))
 
     def _path(self, kind: str) -> Path:
         return self.folder / "checkpoints" / f"{kind}.ckpt"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
@@ -138,7 +143,7 @@ class BestAndLast(Checkpoint):
         return trainer.strategy.broadcast(time.monotonic() - self._since >= 60 * self.every_n_minutes)
 
     def _save_last(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved, self._since = pl_module.iteration, time.monotonic()
+        self._saved, self._stopped, self._since = pl_module.iteration, trainer.should_stop, time.monotonic()
         self._save(trainer, pl_module, "last")
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: str) -> None:

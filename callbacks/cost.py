@@ -81,6 +81,11 @@ class Cost(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = self.folder / "cost.json"
+        if trainer.is_global_zero and not path.exists():  # killed after its last checkpoint, a resumed run trains no more
+            write_json(path, self.report(trainer, pl_module))
+
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._enter("test")
 

@@ -23,12 +23,17 @@ class CurvesLogger(Logger):
 
     Args:
         folder: run folder.
+
+    Attributes:
+        muted: while True, what is logged is dropped.
     """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.path = self.folder / "metrics.csv"
+        self.muted = False
+        self._place: int | None = None  # once the file was looked at
 
     @property
     def name(self) -> str:
@@ -42,29 +47,53 @@ class CurvesLogger(Logger):
     def save_dir(self) -> str:
         return str(self.folder)
 
+    @property
+    def place(self) -> int:
+        """Number of rows so far."""
+        if self._place is None:
+            self._place = len(self._rows())
+        return self._place
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self.muted:
+            return
         values = {k: float(v) for k, v in metrics.items()}
         iteration = values.pop("iteration", step)
         epoch = values.pop("epoch", None)
         head = ["" if n is None else round(n) for n in (iteration, epoch)]
-        self._append([[*head, name, repr(value)] for name, value in values.items()])
+        # by name: Lightning's order is that in which the present process logged them first
+        self._append([[*head, name, repr(value)] for name, value in sorted(values.items())])
 
     @rank_zero_only
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `config.yaml` of the run folder holds them."""
 
     @rank_zero_only
+    def wind_back(self, place: int) -> None:
+        """Cuts all rows after the first `place`, and a torn last line; to be called when a run resumes."""
+        self._keep(self._rows()[:place])
+
+    @rank_zero_only
     def truncate_after(self, iteration: int) -> None:
-        """Cuts the rows of later iterations, and a torn last line; to be called when a run resumes at `iteration`."""
+        """Cuts the rows of later iterations, and a torn last line: where it is not known after how many rows a run resumes."""
+        self._keep([row for row in self._rows() if not row[0] or int(row[0]) <= iteration])
+
+    def _rows(self) -> list[list[str]]:
+        """The complete rows, without the header."""
         if not self.path.exists():
-            return
+            return []
         with open(self.path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if _whole(row) and (not row[0] or int(row[0]) <= iteration)]
-        with whole(self.path) as temporary:
-            temporary.write_text(_lines([HEADER, *rows]), encoding="utf-8", newline="")
+            return [row for row in csv.reader(file) if _whole(row)]
+
+    def _keep(self, rows: list[list[str]]) -> None:
+        self._place = len(rows)
+        if self.path.exists():
+            with whole(self.path) as temporary:
+                temporary.write_text(_lines([HEADER, *rows]), encoding="utf-8", newline="")
 
     def _append(self, rows: list[list[Any]]) -> None:
+        self._place = self.place + len(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         text = _lines(rows)
         try:

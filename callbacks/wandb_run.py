@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ class WandbRun(WandbLogger):
         tags: further tags.
         options: of `wandb.init`, before those that are derived.
 
+    Attributes:
+        muted: while True, what is logged is dropped.
+
     Raises:
         SuiteError: an unknown checkpoint.
     """
@@ -52,6 +56,9 @@ class WandbRun(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # Lightning hands it on though nobody set it, and W&B warns of it
         self.folder, self.checkpoints, self.tags, self.options = Path(folder), list(checkpoints), list(tags), options
         self._process = os.getpid()
+        self.muted = False
+        self._place: int | None = None  # of the next row, which is its W&B step; None = after those that W&B has
+        self._held = 0  # rows that W&B has
 
     @property
     @rank_zero_experiment
@@ -66,6 +73,7 @@ class WandbRun(WandbLogger):
                 wandb.finish()
             self._experiment = wandb.run or self._begun(known)
             self._id = self._experiment.id
+            self._held = max(self._experiment.step, held(self.folder, self._id))
         return self._experiment
 
     def _begun(self, known: dict[str, Any]) -> Any:
@@ -83,10 +91,25 @@ class WandbRun(WandbLogger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the run has its configuration from the start."""
 
+    @property
+    def place(self) -> int:
+        """Number of rows so far, in this process and those that it continues."""
+        return self._held if self._place is None else self._place
+
+    @rank_zero_only
+    def wind_back(self, place: int) -> None:
+        """The next row is that after the first `place`; to be called when a run resumes. Rows that W&B has are not sent again."""
+        self._place = place
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Under the logged `iteration`, else under `step`."""
-        self.experiment.log({**({} if step is None else {"iteration": step}), **metrics})
+        if self.muted:
+            return
+        run, row = self.experiment, self.place
+        self._place = row + 1
+        if row >= self._held:
+            run.log({**({} if step is None else {"iteration": step}), **metrics}, step=row, commit=True)
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, float]) -> None:
@@ -129,6 +152,41 @@ class WandbRun(WandbLogger):
         if self._experiment is not None and (status == "failed" or os.getpid() != self._process):
             self._experiment.finish(exit_code=int(status == "failed"))
             self._experiment = None
+
+
+def held(folder: Path, run_id: str) -> int:
+    """Number of rows, those in between that got lost included, of the W&B run `run_id` in the files of earlier processes that were offline."""
+    steps = [
+        int(item.value_json)
+        for path in folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+        for record in records(path)
+        for item in record.history.item
+        if item.key == "_step" or list(item.nested_key) == ["_step"]
+    ]
+    return max(steps, default=-1) + 1
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The complete records of a `.wandb` file (protocol buffers `wandb_internal.Record`), which a killed process may have left torn.
+
+    It begins with 7 bytes; then come blocks of 32 KiB from its beginning, with parts of records behind a head of 7 bytes (checksum, length,
+    type 1 = whole, 2, 3, 4 = first, middle, last part): https://github.com/google/leveldb/blob/main/doc/log_format.md.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, content = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        content += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4) and place <= len(data):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            yield record
+            content = b""
 
 
 def described(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The study of a search: its trials in an SQLite file, opened by the sweeper and, for pruning, by the runs that it starts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lesionbench import written
 from lesionbench.errors import SuiteError
 from lesionbench.installation import install
+from lesionbench.written import whole
 
 if TYPE_CHECKING:
     import optuna
@@ -27,11 +28,12 @@ def open_study(path: Path, direction: str | None = None) -> "optuna.Study":
         SuiteError: Optuna is not installed.
     """
     optuna = _optuna()
-    storage = f"sqlite:///{path}"
-    if direction is None:
-        return optuna.load_study(study_name=path.stem, storage=storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(study_name=path.stem, storage=storage, direction=direction, load_if_exists=True)
+    if direction is not None and not path.exists():
+        with whole(path) as temporary:  # another process, and the next one after a kill, finds tables and study or nothing
+            storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
+            optuna.create_study(study_name=path.stem, storage=storage, direction=direction)
+            storage.engine.dispose()
+    return optuna.load_study(study_name=path.stem, storage=f"sqlite:///{path}")
 
 
 def running_trial(study: "optuna.Study", number: int) -> "optuna.Trial":
@@ -40,22 +42,14 @@ def running_trial(study: "optuna.Study", number: int) -> "optuna.Trial":
     return optuna.trial.Trial(study, study.trials[number]._trial_id)  # the number is all that is public, the constructor wants the id
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> AbstractContextManager[Any]:
     """Only one sweep at a time works on the study in `path`; a lock goes with the process that held it.
 
     Raises:
         SuiteError: another one does.
     """
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SuiteError(f"{path}: another sweep is working on this study; hydra.sweeper.study=<name> begins one of its own") from None
-        yield
+    refusal = f"{path}: another sweep is working on this study; hydra.sweeper.study=<name> begins one of its own"
+    return written.locked(path.with_suffix(".lock"), refusal)
 
 
 def _optuna() -> Any:

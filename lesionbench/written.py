@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import key
@@ -20,7 +21,9 @@ from lesionbench.keyed import key
 STALE_SECONDS = 3600  # after which what another host was at counts as left behind
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _IN_WORDS = (" requested and ", "PytorchStreamWriter", "inline_container")  # np.save; torch.save, which may fail twice
+_OF_SQLITE = "database or disk is full"
 _PREFIX = ".writing-"
+_tidied: set[Path] = set()  # folders that this process has written to
 
 
 def aside(path: Path) -> Path:
@@ -37,11 +40,16 @@ def prefix() -> str:
 def whole(path: Path | str) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `path` when the block ends; after an error the old file is still there.
 
+    The first time that a process writes to a folder, what killed ones left there goes (see `clear`).
+
     Raises:
         SuiteError: the disk is full; names folder and file, what was written and what is free.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _tidied:
+        _tidied.add(path.parent)
+        clear(path.parent)
     temporary = aside(path)
     try:
         yield temporary
@@ -56,7 +64,12 @@ def whole(path: Path | str) -> Iterator[Path]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or the quota is exhausted; NumPy and torch say so in words of their own (`_IN_WORDS`)."""
+    """Whether an error says that the disk or the quota is exhausted; NumPy, torch and SQLite say so in words of their own."""
+    cause: BaseException | None = error
+    while cause is not None:  # SQLAlchemy and Optuna wrap it
+        if _OF_SQLITE in str(cause):
+            return True
+        cause = cause.__cause__
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     return isinstance(error, OSError | RuntimeError) and any(words in str(error) for words in _IN_WORDS)
@@ -68,6 +81,29 @@ def full(path: Path, written: int, free: int) -> SuiteError:
         f"{path.parent}: no space left for {path.name}, which needs more than {size(written)}; {size(free)} are free. "
         "What was complete is kept: make room, and the same command with resume=true goes on. Other places are set by runs=, out= and data.cache=<folder>"
     )
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[TextIO]:
+    """Only one process at a time is inside for a lock file; the lock goes with the process, however it ends, and those it forks do not have it.
+
+    Yields the file, open to append. Inside, no other file object of the process may be opened on it: closing that would end the lock.
+
+    Raises:
+        SuiteError: another process is inside; says `refusal`.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # which of them is up to the system
+            raise SuiteError(refusal) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems that know no locks
+                raise
+        yield file
 
 
 def clear(folder: Path, below: bool = False) -> None:

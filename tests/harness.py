@@ -4,7 +4,8 @@ import csv
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lesionbench.jobs.command_line import CONF, quoted
 from lesionbench.jobs.composition import complete
 from lesionbench.jobs.main import run_job
 from lesionbench.resolvers import register
+from lesionbench.written import locked
 
 # small enough for seconds, large enough that every part is exercised
 SMALL = [
@@ -59,6 +61,26 @@ def run_killed(*overrides: str) -> int:
     process.start()
     process.join(300)
     return process.exitcode
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Another process has this lock."""
+    ready, done = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def hold() -> None:
+        with locked(lock, "held already"):
+            ready.set()
+            done.wait(300)
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    assert ready.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        process.join(60)
 
 
 def program(log: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -170,6 +170,13 @@ def test_curves_are_long_rows_under_the_logged_iteration(tmp_path):
     assert (tmp_path / "run/metrics.csv").read_text() == "iteration,epoch,name,value\n7,1,loss,0.5\n8,,lr,0.1\n"
 
 
+def test_rows_of_one_call_stand_by_name(tmp_path):
+    """Lightning hands on values in the order in which a process first logged them, which differs after a resume."""
+    logger = CurvesLogger(str(tmp_path))
+    logger.log_metrics({"train/loss": 1.0, "train/dice": 2.0, "iteration": 1.0}, step=0)
+    assert [line.split(",")[2] for line in logger.path.read_text().splitlines()[1:]] == ["train/dice", "train/loss"]
+
+
 def test_curves_of_a_resumed_run_hold_nothing_later_than_the_checkpoint(tmp_path):
     logger = CurvesLogger(str(tmp_path))
     for i in range(1, 5):
@@ -190,6 +197,20 @@ def test_curves_of_a_fit(tmp_path):
 
 
 # checkpoints
+
+
+def test_what_early_stopping_ended_does_not_go_on_at_a_resume(tmp_path):
+    """As after a kill between the last checkpoint and the end of the training."""
+
+    def stopping():
+        return [EarlyStopping("val/dice", patience=1, mode="max"), BestAndLast(str(tmp_path))]
+
+    fit(tmp_path, Tiny([0.2, 0.1, 0.3, 0.4]), *stopping(), epochs=4)
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert read(last)["iteration"] == 2 * EPOCH
+    again = Tiny([0.2, 0.1, 0.3, 0.4])
+    fit(tmp_path, again, *stopping(), epochs=4, ckpt=last)
+    assert (again.iteration, again.seen) == (2 * EPOCH, [])
 
 
 def test_best_is_the_best_and_last_the_newest(tmp_path):
@@ -431,11 +452,21 @@ def test_cost_counts_and_goes_on_over_resumes(tmp_path):
     assert third["wall_s"] == pytest.approx(second["wall_s"] + third["test_s"])
 
 
+def test_cost_of_a_run_that_was_killed_between_its_last_checkpoint_and_its_cost(tmp_path):
+    fit(tmp_path, Tiny([0.1, 0.2]), Cost(str(tmp_path)), BestAndLast(str(tmp_path)))
+    before = json.loads((tmp_path / "cost.json").read_text())
+    (tmp_path / "cost.json").unlink()
+    fit(tmp_path, Tiny([0.1, 0.2]), Cost(str(tmp_path)), BestAndLast(str(tmp_path)), ckpt=tmp_path / "checkpoints/last.ckpt")
+    after = json.loads((tmp_path / "cost.json").read_text())
+    assert {k: after[k] for k in ("iterations", "samples", "parameters")} == {k: before[k] for k in ("iterations", "samples", "parameters")}
+    assert 0 < after["train_s"] <= before["train_s"]
+
+
 def test_throughput_is_logged_on_its_own_clock(tmp_path):
     fit(tmp_path, Tiny([0.1]), Cost(str(tmp_path), every=3), epochs=1, logger=CurvesLogger(str(tmp_path)), enable_checkpointing=False)
     rows = [r for r in csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()) if r["name"].startswith("perf/")]
     assert [(r["iteration"], r["name"]) for r in rows] == [
-        (i, f"perf/{n}") for i in ("3", "6") for n in ("samples_per_s", "memory_mb", "data_wait")
+        (i, f"perf/{n}") for i in ("3", "6") for n in ("data_wait", "memory_mb", "samples_per_s")
     ]
     assert all(float(r["value"]) > 0 for r in rows if r["name"] != "perf/data_wait")
 

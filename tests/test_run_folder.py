@@ -13,10 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from lesionbench.errors import SuiteError, nearest, unknown
+from lesionbench.jobs import run_folder
+from lesionbench.jobs.main import run_job
 from lesionbench.jobs.run_folder import RunFolder, config_hash, environment, variant_hash
 from lesionbench.reports.report import curve, print_run
 from lesionbench.resolvers import cap, either, offline_without_key, register
-from tests.harness import composed
+from tests.harness import composed, held
 
 ROOT = Path(__file__).parent.parent
 SCHEDULED = (
@@ -199,6 +201,31 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: RunFolder.of(config(tmp_path)).path, range(24)))
     assert len(set(paths)) == 24
+
+
+def test_runs_that_resume_at_once_are_one_run(tmp_path, monkeypatch):
+    real = run_folder._made
+
+    def overtaken(base, *arguments, **options):
+        (base / "seed=0").mkdir(parents=True, exist_ok=True)  # by another process, which has looked just as early
+        return real(base, *arguments, **options)
+
+    monkeypatch.setattr(run_folder, "_made", overtaken)
+    folder = RunFolder.of(config(tmp_path), resume=True)
+    assert [path.name for path in folder.path.parent.iterdir()] == ["seed=0"]
+    assert not folder.empty  # so that it is not discarded
+    assert RunFolder.of(config(tmp_path)).path.name == "seed=0-2"
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
+    cfg = composed("experiment=supervised/folder", f"runs={tmp_path}", "resume=true")
+    folder = description(RunFolder.of(cfg)).path
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with held(folder / ".lock"), pytest.raises(SuiteError, match="another process is at work on this run"):
+        run_job(cfg)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    with RunFolder(folder).locked():  # which has ended
+        pass
 
 
 def test_processes_of_one_run_share_its_folder(tmp_path, monkeypatch):

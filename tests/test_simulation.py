@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import signal
 from dataclasses import fields
 from functools import lru_cache
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from lesionbench.keyed import numpy_generator
 from lesionbench.score_counts import ScoreCounts
 from lesionbench.score_counts import dice as dice_of
 from lightning_modules.anomaly.flair_threshold import equalized
+from tests.harness import held
 
 COARSE = 4.0
 
@@ -491,6 +494,44 @@ def test_brats_layouts_read_back(tmp_path, layout):
 def test_survival_is_written_as_brats_writes_it():
     assert survival_text({"survival": 289, "event": 1}) == "289"
     assert survival_text({"survival": 361, "event": 0}) == "ALIVE (361 days later)"
+
+
+def test_cases_in_a_brats_layout_are_completed_after_a_kill(tmp_path, monkeypatch):
+    from datamodules.simulated import brats_layout
+
+    settings = Simulation(spacing=8.0)
+    whole = write_brats(tmp_path / "whole", settings, 3, progress=False)
+    real, written = brats_layout.write_volume, []
+
+    def killed(*arguments):
+        written.append(arguments)
+        if len(written) == 8:  # in the second case
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patched:
+        patched.setattr(brats_layout, "write_volume", killed)
+        process = multiprocessing.get_context("fork").Process(target=write_brats, args=(out, settings, 3, "2020", False))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    first = out / "BraTS20_Training_001" / "BraTS20_Training_001_seg.nii.gz"
+    before = first.stat().st_mtime_ns
+    for other in ((Simulation(spacing=8.0, seed=1), 3), (settings, 4)):
+        with pytest.raises(SuiteError, match="not an empty folder"):
+            write_brats(out, *other, progress=False)
+    with held(out / ".simulating.json"), pytest.raises(SuiteError, match="another process is writing these cases"):
+        write_brats(out, settings, 3, progress=False)
+    write_brats(out, settings, 3, progress=False)
+    assert first.stat().st_mtime_ns == before
+    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*")) for root in (whole, out)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith(".nii.gz"):
+            assert np.array_equal(np.asarray(nib.load(whole / name).dataobj), np.asarray(nib.load(out / name).dataobj)), name
+        elif name.endswith(".csv"):
+            assert (whole / name).read_text() == (out / name).read_text()
 
 
 def test_brats_refuses_what_it_cannot_do(tmp_path, monkeypatch):

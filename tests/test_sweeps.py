@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from lesionbench.jobs.stages import _check_options
 from lesionbench.resolvers import register
 from lesionbench.study import Pruned, open_study
 from tests.fake_data import write_fake_folder
-from tests.harness import SMALL, assert_same, run, run_folders, weights
+from tests.harness import SMALL, assert_same, held, run, run_folders, weights
 from tests.light_jobs import optimum, process, refusing_one
 from tests.slurm_stand_in import install
 
@@ -229,13 +230,32 @@ def test_mistakes_are_said_before_anything_runs(small, overrides, message, tmp_p
 
 
 def test_a_study_is_of_one_search_and_of_one_sweep_at_a_time(small, tmp_path):
-    from lesionbench.study import locked
-
     search(small, Recorder(), tmp_path, "hydra.sweeper.study=mine", count=1)
     with pytest.raises(SuiteError, match="study of another search"):
         search(small, Recorder(), tmp_path, "hydra.sweeper.study=mine", "epochs=99")
-    with locked(tmp_path / "studies/mine.db"), pytest.raises(SuiteError, match="another sweep is working"):
+    with held(tmp_path / "studies/mine.lock"), pytest.raises(SuiteError, match="another sweep is working"):
         search(small, Recorder(), tmp_path, "hydra.sweeper.study=mine")
+
+
+def test_a_study_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A search that is killed while it makes its study left tables without one, and another search at that moment met half of them."""
+    path, made = tmp_path / "studies" / "mine.db", optuna.create_study
+
+    def killed(**options):
+        made(**options)
+        assert not path.exists()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(optuna, "create_study", killed)
+    dead = multiprocessing.get_context("fork").Process(target=open_study, args=(path, "maximize"))
+    dead.start()
+    dead.join(60)
+    assert dead.exitcode == -signal.SIGKILL
+    assert not path.exists()
+    monkeypatch.setattr(optuna, "create_study", made)
+    open_study(path, "maximize").set_user_attr("identity", "x")
+    assert open_study(path, "maximize").user_attrs == open_study(path).user_attrs == {"identity": "x"}
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mine.db"]
 
 
 def test_a_study_is_of_its_cases(folder, tmp_path, capsys):

@@ -4,7 +4,8 @@ import base64
 import csv
 import hashlib
 import json
-import struct
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 from matplotlib.image import imread
 
 from callbacks.overlays import View
-from callbacks.wandb_run import WandbRun, _innermost, described
+from callbacks.wandb_run import WandbRun, _innermost, described, records
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from tests.fake_data import write_fake_folder
 from tests.harness import SMALL, composed, rows, run, run_folders, run_killed
+from tests.toys import KillAt
 
 OFFLINE = [*SMALL, "logger=[csv,wandb]", "logger.wandb.offline=true", "epochs=2", "callbacks.writer=null"]
 
@@ -44,29 +46,12 @@ def end() -> None:
 
 
 class Offline:
-    """What one offline run holds.
-
-    A `.wandb` file begins with 7 bytes; then come blocks of 32 KiB from its beginning, with records of a 7-byte head (checksum, length,
-    type 1 = whole, 2, 3, 4 = first, middle, last part).
-    """
+    """What one offline run holds."""
 
     def __init__(self, path: Path) -> None:
-        from wandb.proto import wandb_internal_pb2
-
-        data, place, part = path.read_bytes(), 7, b""
         self.folder, self.history, self.summary, self.config, self.artifacts, self.metrics = path.parent, [], {}, {}, [], []
-        while place + 7 <= len(data):
-            if 32768 - place % 32768 < 7:
-                place += 32768 - place % 32768
-                continue
-            _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-            part += data[place + 7 : place + 7 + length]
-            place += 7 + length
-            if kind in (1, 4):
-                record = wandb_internal_pb2.Record()
-                record.ParseFromString(part)
-                self._take(record)
-                part = b""
+        for record in records(path):
+            self._take(record)
 
     def _take(self, record) -> None:
         kind = record.WhichOneof("record_type")
@@ -214,6 +199,49 @@ def test_a_run_that_died_goes_on_as_the_same(folder, tmp_path):
     assert [p.name.split("-", 3)[3] for p in sorted(tmp_path.rglob("offline-run-*"))] == [after.run.run_id] * 2
     assert sorted(after.curve("val/dice")) == [8]
     assert sorted(after.curve("train/loss")) == [8]
+
+
+class SentThenKilled(KillAt):
+    """Kills the process after so many batches, or at the end of the test; what it had logged is in W&B's file by then."""
+
+    def on_train_batch_end(self, trainer, pl_module, *more):
+        if pl_module.iteration == self.iteration:
+            end()
+            super().on_train_batch_end(trainer, pl_module, *more)
+
+    def on_test_end(self, trainer, pl_module):
+        if self.iteration < 0:
+            end()
+            os.kill(os.getpid(), self.how)
+
+
+def test_no_row_is_sent_twice_by_a_run_that_died_twice_in_training_and_once_in_its_test(folder, tmp_path):
+    figures = ["callbacks.figures={_target_:callbacks.OverlayFigures,folder:'${run_folder}'}", "model._target_=tests.toys.Chatty"]
+    common = [*OFFLINE, *figures, f"data.root={folder}", "trainer.log_every_n_steps=1", "callbacks.checkpoint.every_n_batches=3"]
+    run(*common, f"runs={tmp_path / 'whole'}")
+    (whole,) = offline_runs(tmp_path / "whole")
+    common.append(f"runs={tmp_path / 'killed'}")
+    for iteration in (5, 7, -1):
+        kill = ["callbacks.progress._target_=tests.test_wandb.SentThenKilled", f"+callbacks.progress.iteration={iteration}"]
+        assert run_killed(*common, *kill, "resume=true") == -signal.SIGKILL
+    run(*common, "resume=true")
+    parts = offline_runs(tmp_path / "killed")
+    assert len({part.run.run_id for part in parts}) == 1
+    assert len(parts) == 4
+    assert [rows_sent(part) != [] for part in parts] == [True, True, True, False]  # at the end of the test everything was there
+    assert [row for part in parts for row in rows_sent(part)] == rows_sent(whole)
+    assert {"train/extra", "train/measured", "test/cases/_type", "overlays/best/_type"} <= {k for row in rows_sent(whole) for k in row}
+    (found,) = run_folders(tmp_path / "killed")
+    (other,) = run_folders(tmp_path / "whole")
+    assert (found / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+def rows_sent(kept: Offline) -> list[dict]:
+    """The rows of a run, numbers as they are and of files only what they are."""
+    times = ("_timestamp", "_runtime")
+    return [
+        {k: v for k, v in row.items() if k not in times and (k.endswith("_type") or not isinstance(v, str | list))} for row in kept.history
+    ]
 
 
 def test_folds_and_seeds_share_a_group_settings_do_not(tmp_path):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import time
 
 import nibabel as nib
@@ -21,7 +22,7 @@ from lesionbench.maps import MapStore
 from lesionbench.results import write_json, write_rows
 from lesionbench.written import STALE_SECONDS, aside, clear, full, prefix, whole
 from tests.fake_data import write_fake_folder
-from tests.harness import SMALL, run, run_folders, run_killed
+from tests.harness import SMALL, program, run, run_folders, run_killed
 
 
 def breaking(path, content: bytes, error: Exception):
@@ -54,8 +55,9 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        sqlite3.OperationalError("database or disk is full"),
     ],
-    ids=["numpy", "torch at its end", "disk", "quota", "torch"],
+    ids=["numpy", "torch at its end", "disk", "quota", "torch", "SQLite"],
 )
 def test_a_full_disk_is_told_in_one_line_and_keeps_what_was_there(tmp_path, error):
     path = tmp_path / "last.ckpt"
@@ -116,6 +118,40 @@ def test_clearing_takes_what_the_dead_left_and_nothing_else(tmp_path, capsys):
     assert f"{tmp_path}: removed 3 unfinished file(s) or folder(s) of processes that were killed, 0.5 MB" in capsys.readouterr().out
     clear(tmp_path, below=True)
     assert capsys.readouterr().out == ""
+
+
+def test_the_first_write_to_a_folder_clears_what_the_dead_left_there(tmp_path, capsys):
+    """Whichever job it is, also those whose folder is the user's own."""
+    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(0,))
+    process.start()
+    process.join()
+    left = tmp_path / f".writing-{prefix().split('-')[1]}-{process.pid}-00-mask.nii.gz"
+    left.write_bytes(bytes(10))
+    write_json(tmp_path / "a.json", {})
+    assert not left.exists()
+    assert "removed 1 unfinished file(s)" in capsys.readouterr().out
+    left.write_bytes(bytes(10))
+    write_json(tmp_path / "b.json", {})  # not at every file: a folder may have thousands
+    assert left.exists()
+
+
+def test_a_database_without_room_is_told_in_one_line(tmp_path):
+    def full_database():
+        from lesionbench.jobs import main
+
+        def job(cfg):
+            try:
+                raise ValueError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")  # SQLAlchemy's words
+            except ValueError as error:
+                raise KeyError("This typically happens due to invalid data in the commit") from error  # Optuna's
+
+        main.JOBS["methods"] = job
+
+    code, printed = program(tmp_path / "log", "job=methods", before=full_database)
+    assert code == 1
+    assert printed == (
+        "error: no space left for a file or for the study of a search; what was complete is kept: make room, and the same command goes on\n"
+    )
 
 
 def test_a_run_that_is_killed_while_it_saves_leaves_nothing_after_its_resume(tmp_path, capsys, monkeypatch):

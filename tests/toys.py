@@ -154,6 +154,26 @@ class AdversarialHeads(SemiSupervised):
             step(judged[1] - judged[0])
 
 
+class Chatty(SegmentationMethod):
+    """Logs what it measured when training starts, and a value of every batch that has no iteration beside it."""
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        for logger in self.loggers:
+            logger.log_metrics({"train/measured": 0.5, "iteration": float(self.iteration)}, step=self.iteration)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self(batch["image"]), self.target.encode(batch["label"]))
+        self.log("train/extra", loss.detach() ** 2)
+        self.log("train/loss", loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        for logger in self.loggers:
+            logger.log_metrics({"train/told": float(self.iteration)}, step=self.iteration)
+
+
 class ManyRaters(SegmentationMethod):
     """Learns from every rater a case has; the number differs between cases."""
 

@@ -1,7 +1,9 @@
 """Simulated cases written in the true layout of a BraTS year."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,8 +14,9 @@ from datamodules.simulated.simulation import BRATS_CHANNELS, SimulatedCase, Simu
 from datamodules.simulated.simulation_variants import grid
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
-from lesionbench.written import prefix
+from lesionbench.written import clear, locked, prefix
 
+BEGUN = ".simulating.json"  # what is being written to a folder, until all of it is there
 BRATS_SUFFIXES = {"2023": {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}}
 
 
@@ -46,38 +49,51 @@ NAME_MAPPING = (
 def write_brats(out: Path, settings: Simulation, count: int, layout: str = "2020", progress: bool = True) -> Path:
     """Writes `count` cases under the names, label values and tables of a BraTS year; returns `out`.
 
-    The survival table lists high-grade cases only; a censored one reads `ALIVE (361 days later)`, as in the real tables.
+    A folder where this very call was interrupted is completed. The survival table lists high-grade cases only; a censored one reads `ALIVE (361 days later)`, as in the real tables.
 
     Args:
-        out: a new or empty folder.
+        out: a new or empty folder, or one that the same call has begun.
         settings: variant `tumor` or `habitats` (whose habitat maps are left out).
         count: number of cases, from index 0.
         layout: `2018`, `2019`, `2020`, `2021` or `2023`.
         progress: show a bar.
 
     Raises:
-        SuiteError: a folder that is not empty, too little free space, an unknown layout, or a variant that has no BraTS layout.
+        SuiteError: a folder that holds something else or that another process is filling, too little free space, an unknown layout, or a variant that has no BraTS layout.
     """
     out, layout = Path(out), str(layout)
     if layout not in BRATS_NAMES:
         raise unknown("BraTS layout (simulate.layout)", layout, BRATS_NAMES)
     if settings.variant not in ("tumor", "habitats"):
         raise SuiteError(f"simulate.variant={settings.variant}: only tumor and habitats have a BraTS layout")
-    _require_room(out, settings, count)
-    rows = []
-    from rich.progress import track
-
-    for number in track(range(count), "Simulating", disable=not progress):
-        case = simulate(settings, number)
-        name = BRATS_NAMES[layout](number, case)
-        _write_brats_case(out, name, layout, case)
-        rows.append((name.rpartition("/")[2], number, case))
-    _write_brats_tables(out, layout, rows, settings.seed)
+    own = json.dumps({"layout": layout, "count": count, **asdict(settings)})
+    _require_room(out, settings, count, own)
+    with locked(out / BEGUN, f"{out}: another process is writing these cases") as file:
+        file.truncate(0)
+        file.write(own)
+        file.flush()
+        clear(out)
+        _write_cases(out, settings, count, layout, progress)
+        (out / BEGUN).unlink()
     return out
 
 
-def _require_room(out: Path, settings: Simulation, count: int) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _write_cases(out: Path, settings: Simulation, count: int, layout: str, progress: bool) -> None:
+    from rich.progress import track
+
+    rows = []
+    for number in track(range(count), "Simulating", disable=not progress):
+        case = simulate(settings, number)
+        name = BRATS_NAMES[layout](number, case)
+        if not (out / name).exists():
+            _write_brats_case(out, name, layout, case)
+        rows.append((name.rpartition("/")[2], number, case))
+    _write_brats_tables(out, layout, rows, settings.seed)
+
+
+def _require_room(out: Path, settings: Simulation, count: int, own: str) -> None:
+    begun = (out / BEGUN).exists() and (out / BEGUN).read_text() == own
+    if out.exists() and not begun and (not out.is_dir() or any(path.name != BEGUN for path in out.iterdir())):
         raise SuiteError(f"{out}: not an empty folder; choose a new one with out=<folder>")
     out.mkdir(parents=True, exist_ok=True)
     voxels = np.prod([len(axis) for axis in grid(settings.spacing)])

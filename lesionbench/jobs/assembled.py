@@ -53,7 +53,7 @@ class Assembled:
     def _trainer(self, cfg: DictConfig, further: Sequence[Any]) -> Any:
         from hydra.utils import instantiate
 
-        from callbacks import CurvesLogger
+        from callbacks import CurvesLogger, Rewind
         from callbacks.stopping import Signals
 
         options = OmegaConf.to_container(cfg.trainer, resolve=True)
@@ -66,7 +66,8 @@ class Assembled:
         from pytorch_lightning.callbacks import Checkpoint, ProgressBar
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-        callbacks = [*(instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c), *further]
+        self.rewind = Rewind()
+        callbacks = [self.rewind, *(instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c), *further]
         loggers = {} if cfg.job == "predict" else {"csv": CurvesLogger(cfg.run_folder)}  # always written: other jobs read it
         loggers |= {name: instantiate(c, _convert_="all") if c else None for name, c in (cfg.logger or {}).items()}
         try:

@@ -59,6 +59,7 @@ def _run(arguments: list[str]) -> None:
     from lesionbench.errors import SuiteError
     from lesionbench.jobs.command_line import explain
     from lesionbench.jobs.failed_jobs import hand_on_errors, notes
+    from lesionbench.written import is_full
 
     hand_on_errors()
     try:
@@ -78,6 +79,12 @@ def _run(arguments: list[str]) -> None:
         raise SuiteError(
             f"{error.filename}: cannot be written or read ({error.strerror})\n"
             f"Other places are set by runs=, out= and data.cache=<folder>.{notes(error)}"
+        ) from error
+    except Exception as error:
+        if not is_full(error) or os.environ.get("LESIONBENCH_TRACEBACK"):
+            raise
+        raise SuiteError(
+            f"no space left for a file or for the study of a search; what was complete is kept: make room, and the same command goes on{notes(error)}"
         ) from error
 
 

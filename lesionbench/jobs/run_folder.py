@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lesionbench.errors import SuiteError
 from lesionbench.installation import CLONE
 from lesionbench.moved import recorded, recorded_experiment
-from lesionbench.written import clear, whole
+from lesionbench.written import clear, locked, whole
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
@@ -48,7 +49,7 @@ _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever 
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins
-_NO_RESULT = ("config.yaml", "environment.json", "summary.json", "tensorboard", "wandb")
+_NO_RESULT = (".lock", "config.yaml", "environment.json", "summary.json", "tensorboard", "wandb")
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -96,6 +97,7 @@ class RunFolder:
     def __init__(self, path: Path, made: Path | None = None) -> None:
         """`made` is the topmost folder of `path` that was made for this run; None where the run was there before, or is another process's."""
         self.path, self._made = Path(path), made
+        self._marked = False  # by this object
 
     @classmethod
     def of(cls, cfg: DictConfig, resume: bool = False, same: "Callable[[RunFolder], bool]" = lambda folder: True) -> "RunFolder":
@@ -116,16 +118,28 @@ class RunFolder:
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
         if launch and rank > 0:
             return cls(_announced(base / f".launch-{launch}"))
-        named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
-        existing = sorted(named, key=_number)
-        begun = next((folder for folder in map(cls, reversed(existing)) if same(folder)), None) if resume else None
-        if begun:
-            clear(begun.path, below=True)
-        folder = begun or cls(*_made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1))
+        folder = None
+        while folder is None:  # until no other process is faster
+            named = [path for path in base.glob("seed=*") if re.fullmatch(rf"seed={cfg.seed}(-\d+)?", path.name)]
+            existing = sorted(named, key=_number)
+            folder = next((begun for begun in map(cls, reversed(existing)) if same(begun)), None) if resume else None
+            if folder:
+                clear(folder.path, below=True)
+            elif made := _made(base, cfg.seed, _number(existing[-1]) + 1 if existing else 1, others=not resume):
+                folder = cls(*made)
         if launch:
             _write(base / f".launch-{launch}", str(folder.path))
         os.environ[_FOLDER_VARIABLE] = str(folder.path)
         return folder
+
+    def locked(self) -> AbstractContextManager[Any]:
+        """Only one command at a time works on the run.
+
+        Raises:
+            SuiteError: another one does.
+        """
+        refusal = f"{self.path}: another process is at work on this run; without resume=true the command begins one of its own"
+        return locked(self.path / ".lock", refusal)
 
     @property
     def empty(self) -> bool:
@@ -157,8 +171,14 @@ class RunFolder:
         path = self.path / "stages" / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    @property
+    def continued(self) -> bool:
+        """Whether the run was there before and this process has ended none of its stages: the present one may have been begun already."""
+        return self._made is None and not self._marked
+
     def mark_done(self, name: str, result: Mapping[str, Any]) -> None:
         """Marks a stage as finished, atomically."""
+        self._marked = True
         _write(self.path / "stages" / f"{name}.json", json.dumps(dict(result), indent=1))
 
     def await_stage(self, name: str, patience: float = 3600.0) -> None:
@@ -217,8 +237,8 @@ def _number(path: Path) -> int:
     return int(number or 1)
 
 
-def _made(base: Path, seed: int, number: int) -> tuple[Path, Path]:
-    """The new folder, and the topmost one that had to be made for it."""
+def _made(base: Path, seed: int, number: int, others: bool) -> tuple[Path, Path] | None:
+    """The new folder, and the topmost one that had to be made for it; one with a higher number, or (not `others`) None, where it is there by now."""
     while True:
         folder = base / (f"seed={seed}" if number == 1 else f"seed={seed}-{number}")
         made = [folder, *(p for p in folder.parents if not p.exists())][-1]
@@ -227,6 +247,8 @@ def _made(base: Path, seed: int, number: int) -> tuple[Path, Path]:
             folder.mkdir()
             return folder, made
         except FileExistsError:  # another process was faster
+            if not others:
+                return None
             number += 1
         except FileNotFoundError:  # another process discarded a run, and the folder above it, just now
             continue

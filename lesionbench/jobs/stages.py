@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def fit(cfg: DictConfig) -> float | None:
     known = {"experiment": cfg.experiment_name, "variant": variant_hash(cfg), "seed": cfg.seed}
     with open_dict(cfg):
         cfg.run_folder = str(folder.path)
+    with folder.locked() if first_process() else nullcontext():
+        return _run_stages(cfg, folder, known)
+
+
+def _run_stages(cfg: DictConfig, folder: RunFolder, known: Mapping[str, Any]) -> float | None:
     done = folder.summary
     if done.get("status") == "finished":
         say(f"{folder.path} is finished; nothing to do (resume=true)")
@@ -205,15 +211,14 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
             raise SuiteError(f"{' and '.join(names)} wait(s) for a validation, and data.split leaves no case to validate on")
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     resumed = str(last) if cfg.resume and last.exists() else None
-    iteration = -1
     if resumed:
-        iteration = read_checkpoint(resumed)["lesionbench"]["iteration"]
-        say(f"continuing {cfg.run_folder} after iteration {iteration}")
-    elif cfg.init_from:
-        say(initialize_from(run.method, cfg.init_from, cfg.init_prefix))
-    for logger in run.trainer.loggers:
-        if hasattr(logger, "truncate_after"):
-            logger.truncate_after(iteration)  # what was logged after the checkpoint will be logged again
+        say(f"continuing {cfg.run_folder} after iteration {read_checkpoint(resumed)['lesionbench']['iteration']}")
+    else:
+        if cfg.init_from:
+            say(initialize_from(run.method, cfg.init_from, cfg.init_prefix))
+        for logger in run.trainer.loggers:
+            if hasattr(logger, "wind_back"):
+                logger.wind_back(0)  # a process that came to no checkpoint may have logged
     trains = any(p.requires_grad for p in run.method.parameters())
     if not trains:
         raise SuiteError(f"{type(run.method).__name__} has nothing to train; give its experiment `stages: [{{name: test, run: test}}]`")
@@ -240,6 +245,9 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
         read_checkpoint(checkpoint)  # before hours of caching
     _prepare(run, stage, folder)
     run.configure_inference(cfg)
+    last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
+    if folder.continued and last.exists():
+        run.rewind.tested_after = last
     if checkpoint:
         run.load(checkpoint)
     elif trains:

@@ -210,8 +210,8 @@ def _loggers(cfg: DictConfig) -> list[Any]:
     chosen = {"csv": {"_target_": "callbacks.CurvesLogger", "folder": cfg.run_folder}, **(cfg.logger or {})}
     loggers = [instantiate(c, _convert_="all") for c in chosen.values() if c]
     for logger in loggers:
-        if hasattr(logger, "truncate_after"):
-            logger.truncate_after(0)  # a search that goes on tells everything again
+        if hasattr(logger, "wind_back"):
+            logger.wind_back(0)  # a search that goes on tells everything again
     return loggers
 
 
