@@ -21,6 +21,7 @@ JOBS = {
     "prepare": "preprocess and cache a data set ahead of training",
     "simulate": "write simulated cases to out=... in a BraTS layout",
     "export_dataset": "write a data set to out=... as nnU-Net reads it, with the same folds",
+    "plan": "spacing, patch, batch and depth from the data by nnU-Net's rules, as an experiment",
     "show": "pictures of cases and of augmented training samples",
     "methods": "every method and network: paper, needs, experiments, what was measured; one in full with name=...",
 }

@@ -64,6 +64,35 @@ def simulate(cfg: DictConfig) -> None:
     say(f"{count} cases in {path}; train on them with\n  {command()} benchmark=brats2020 data.layout={layout} data.root={path}")
 
 
+def plan(cfg: DictConfig) -> None:
+    """Reads the data set, prints a configuration with the reason of every value, and writes it as an experiment to `out`."""
+    from hydra.utils import instantiate
+
+    from datamodules import planning
+
+    data = instantiate(cfg.data, _convert_="all")
+    data.materialize()
+    cases = [c for c in data.cases() if c.label is not None or c.raters] or data.cases()
+
+    def tell(number: int) -> None:
+        if number * 10 // len(cases) > (number - 1) * 10 // len(cases):
+            say(f"{number} of {len(cases)} cases read")
+
+    found = planning.fingerprint(cases, data.task, data.preprocessing.header, tell)
+    made = planning.plan(found, cfg.plan.memory_gib)
+    width = max(len(name) for name, _, _ in made.reasons)
+    for name, value, reason in made.reasons:
+        say(f"{name:{width}}  {value}\n{'':{width}}    {reason}")
+    path = planning.write_experiment(made, Path(cfg.out or "experiment/plan.yaml"), data.root)
+    home = path.parent.parent if path.parent.name == "experiment" else None
+    use = (
+        f"{command()} --config-dir {home} experiment={path.stem} ..."
+        if home
+        else "put it into a folder experiment/ and name that folder's parent in --config-dir"
+    )
+    say(f"written to {path}; train with the same data options and\n  {use}")
+
+
 def export_dataset(cfg: DictConfig) -> None:
     """Writes the data set to `out` in the raw format of another program (`layout`), with the folds of `data.split`."""
     from hydra.utils import instantiate

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from lesionbench.errors import unknown
-from lesionbench.jobs.data import check, export_dataset, prepare, show, simulate
+from lesionbench.jobs.data import check, export_dataset, plan, prepare, show, simulate
 from lesionbench.jobs.methods import methods
 from lesionbench.jobs.options import check_options
 from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
 
-_JUDGED = ("fit", "test", "predict", "check", "prepare", "show", "export_dataset", "tune")  # jobs whose options are judged first
+_JUDGED = ("fit", "test", "predict", "check", "prepare", "show", "export_dataset", "plan", "tune")  # jobs whose options are judged first
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -29,5 +29,5 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 JOBS: dict[str, Callable[[DictConfig], float | None]] = {
-    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "export_dataset": export_dataset, "show": show, "dashboard": dashboard, "methods": methods,
+    "fit": fit, "test": test, "predict": predict, "tune": tune, "compare": compare, "check": check, "prepare": prepare, "simulate": simulate, "export_dataset": export_dataset, "plan": plan, "show": show, "dashboard": dashboard, "methods": methods,
 }  # fmt: skip

@@ -24,7 +24,7 @@ from lesionbench.written import clear, locked, whole
 
 # what a run is computed with, not what is computed: left out of the hash, so that a run may move between machines and still be the same
 _INCIDENTAL = (
-    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "on_error", "trust", "hydra", "compare", "report", "dashboard", "layout", "show", "name", "tune", "model.checkpoints",
+    "job", "seed", "resume", "logger", "runs", "run_folder", "maps", "writer", "out", "input", "ckpt", "overwrite", "on_error", "trust", "hydra", "compare", "report", "dashboard", "layout", "plan", "show", "name", "tune", "model.checkpoints",
     "data.root", "data.cache", "data.num_workers", "data.check",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.enable_progress_bar", "trainer.use_distributed_sampler",
     "warm_start",  # the model's own warm_start has it
