@@ -16,6 +16,7 @@ from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.ranges import Count, Positive, Whole
 from lesionbench.raters import majority
 from lesionbench.task import Task
 from lightning_modules.freezing import freeze, rest
@@ -49,12 +50,14 @@ class Method(pl.LightningModule):
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
+        tables: names of the values in the tables of its predictions, which validation logs too; None = cannot be told.
     """
 
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
     map_interpolation: str = "nearest"
+    tables: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -63,9 +66,9 @@ class Method(pl.LightningModule):
         optimizer: Callable | Mapping[str, Callable] | None = None,
         scheduler: Callable | Mapping[str, Callable] | None = None,
         metrics: CaseMetrics | None = None,
-        accumulate: int = 1,
-        clip: float | None = None,
-        seed: int = 0,
+        accumulate: Count = 1,
+        clip: Positive | None = None,
+        seed: Whole = 0,
         monitor: str | None = "val/dice",
         validation_metrics: Sequence[str] = ("dice",),
         freeze: Sequence[str] | None = None,
@@ -119,6 +122,14 @@ class Method(pl.LightningModule):
         axis = batch["geometry"][0].native_axis(self.task.slice_axis) if native else self.task.slice_axis
         raters, brain = _raters(batch, native), _brain(batch, metrics)
         return metrics(prediction, truth, self.task, spacing, raters=raters, brain=brain, slice_axis=axis)
+
+    def validated(self) -> list[str] | None:
+        """Names (patterns of `fnmatch`) of what validation logs, such as `val/dice` and `val/dice_WT`; None where that cannot be told."""
+        if self.tables is None or type(self).measure is not Method.measure:
+            return None
+        measured = self.validation_metrics.columns(self.task.unit)
+        of_regions = [f"val/{name}_{region}" for name in measured for region in self.task.region_names]
+        return [*(f"val/{name}" for name in (*measured, *self.tables)), *of_regions]
 
     def tuned_on(self, batch: Batch) -> bool:
         """Whether the labels that the method predicts come from a threshold that was chosen on this very case; its rows then say so."""

@@ -1,6 +1,6 @@
 """`SegmentationMethod`: networks that draw maps; the base of every method that segments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -27,6 +27,8 @@ class SegmentationMethod(Method):
         target: called with the task, returns the `Target`; softmax over classes by default.
         inferer: called with (image, predictor, slice axis): see `lightning_modules.inferers`.
     """
+
+    tables: Sequence[str] | None = ()
 
     def __init__(
         self,

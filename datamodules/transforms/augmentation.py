@@ -5,6 +5,7 @@ from typing import Any
 
 from datamodules.transforms.placement import RandomPlacement
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import NotNegative, Share, Whole
 
 
 class Chain:
@@ -32,7 +33,7 @@ def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any]
     return Chain(kept, placement) if kept or placement is not None else None
 
 
-def one_of(transforms: Sequence[Callable], weights: Sequence[float] | None = None, p: float = 1.0) -> Callable:
+def one_of(transforms: Sequence[Callable], weights: Sequence[NotNegative] | None = None, p: Share = 1.0) -> Callable:
     """With probability `p` one of the TorchIO transforms, drawn by its weight.
 
     Args:
@@ -71,7 +72,7 @@ class Gate:
         epoch: first epoch (from 0) of `after`.
     """
 
-    def __init__(self, transform: Callable[[Any], Any] | None, before: float = 1.0, after: float = 0.5, epoch: int = 0) -> None:
+    def __init__(self, transform: Callable[[Any], Any] | None, before: Share = 1.0, after: Share = 0.5, epoch: Whole = 0) -> None:
         self.transform, self.before, self.after, self.epoch = transform, before, after, epoch
 
     def __call__(self, subject: Any) -> Any:

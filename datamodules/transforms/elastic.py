@@ -10,6 +10,7 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.spatial_transform import SpatialTransform
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import AtLeastTwo, NotNegative
 
 
 class RandomElastic(RandomTransform, SpatialTransform):
@@ -27,7 +28,7 @@ class RandomElastic(RandomTransform, SpatialTransform):
         SuiteError: fewer than two points, a negative deviation.
     """
 
-    def __init__(self, points: int = 3, std: float = 2.0, **options) -> None:
+    def __init__(self, points: AtLeastTwo = 3, std: NotNegative = 2.0, **options) -> None:
         super().__init__(**options)
         if points < 2 or std < 0:
             raise SuiteError(

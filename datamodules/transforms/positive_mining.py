@@ -1,7 +1,7 @@
 """Positive mining: now and then a sample shows the tumor alone."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torchio.data.subject import Subject
@@ -9,6 +9,7 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import ASCENDING, Positive, Share
 
 CENTERS = ("lesion", "volume")
 
@@ -30,7 +31,12 @@ class PositiveMining(RandomTransform, IntensityTransform):
     """
 
     def __init__(
-        self, scale: Sequence[float] = (0.9, 1.1), center: str = "lesion", scale_label: bool = False, p: float = 0.1, **options: Any
+        self,
+        scale: Annotated[Sequence[Positive], ASCENDING] = (0.9, 1.1),
+        center: str = "lesion",
+        scale_label: bool = False,
+        p: Share = 0.1,
+        **options: Any,
     ) -> None:
         super().__init__(p=p, **options)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from lesionbench.errors import unknown
+from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.data import check, prepare, show, simulate
 from lesionbench.jobs.methods import methods
 from lesionbench.jobs.options import check_options
@@ -25,6 +26,7 @@ def run_job(cfg: DictConfig) -> float | None:
         raise unknown("job", cfg.job, JOBS)
     if cfg.job in _JUDGED:
         check_options(cfg)
+        check_arguments(cfg)
     return JOBS[cfg.job](cfg)
 
 

@@ -15,7 +15,13 @@ _WHOLE = {
 _SHARES = ("data.split.test", "data.split.val")  # below 1 a share, else a number of patients
 _POSITIVE = ("clip", "model.clip")
 _SWITCHES = ("resume", "overwrite", "compile", "data.check")
-_CHOICES = {"select": ("best", "last"), "on_error": ("stop", "skip"), "test_time": ("flips", "dihedral")}
+_CHOICES = {"select": ("best", "last"), "on_error": ("stop", "skip"), "test_time": ("flips", "dihedral"), "objective.mode": ("max", "min")}
+
+# options of Lightning's Trainer that the suite fills in -> its own
+_ELSEWHERE = {
+    "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip", "gradient_clip_algorithm": "clip", "callbacks": "callbacks", "logger": "logger",
+    "enable_checkpointing": "callbacks.checkpoint", "enable_progress_bar": "callbacks.progress",
+}  # fmt: skip
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -46,6 +52,9 @@ def check_options(cfg: DictConfig) -> None:
     for option, value in values(_CHOICES):
         if value not in _CHOICES[option]:
             raise unknown(option, str(value), _CHOICES[option])
+    for option in cfg.get("trainer") or ():
+        if option in _ELSEWHERE:
+            raise SuiteError(f"trainer.{option}={cfg.trainer[option]}: the program fills it in from {_ELSEWHERE[option]}; set that instead")
     mirror = OmegaConf.select(cfg, "mirror")
     axes = list(mirror) if OmegaConf.is_list(mirror) else mirror
     if axes and (not isinstance(axes, list) or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}):

@@ -1,6 +1,6 @@
 """How a trained method answers to changed images: adversarial perturbations, transferred ones, and noise of the same size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slices
 from lightning_modules.base import Method
-from lightning_modules.evaluation.attacks import perturb
+from lightning_modules.evaluation.attacks import Attack, perturb
 from lightning_modules.evaluation.checkpoint_test import CheckpointTest
 from lightning_modules.inferers import padded
 from lightning_modules.losses.vat import divergence
@@ -44,15 +44,15 @@ class Robustness(CheckpointTest):
         task: Task,
         *,
         checkpoint: str,
-        attacks: Sequence[Mapping[str, Any]],
+        attacks: Sequence[Attack],
         transfer_from: str | None = None,
         trust: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(task, checkpoint=checkpoint, trust=trust, **options)
-        self.attacks = [dict(a) for a in attacks]
-        if transfer_from is None and any(a.get("transfer") for a in self.attacks):
+        if transfer_from is None and any(a.get("transfer") for a in attacks):  # before a checkpoint is needed
             raise SuiteError("model.transfer_from is null, but there are attacks with transfer=true; name the checkpoint they are made on")
+        super().__init__(task, checkpoint=checkpoint, trust=trust, **options)
+        self.attacks = list(attacks)
         _require_network(self.method, checkpoint)
         self.source: SegmentationMethod = self.method
         if transfer_from is not None:
@@ -72,7 +72,7 @@ class Robustness(CheckpointTest):
                     prediction.members[_name(attack)] = self.method.predict_case({**batch, "image": changed})
         return prediction
 
-    def _change(self, attack: Mapping[str, Any], case: str, image: torch.Tensor, label: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _change(self, attack: Attack, case: str, image: torch.Tensor, label: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """r (1, M, X, Y, Z) of one attack on one case."""
         method = self.source if attack.get("transfer") else self.method
         name, options = _name(attack), {k: v for k, v in attack.items() if k not in ("eps", "transfer")}
@@ -90,7 +90,7 @@ def _require_network(method: Method, checkpoint: str) -> None:
         raise SuiteError(f"{checkpoint}: holds a {type(method).__name__}; attacks need a method with one segmentation network")
 
 
-def _name(attack: Mapping[str, Any]) -> str:
+def _name(attack: Attack) -> str:
     return f"{attack['norm']}-{attack['steps']}-{attack['eps']:g}" + ("-transfer" if attack.get("transfer") else "")
 
 

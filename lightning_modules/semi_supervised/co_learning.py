@@ -8,6 +8,7 @@ from torch import nn
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import PositiveShare, Share
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.semi_supervised.base import SemiSupervised
@@ -59,12 +60,12 @@ class CoLearning(SemiSupervised):
         network: Callable[..., nn.Module],
         variants: Sequence[Mapping[str, Any]] = ({}, {}),
         init: str = "same",
-        rates: Sequence[float] = (0.005, 0.005),
+        rates: Sequence[Share] = (0.005, 0.005),
         ema_warmup: bool = True,
         mix: str = "both",
         mix_target: str | None = None,
         soft_target: bool = False,
-        box: float = 0.5,
+        box: PositiveShare = 0.5,
         box_in_brain: bool = False,
         teacher_input: str = "full",
         **options: Any,

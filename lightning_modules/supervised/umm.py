@@ -16,6 +16,7 @@ from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, NotNegative, Whole
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
 from lightning_modules.inferers import padded
@@ -58,6 +59,8 @@ class UMM(SegmentationMethod):
         SuiteError: no branch, an unknown `mutual` or `fusion`, a number out of range, a target that is no softmax over classes.
     """
 
+    tables = ("mean_entropy",)
+
     def __init__(
         self,
         task: Task,
@@ -65,15 +68,15 @@ class UMM(SegmentationMethod):
         branches: Mapping[str, Callable[..., nn.Module] | None],
         mutual: str = "gated",
         gate: Callable[[torch.Tensor, int, float], torch.Tensor] | None = None,
-        mc_samples: int = 8,
-        passes_at_once: int = 1,
+        mc_samples: Count = 8,
+        passes_at_once: Count = 1,
         fusion: str = "softmin",
         extra_fusions: Sequence[str] = (),
         predict_mc_mean: bool = False,
-        max_weight: float = 1.0,
-        ramp_epochs: int | None = None,
+        max_weight: NotNegative = 1.0,
+        ramp_epochs: Count | None = None,
         detach_teacher: bool = True,
-        seed: int = 0,
+        seed: Whole = 0,
         **options: Any,
     ) -> None:
         factories = {name: factory for name, factory in branches.items() if factory is not None}
