@@ -20,7 +20,7 @@ from datamodules.readers.brats_files import nifti
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
-from datamodules.transforms.augmentation import Chain
+from datamodules.transforms.augmentation import as_chain
 from datamodules.whole_cases import WholeCases, WholeCaseSampler
 from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
@@ -128,7 +128,7 @@ class CaseDataModule(pl.LightningDataModule):
         self.split, self.sampling = split or Split(), sampling or Sampling()
         self.view, self.patch, self.slab, self.voxels = view, None if patch is None else tuple(patch), slab, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
-        self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
+        self.augmentation = as_chain(augmentation)
         self.streams: dict[str, dict[str, Any]] = {
             name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None
         }

@@ -1,6 +1,7 @@
 """Augmentation: chains of TorchIO transforms named in the configuration, and a gate that opens less often late in training."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from datamodules.transforms.placement import RandomPlacement
@@ -11,8 +12,9 @@ from lesionbench.ranges import NotNegative, Share, Whole
 class Chain:
     """TorchIO transforms in a row, and how the samples they get are placed in their volumes.
 
-    Intensity transforms that do not say what they apply to get the image only, not the maps that go with it. Samples are made for one use,
-    so no transform copies them first.
+    Intensity transforms that do not say what they apply to get the image only, not the maps that go with it. What spatial transforms fill
+    with 0 is the background of the case, as it is normalized (`outside` of the sample). Samples are made for one use, so no transform
+    copies them first.
     """
 
     def __init__(self, transforms: list[Callable], placement: RandomPlacement | None = None) -> None:
@@ -31,6 +33,17 @@ def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any]
     """One augmentation out of named transforms, so that each can be changed or removed (set to null) by its name; None when empty."""
     kept = [t for t in transforms.values() if t is not None]
     return Chain(kept, placement) if kept or placement is not None else None
+
+
+def as_chain(augmentation: Callable | Sequence[Callable] | None) -> Callable | None:
+    """A TorchIO transform, or a list of them, as a chain; what is one already, or something else that is called with samples, as it is."""
+    if augmentation is None or isinstance(augmentation, Chain | Gate):
+        return augmentation
+    if not callable(augmentation):
+        return Chain(list(augmentation))
+    import torchio
+
+    return Chain([augmentation]) if isinstance(augmentation, torchio.Transform) else augmentation
 
 
 def one_of(transforms: Sequence[Callable], weights: Sequence[NotNegative] | None = None, p: Share = 1.0) -> Callable:
@@ -58,8 +71,22 @@ def _set_up(transform: Callable) -> None:
         transform.copy = False
     if isinstance(transform, torchio.IntensityTransform | torchio.RandomAnisotropy) and transform.include is None:
         transform.include = ["image"]
-    for inner in getattr(transform, "transforms_dict", ()):
+    for inner in getattr(transform, "transforms_dict", None) or getattr(transform, "transforms", ()):
         _set_up(inner)
+    if isinstance(transform, torchio.SpatialTransform):
+        transform.apply_transform = partial(_from_background, type(transform).apply_transform, transform)
+
+
+def _from_background(apply: Callable, transform: Any, subject: Any) -> Any:
+    """Applies a spatial transform to the image less its background, so that the 0 that comes from beyond the border is background."""
+    beyond = subject.get("outside")
+    if beyond is None or not beyond.any():
+        return apply(transform, subject)
+    beyond = beyond[:, None, None, None]
+    subject["image"].set_data(subject["image"].data - beyond)
+    subject = apply(transform, subject)
+    subject["image"].set_data(subject["image"].data + beyond)
+    return subject
 
 
 class Gate:

@@ -16,7 +16,7 @@ from lesionbench.ranges import AtLeastTwo, NotNegative
 class RandomElastic(RandomTransform, SpatialTransform):
     """Moves the points of a regular grid, whose outermost lie on the border, by normal displacements, and all voxels between them smoothly.
 
-    Displacements are interpolated by cubic splines, images linearly, maps of labels by the nearest voxel; what comes from outside is 0.
+    Displacements are interpolated by cubic splines, images linearly, maps of labels by the nearest voxel; what comes from outside is 0, in a chain the background.
     An axis of one or two voxels stays as it is. Image and maps of a sample are moved by the same field.
 
     Args:

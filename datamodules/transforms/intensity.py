@@ -193,9 +193,9 @@ class RandomChannelNoise(RandomTransform, IntensityTransform):
 
 
 class MaskBackground(IntensityTransform):
-    """Sets the images to `value` outside the map `mask` of the same sample, as before the intensities were changed."""
+    """Sets the image outside the map `mask` of the same sample to `value`; None = the background, as before the intensities were changed."""
 
-    def __init__(self, mask: str = "brain_mask", value: Real = 0.0, **options) -> None:
+    def __init__(self, mask: str = "brain_mask", value: Real | None = None, **options) -> None:
         super().__init__(**options)
         self.mask, self.value = mask, value
         self.args_names = ["mask", "value"]
@@ -203,8 +203,18 @@ class MaskBackground(IntensityTransform):
     def apply_transform(self, subject: Subject) -> Subject:
         outside = subject[self.mask].data[0] == 0
         for image in self.get_images(subject):
-            image.data.masked_fill_(outside, self.value)
+            image.set_data(filled(image.data, outside, background(subject, len(image.data)) if self.value is None else self.value))
         return subject
+
+
+def background(subject: Subject, channels: int) -> torch.Tensor:
+    """What lies beyond the border of the case that a sample was cut from, in network units (M,); 0 where the sample does not say."""
+    return subject.get("outside", torch.zeros(channels))
+
+
+def filled(image: torch.Tensor, where: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
+    """(M, x, y, z) with `values`, one or one per channel, where the mask (x, y, z) says so."""
+    return torch.where(where, torch.as_tensor(values, dtype=image.dtype).reshape(-1, 1, 1, 1), image)
 
 
 def _around_one(low: float, high: float) -> float:

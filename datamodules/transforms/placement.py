@@ -1,6 +1,6 @@
 """Rotation, scaling, elastic deformation and mirroring of training patches, drawn before the patch is read.
 
-A transform of a finished patch has to fill its corners with zeros. Here the patch is placed in the volume first, and just the voxels that it
+A transform of a finished patch has to fill its corners with background. Here the patch is placed in the volume first, and just the voxels that it
 covers are read and resampled once, so that the corners show what is there.
 """
 
