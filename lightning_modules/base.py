@@ -240,7 +240,7 @@ class Method(pl.LightningModule):
         makers = self._by_name("optimizer", self.optimizer)
         try:
             return {name: makers[name](params) for name, params in groups.items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             given = {name: getattr(maker, "keywords", {}) for name, maker in makers.items()}
             raise SuiteError(f"model.optimizer: {error} (given {given})") from error
 

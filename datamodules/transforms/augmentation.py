@@ -78,14 +78,27 @@ def _set_up(transform: Callable) -> None:
 
 
 def _from_background(apply: Callable, transform: Any, subject: Any) -> Any:
-    """Applies a spatial transform to the image less its background, so that the 0 that comes from beyond the border is background."""
-    beyond = subject.get("outside")
-    if beyond is None or not beyond.any():
+    """Applies a spatial transform to the image less its background, so that the 0 that comes from beyond the border is background.
+
+    TorchIO's elastic deformation brings in the least value of a channel instead: two ramps that sum up to 1 tell where, as both have a 0.
+    """
+    import torch
+    import torchio
+
+    beyond = subject.get("outside", torch.zeros(subject["image"].data.shape[0]))[:, None, None, None]
+    least = isinstance(transform, torchio.RandomElasticDeformation)
+    if not (least or beyond.any()):
         return apply(transform, subject)
-    beyond = beyond[:, None, None, None]
+    if least:
+        ramp = torch.linspace(0, 1, subject.spatial_shape[0])[None, :, None, None].expand(1, *subject.spatial_shape)
+        subject.add_image(torchio.ScalarImage(tensor=torch.cat([ramp, 1 - ramp])), "ramps")
     subject["image"].set_data(subject["image"].data - beyond)
     subject = apply(transform, subject)
-    subject["image"].set_data(subject["image"].data + beyond)
+    image = subject["image"].data
+    if least:
+        image = image * (subject["ramps"].data.sum(dim=0) > 0.5)
+        subject.remove_image("ramps")
+    subject["image"].set_data(image + beyond)
     return subject
 
 

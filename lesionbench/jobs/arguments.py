@@ -39,7 +39,7 @@ _LIBRARIES: dict[str, dict[str, Any]] = {
         "limit_test_batches": _BATCHES, "limit_predict_batches": _BATCHES, "overfit_batches": _BATCHES,
     },
     "pytorch_lightning.callbacks.early_stopping.": {
-        "patience": Whole, "min_delta": NotNegative, "mode": Literal["min", "max"], "stopping_threshold": Real | None, "divergence_threshold": Real | None,
+        "monitor": str | None, "patience": Whole, "min_delta": NotNegative, "mode": Literal["min", "max"], "stopping_threshold": Real | None, "divergence_threshold": Real | None,
     },
     "pytorch_lightning.callbacks.weight_averaging.": {
         "device": str | Whole | None, "decay": Share, "update_every_n_steps": Count, "update_starting_at_step": Whole | None, "update_starting_at_epoch": Whole | None,

@@ -136,7 +136,7 @@ def _check_options(cfg: DictConfig) -> None:
 def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
     """Builds what a later stage is made of, so that a mistake in it ends the run before the first one and not after.
 
-    What an earlier stage leaves is not there yet: an error about it is none.
+    What an earlier stage leaves is not there yet: an error about that is none.
     """
     if stage.run == "call":
         return
@@ -147,7 +147,7 @@ def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
             check_monitored(cfg, parts.method)
         else:
             parts.configure_inference(cfg)
-    except SuiteError as error:
+    except Exception as error:
         if "artefact:" not in str(error):
             raise
 
