@@ -8,7 +8,7 @@ from lesionbench.errors import unknown
 from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.data import check, prepare, show, simulate
 from lesionbench.jobs.methods import methods
-from lesionbench.jobs.options import check_options
+from lesionbench.jobs.options import check_job, check_options
 from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
@@ -24,6 +24,7 @@ def run_job(cfg: DictConfig) -> float | None:
     """
     if cfg.job not in JOBS:
         raise unknown("job", cfg.job, JOBS)
+    check_job(cfg)
     if cfg.job in _JUDGED:
         check_options(cfg)
         check_arguments(cfg)
