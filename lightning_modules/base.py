@@ -254,13 +254,30 @@ class Method(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if not self.automatic_optimization:
             total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
-        plans = self._by_name("scheduler", self.scheduler)
-        schedulers = [plans[name](o, total_iterations=int(total)) for name, o in zip(groups, optimizers, strict=True)]
+        schedulers = self._schedules(made, int(total))
         step, never = {"interval": "step"}, {"interval": "epoch", "frequency": sys.maxsize, "monitor": self.monitor}
         return optimizers, [
             {"scheduler": s, "name": f"lr/{n}", **(never if isinstance(s, ReduceLROnPlateau) else step)}  # see `on_train_epoch_end`
             for s, n in zip(schedulers, groups, strict=True)
         ]
+
+    def check_schedules(self, total_iterations: int) -> None:
+        """Makes the schedules of a training of so many optimizer steps, to hear what does not fit before anything is prepared.
+
+        Raises:
+            SuiteError: what an optimizer or a schedule finds wrong with its options.
+        """
+        self._schedules(self._optimizers(), total_iterations)
+
+    def _schedules(self, optimizers: Mapping[str, torch.optim.Optimizer], total_iterations: int) -> list[Any]:
+        if self.scheduler is None or not optimizers:
+            return []
+        plans = self._by_name("scheduler", self.scheduler)
+        try:
+            return [plans[name](optimizer, total_iterations=total_iterations) for name, optimizer in optimizers.items()]
+        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+            given = {name: getattr(plan, "keywords", {}) for name, plan in plans.items()}
+            raise SuiteError(f"model.scheduler: {error} (given {given})") from error
 
     def _by_name(self, option: str, makers: Callable | Mapping[str, Callable]) -> Mapping[str, Callable]:
         """What makes the optimizer or scheduler of each group: the same call for all, or one for each."""

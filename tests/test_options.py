@@ -1,11 +1,15 @@
 """Every option of every configuration group: a value of the wrong type or out of range is refused by name, before anything is prepared."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.checkpoint import build_method
 from lesionbench.errors import SuiteError
-from lesionbench.jobs.arguments import check_arguments, parameters
+from lesionbench.jobs.arguments import check_arguments, fits, parameters
 from lesionbench.jobs.command_line import CONF, explain, runs_of
 from lesionbench.jobs.program import _suite_error
-from lesionbench.ranges import Range
+from lesionbench.ranges import ASCENDING, BelowOne, Positive, Range
 from lesionbench.task import Task
+from lightning_modules.evaluation.attacks import Attack
 from tests.harness import SMALL, composed, run, shared
 
 OBJECTS = ("model", "data", "augmentation", "callbacks", "logger", "metrics", "postprocessing", "trainer", "sweep")
@@ -148,6 +153,48 @@ LATER = {"monitor"}  # known once the method is: see test_what_is_watched_is_wha
 FILLED_IN = {"accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"}  # see test_what_the_program_fills_in
 
 
+class Side(Enum):
+    LEFT = "l"
+    RIGHT = "r"
+
+
+@pytest.mark.parametrize(
+    ("hint", "fine", "wrong"),
+    [
+        (float, [1, 1.5, -2], [True, "1", None, math.inf, math.nan, [1]]),
+        (int, [1, -2], [1.0, True, "1"]),
+        (bool, [True], [1, "true"]),
+        (str | None, ["a", None], [1, ["a"]]),
+        (Path, ["a/b", "~"], [1, ["a"]]),
+        (tuple[int, float], [[1, 2]], [[1], [1, 2, 3], [1.5, 2], "12", {"a": 1}]),
+        (tuple[int, ...], [[], [1, 2]], [[1.5]]),
+        (Sequence[str], [[], ["a"]], ["ab", [1]]),
+        (Mapping[str, int], [{}, {"a": 1}], [{"a": 1.5}, ["a"]]),
+        (Literal["a", 1] | None, ["a", 1, None], [True, "b"]),
+        (Side, ["LEFT", "r"], ["up", 1]),
+        (torch.nn.Module, [{"_target_": "torch.nn.Identity"}], ["dice", 1, {"a": 1}]),
+        (Callable[[int], float] | Sequence[Callable], [{"_target_": "math.sqrt"}, [{"_target_": "math.sqrt"}]], ["sqrt", ["sqrt"]]),
+        (Attack, [{"norm": "l2", "eps": 1, "steps": 0}], [{"norm": "l2", "eps": 1}, {"norm": "l2", "eps": 1, "steps": 0, "more": 1}, {"norm": "l3", "eps": 1, "steps": 0}]),
+        (Any, [1, "a", None, {}], []),
+        (BelowOne, [0, 0.99], [1, -0.1]),
+        (Annotated[Sequence[Positive], ASCENDING], [[1, 1], [0.5, 2]], [[2, 1], [1], [0, 1]]),
+    ],
+)  # fmt: skip
+def test_what_serves_for_what(hint, fine, wrong):
+    assert [value for value in fine if not fits(value, hint)] == []
+    assert [value for value in wrong if fits(value, hint)] == []
+
+
+def test_a_default_is_fine_whatever_the_signature_says():
+    def odd(size: int = None, names: list = ()):  # noqa: RUF013
+        return size, names
+
+    with patch("hydra.utils.get_object", lambda name: odd):
+        check_arguments(OmegaConf.create({"a": {"_target_": "odd", "size": None}}))
+        with pytest.raises(SuiteError, match=r"a\.size=big: odd expects a whole number"):
+            check_arguments(OmegaConf.create({"a": {"_target_": "odd", "size": "big"}}))
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_wrong_type_is_refused_by_name(group):
     """The signature says what an option is; a number serves as a name nowhere, and true is no number."""
@@ -205,6 +252,8 @@ CLASSIFIER = [
         (["objective.name=val/dice_WT"], "objective.name=val/dice_WT: no value of a validation"),
         (["objective.name=dice"], "objective.name=dice: no value of a validation"),
         (["callbacks=[default,early_stopping]", "callbacks.early_stopping.monitor=val/loss"], "callbacks.early_stopping.monitor=val/loss: no value"),
+        (["model.scheduler.warmup_iterations=12"], "scheduler: warmup_iterations=12 of total_iterations=12 leaves none to train"),
+        (["model.scheduler.warmup_iterations=6", "accumulate=2"], "scheduler: warmup_iterations=6 of total_iterations=6 leaves none to train"),
         (["model/scheduler=plateau", "model.monitor=train/loss"], "model.monitor=train/loss: no value of a validation"),
         (["stages=[{name:fit,run:fit},{name:more,run:fit,override:{objective:{name:val/dise}}}]"], "objective.name=val/dise: no value"),
         ([TWO % "{metrics:{names:[dise]}}"], "Unknown metric 'dise'; did you mean 'dice'"),

@@ -1,11 +1,12 @@
 """The options of whatever a configuration builds, judged by the signatures that take them before any of it is built."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cache
 from inspect import Parameter, isclass, signature
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -50,14 +51,14 @@ _LIBRARIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _FILLED_IN = ("run_folder", "maps")  # by the job
 _BUILT = "something to build (a mapping with _target_)"
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path", NoneType: "null"}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", NoneType: "null"}
 
 
 def check_arguments(cfg: DictConfig) -> None:
     """Compares every option of every `_target_` below `cfg` with the type and the range in its signature.
 
     An option is fine where it is what the signature says, where it is the default, and where it is to be built itself. A whole number
-    serves as a number, a list as a tuple or set, a text as a path; true and false are no numbers, and no number is infinite or not a number.
+    serves as a number, a list as a tuple or set, a text as a path or as the name of one of an enumeration; true and false are no numbers, and no number is infinite or not a number.
 
     Raises:
         SuiteError: names option, value, who takes it and what is expected.
@@ -108,7 +109,7 @@ def parameters(target: str, given: tuple[str, ...] = ()) -> dict[str, tuple[Any,
     for owner, maker in _makers(found):
         try:
             hints, own = get_type_hints(maker, include_extras=True), signature(maker).parameters.values()
-        except (NameError, TypeError, ValueError):  # names that exist for type checkers alone; built-in code
+        except (NameError, TypeError, ValueError, AttributeError):  # names that exist for type checkers alone; built-in code
             break
         for place, known in _LIBRARIES.items():
             if owner.startswith(place):
@@ -129,7 +130,7 @@ def _makers(found: Any) -> Iterator[tuple[str, Callable]]:
         if "__init__" in vars(base):
             yield f"{base.__module__}.{base.__qualname__}", vars(base)["__init__"]
     if not isclass(found):
-        yield f"{found.__module__}.{found.__qualname__}", found
+        yield f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}", found
 
 
 def _plain(value: Any) -> Any:
@@ -159,8 +160,10 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) is hint
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    if hint is Path:
+    if isclass(hint) and issubclass(hint, os.PathLike):
         return isinstance(value, str)
+    if isclass(hint) and issubclass(hint, Enum):
+        return value in [word for one in hint for word in (one.name, one.value)]
     if is_typeddict(hint):
         keys = get_type_hints(hint, include_extras=True)
         return (
@@ -196,6 +199,10 @@ def expected(hint: Any) -> str:
         return ", or ".join([word for word in words if word != _BUILT] or words)
     if kind is Literal:
         return " or ".join(str(one) for one in inner)
+    if isclass(hint) and issubclass(hint, Enum):
+        return " or ".join(one.name for one in hint)
+    if isclass(hint) and issubclass(hint, os.PathLike):
+        return "a path"
     if hint in _WORDS or hint is None:
         return _WORDS[hint or NoneType]
     if is_typeddict(hint):

@@ -68,6 +68,13 @@ class Assembled(Parts):
             self.method.compile()
         self.trainer = self._trainer(cfg, callbacks)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the training, as far as they can be told before it."""
+        batches, limit = self.data.batches_per_epoch // self.trainer.world_size, self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return -(-max(batches, 1) // self.method.accumulate) * self.trainer.max_epochs
+
     def check_callbacks(self) -> None:
         """Has the callbacks that need something of the method say so before anything is prepared."""
         for callback in self.trainer.callbacks:

@@ -214,6 +214,7 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
 
     run = Assembled(cfg)
     run.method.check(run.data)
+    run.method.check_schedules(run.steps)
     check_monitored(cfg, run.method)
     run.check_callbacks()
     if cfg.init_from:
