@@ -20,7 +20,7 @@ from datamodules.readers.brats_files import nifti
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
-from datamodules.transforms.augmentation import as_chain
+from datamodules.transforms.augmentation import as_chain, needs
 from datamodules.whole_cases import WholeCases, WholeCaseSampler
 from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
@@ -138,6 +138,8 @@ class CaseDataModule(pl.LightningDataModule):
             if "sampling" in spec:
                 spec["sampling"] = Sampling(**spec["sampling"])
         self.extra_maps, self.check = dict(extra_maps or {}), check
+        for name in needs(self.augmentation) - {"brain_mask", "label", "raters", *self.extra_maps}:
+            raise unknown("map (mask of the augmentation)", name, ["brain_mask", "label", "raters", *self.extra_maps])
         self.allow_missing = self.preprocessing.allow_missing
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed

@@ -15,6 +15,9 @@ class Chain:
     Intensity transforms that do not say what they apply to get the image only, not the maps that go with it. What spatial transforms fill
     with 0 is the background of the case, as it is normalized (`outside` of the sample). Samples are made for one use, so no transform
     copies them first.
+
+    Attributes:
+        needs: maps of the sample that a transform reads by name.
     """
 
     def __init__(self, transforms: list[Callable], placement: RandomPlacement | None = None) -> None:
@@ -22,6 +25,7 @@ class Chain:
 
         for transform in transforms:
             _set_up(transform)
+        self.needs = {name for transform in transforms for name in needs(transform)}
         self.placement = placement
         self.transforms = torchio.Compose(transforms, copy=False)
 
@@ -33,6 +37,13 @@ def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any]
     """One augmentation out of named transforms, so that each can be changed or removed (set to null) by its name; None when empty."""
     kept = [t for t in transforms.values() if t is not None]
     return Chain(kept, placement) if kept or placement is not None else None
+
+
+def needs(augmentation: Any) -> set[str]:
+    """The maps of a sample that an augmentation reads by name."""
+    inner = getattr(augmentation, "transform", None)
+    own = {augmentation.mask} if isinstance(getattr(augmentation, "mask", None), str) else set()
+    return own | getattr(augmentation, "needs", set()) | (needs(inner) if inner is not None else set())
 
 
 def as_chain(augmentation: Callable | Sequence[Callable] | None) -> Callable | None:
