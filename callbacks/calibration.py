@@ -12,6 +12,7 @@ from callbacks.overlays import masks_of
 from lesionbench.batch import Batch
 from lesionbench.calibration import calibration_counts
 from lesionbench.prediction import CaseResult
+from lesionbench.ranges import Count
 from lesionbench.task import IGNORE
 
 COLUMNS = ("member", "region", "bin", "voxels", "probability", "true")
@@ -28,7 +29,7 @@ class Calibration(CaseCallback):
         bins: number of bins of equal width.
     """
 
-    def __init__(self, folder: str, bins: int = 15) -> None:
+    def __init__(self, folder: str, bins: Count = 15) -> None:
         self.path, self.bins = Path(folder) / "test" / "calibration.csv", bins
 
     def add(self, result: CaseResult, batch: Batch, method: Any) -> None:

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from callbacks.nan_guard import NanGuard, NonFiniteLoss, advice
 from callbacks.wandb_run import WandbRun
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Positive
 from lesionbench.stopping import Stopped
 from lesionbench.written import whole
 
@@ -46,8 +47,8 @@ class BestAndLast(Checkpoint):
         folder: str,
         monitor: str | None = "val/dice",
         mode: str = "max",
-        every_n_batches: int | None = None,
-        every_n_minutes: float | None = None,
+        every_n_batches: Count | None = None,
+        every_n_minutes: Positive | None = None,
     ) -> None:
         if mode not in ("max", "min"):
             raise unknown("checkpoint.mode", mode, ["max", "min"])

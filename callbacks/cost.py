@@ -16,6 +16,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from callbacks.gather import gather
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count
 from lesionbench.results import write_json
 
 PHASES = ("train", "validation", "test", "predict")
@@ -33,7 +34,7 @@ class Cost(pl.Callback):
         every: batches between two logged values.
     """
 
-    def __init__(self, folder: str, every: int = 50) -> None:
+    def __init__(self, folder: str, every: Count = 50) -> None:
         if every < 1:
             raise SuiteError(f"cost.every={every}: must be at least 1")
         self.folder, self.every = Path(folder), every

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count
 
 
 class CycleAverage(WeightAveraging):
@@ -22,7 +23,7 @@ class CycleAverage(WeightAveraging):
         SuiteError: fewer than one cycle.
     """
 
-    def __init__(self, cycles: int = 5) -> None:
+    def __init__(self, cycles: Count = 5) -> None:
         super().__init__(use_buffers=True)
         if cycles < 1:
             raise SuiteError(f"callbacks.swa.cycles={cycles}: must be at least 1")

@@ -35,9 +35,13 @@ class FlairBaseline(CaseCallback):
     def __init__(self, folder: str, method: Callable) -> None:
         self.folder, self.method = Path(folder), method
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        task = pl_module.task
+    def check(self, method: Any) -> None:
+        """Builds the method that scores; raises what that finds wrong with its options."""
+        task = method.task
         self._scorer = self.method(task.narrowed(regions=task.region_names[:1])) if "flair" in task.channels else None
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check(pl_module)
 
     def add(self, result: CaseResult, batch: Batch, method: Any) -> None:
         if self._scorer is None or "label" not in batch:

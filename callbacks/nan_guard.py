@@ -8,6 +8,7 @@ import torch
 
 from callbacks.gather import gather
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count
 
 
 class NonFiniteLoss(SuiteError):
@@ -24,7 +25,7 @@ class NanGuard(pl.Callback):
         every: batches between two readings; by default 1 on CPU and 10 on GPU. The error still names the first bad batch.
     """
 
-    def __init__(self, every: int | None = None) -> None:
+    def __init__(self, every: Count | None = None) -> None:
         if every is not None and every < 1:
             raise SuiteError(f"nan_guard.every={every}: must be at least 1")
         self.every = every

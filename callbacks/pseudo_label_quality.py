@@ -10,6 +10,7 @@ import torch
 
 from callbacks.case_callback import summed
 from callbacks.gather import gather
+from lesionbench.ranges import Count
 from lesionbench.task import IGNORE
 
 
@@ -32,7 +33,7 @@ class PseudoLabelQuality(pl.Callback):
 
     HEADER = ("epoch", "iteration", "version", "region", "where", "cases", "voxels", "share", "error", "ppv", "tpr", "csi")
 
-    def __init__(self, folder: str, map: str | None = None, mask: str | None = None, every: int = 1) -> None:
+    def __init__(self, folder: str, map: str | None = None, mask: str | None = None, every: Count = 1) -> None:
         self.path, self.map, self.mask, self.every = Path(folder) / "pseudo_labels.csv", map, mask, every
         self._seen = 0
 

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from callbacks.gather import gather
+from lesionbench.ranges import Count
 
 
 class UncertainRegion(pl.Callback):
@@ -28,7 +29,7 @@ class UncertainRegion(pl.Callback):
 
     HEADER = ("epoch", "iteration", "version", "cases", "voxels", "share", "distance", "mean_distance")
 
-    def __init__(self, folder: str, map: str = "pseudo_label", mask: str = "uncertain", keep: int = 4) -> None:
+    def __init__(self, folder: str, map: str = "pseudo_label", mask: str = "uncertain", keep: Count = 4) -> None:
         self.folder, self.map, self.mask, self.keep = Path(folder), map, mask, keep
         self._seen = 0
 

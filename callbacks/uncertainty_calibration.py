@@ -11,6 +11,7 @@ from callbacks.case_callback import CaseCallback, summed
 from lesionbench.batch import Batch
 from lesionbench.calibration import calibration_counts
 from lesionbench.prediction import CaseResult
+from lesionbench.ranges import Count
 from lesionbench.task import IGNORE
 
 
@@ -25,7 +26,7 @@ class UncertaintyCalibration(CaseCallback):
         bins: of equal width.
     """
 
-    def __init__(self, folder: str, bins: int = 10) -> None:
+    def __init__(self, folder: str, bins: Count = 10) -> None:
         self.folder, self.bins = Path(folder), bins
 
     def add(self, result: CaseResult, batch: Batch, method: Any) -> None:

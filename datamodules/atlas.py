@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import CaseDataModule
-from datamodules.readers.atlas_files import NAMED_SPLITS, find_atlas, merge_masks
+from datamodules.readers.atlas_files import NAMED_SPLITS, RELEASES, find_atlas, merge_masks
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.task import Task
@@ -26,6 +26,8 @@ class Atlas(CaseDataModule):
     def __init__(self, root: str | Path, *, release: str | float = "1.2", named_split: str | None = None, **options: Any) -> None:
         if named_split is not None and named_split not in NAMED_SPLITS:
             raise unknown("named split (data.named_split)", named_split, NAMED_SPLITS)
+        if str(release) not in RELEASES:
+            raise unknown("ATLAS release (data.release)", str(release), RELEASES)
         self.release, self.named_split = str(release), named_split
         super().__init__(root, **options)
         if named_split is not None and self.split.file is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from datamodules.preprocessing import Preprocessing, dataset_statistics, histogr
 from datamodules.samples import VIEWS, KeyedSampler, TrainingSamples, collate
 from datamodules.sampling import Sampling
 from datamodules.split import Split
-from datamodules.transforms.augmentation import Chain
+from datamodules.transforms.augmentation import as_chain, needs
 from datamodules.whole_cases import WholeCases, WholeCaseSampler
 from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
@@ -28,9 +28,34 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import volume_file
 from lesionbench.keyed import key
 from lesionbench.maps import MapStore
+from lesionbench.ranges import BelowOne, Count, NotNegative, Share, Whole
 from lesionbench.task import Task
 
 CASE_SETS = ("train", "labeled", "unlabeled")
+
+
+class Narrowing(TypedDict, total=False):
+    """What is used of a data set's task, see `Task.narrowed`."""
+
+    channels: Sequence[str] | None
+    regions: Sequence[str] | Mapping[str, Sequence[str]] | None
+    inputs: Sequence[str] | None
+
+
+class Policy(TypedDict, total=False):
+    """Options of `Sampling`."""
+
+    name: str
+    share: Share
+    weights: Mapping[str, NotNegative]
+
+
+class Stream(TypedDict, total=False):
+    """One stream of training batches."""
+
+    cases: Literal["train", "labeled", "unlabeled"]
+    batch_size: Count
+    sampling: Policy
 
 
 class CaseDataModule(pl.LightningDataModule):
@@ -68,27 +93,27 @@ class CaseDataModule(pl.LightningDataModule):
         self,
         root: str | Path,
         *,
-        task: Mapping[str, Any] | None = None,
+        task: Narrowing | None = None,
         preprocessing: Preprocessing | None = None,
         split: Split | None = None,
         sampling: Sampling | None = None,
         view: str = "patch",
-        patch: Sequence[int] | None = None,
-        slab: int = 3,
-        voxels: int = 4096,
-        batch_size: int = 2,
-        samples_per_epoch: int = 100,
+        patch: Sequence[Count] | None = None,
+        slab: Count = 3,
+        voxels: Count = 4096,
+        batch_size: Count = 2,
+        samples_per_epoch: Count = 100,
         augmentation: Callable | Sequence[Callable] | None = None,
-        streams: Mapping[str, Mapping[str, Any]] | None = None,
+        streams: Mapping[str, Stream | None] | None = None,
         extra_maps: Mapping[str, str] | None = None,
         check: bool = True,
         cache: str | Path | None = None,
-        num_workers: int = 0,
-        limit_cases: int | None = None,
+        num_workers: Whole = 0,
+        limit_cases: Count | None = None,
         labels: str | Path | None = None,
-        channel_dropout: float = 0.0,
-        repeat: int | None = None,
-        seed: int = 0,
+        channel_dropout: BelowOne = 0.0,
+        repeat: Count | None = None,
+        seed: Whole = 0,
     ) -> None:
         super().__init__()
         if view not in VIEWS:
@@ -98,21 +123,27 @@ class CaseDataModule(pl.LightningDataModule):
         if not 0 <= channel_dropout < 1:
             raise SuiteError(f"data.channel_dropout={channel_dropout} is a probability: expected 0 <= p < 1")
         self.root = Path(root).expanduser()
-        narrowing = {k: v for k, v in dict(task or {}).items() if v is not None}
+        narrowing: dict[str, Any] = {k: v for k, v in dict(task or {}).items() if v is not None}
         self.task: Task = self.default_task().narrowed(**narrowing)
         self.preprocessing = preprocessing or Preprocessing()
         self.split, self.sampling = split or Split(), sampling or Sampling()
         self.view, self.patch, self.slab, self.voxels = view, None if patch is None else tuple(patch), slab, voxels
         self.batch_size, self.samples_per_epoch = batch_size, samples_per_epoch
-        self.augmentation = augmentation if augmentation is None or callable(augmentation) else Chain(list(augmentation))
-        self.streams = {name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None}
+        self.augmentation = as_chain(augmentation)
+        self.streams: dict[str, dict[str, Any]] = {
+            name: dict(spec) for name, spec in (streams or {"default": {}}).items() if spec is not None
+        }
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
+            if "sampling" in spec:
+                spec["sampling"] = Sampling(**spec["sampling"])
         self.extra_maps, self.check = dict(extra_maps or {}), check
         for name in self.task.inputs:
             if name not in ("brain_mask", *self.extra_maps):
                 raise unknown("further input (task.inputs)", name, ["brain_mask", *self.extra_maps])
+        for name in needs(self.augmentation) - {"brain_mask", "label", "raters", *self.extra_maps}:
+            raise unknown("map (mask of the augmentation)", name, ["brain_mask", "label", "raters", *self.extra_maps])
         self.allow_missing = self.preprocessing.allow_missing
         self.cache_root = Path(cache).expanduser() if cache else self.root / ".cache"
         self.num_workers, self.limit_cases, self.repeat, self.seed = num_workers, limit_cases, repeat, seed
@@ -312,7 +343,7 @@ class CaseDataModule(pl.LightningDataModule):
             self.store,
             self.task,
             self.preprocessing,
-            Sampling(**spec["sampling"]) if "sampling" in spec else self.sampling,
+            spec.get("sampling", self.sampling),
             seed=self.seed,
             labeled=which != "unlabeled",
             view=self.view,

@@ -7,6 +7,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.bids_files import find_bids
 from lesionbench.case import Case
+from lesionbench.ranges import AnyWhole, Axis
 from lesionbench.task import Task
 
 
@@ -25,11 +26,11 @@ class BIDS(CaseDataModule):
         *,
         images: Mapping[str, str] | None = None,
         label: str | None = None,
-        classes: Mapping[str, int | Sequence[int]] | None = None,
+        classes: Mapping[str, AnyWhole | Sequence[AnyWhole]] | None = None,
         regions: Mapping[str, Sequence[str]] | None = None,
-        slice_axis: int = 2,
+        slice_axis: Axis = 2,
         unit: str = "mm",
-        ignore: Sequence[int] = (),
+        ignore: Sequence[AnyWhole] = (),
         **options: Any,
     ) -> None:
         self.images, self.label = dict(images or {"t1": "T1w"}), label

@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.nnunet_files import described_task, find_decathlon, read_description, split_channels, write_channels
 from lesionbench.case import Case
+from lesionbench.ranges import Axis
 from lesionbench.task import Task
 
 
@@ -21,7 +22,7 @@ class Decathlon(CaseDataModule):
         SuiteError: see `nnunet_files`.
     """
 
-    def __init__(self, root: str | Path, *, slice_axis: int = 2, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, slice_axis: Axis = 2, **options: Any) -> None:
         description = read_description(Path(root).expanduser(), "the Medical Segmentation Decathlon", ("modality", "labels", "training"))
         labels = {name: int(value) if str(value).isdecimal() else value for value, name in description["labels"].items()}
         self._task = described_task(Path(root).expanduser() / "dataset.json", description["modality"], labels, slice_axis)

@@ -7,6 +7,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
+from lesionbench.ranges import AnyWhole, Axis, Whole
 from lesionbench.task import Task
 
 
@@ -23,12 +24,12 @@ class Folder(CaseDataModule):
         root: str | Path,
         *,
         channels: Sequence[str],
-        classes: Mapping[str, int | Sequence[int]] | None = None,
+        classes: Mapping[str, AnyWhole | Sequence[AnyWhole]] | None = None,
         regions: Mapping[str, Sequence[str]] | None = None,
-        raters: int = 0,
-        slice_axis: int = 2,
+        raters: Whole = 0,
+        slice_axis: Axis = 2,
         unit: str = "mm",
-        ignore: Sequence[int] = (),
+        ignore: Sequence[AnyWhole] = (),
         list_file: str | Path | None = None,
         **options: Any,
     ) -> None:

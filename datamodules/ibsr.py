@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.ibsr_files import find_ibsr, ibsr_task
 from lesionbench.case import Case
+from lesionbench.ranges import Axis
 from lesionbench.task import Task
 
 
@@ -27,7 +28,7 @@ class IBSR(CaseDataModule):
         files: str = "nifti",
         image: str = "ana_strip",
         label: str = "segTRI",
-        slice_axis: int | None = None,
+        slice_axis: Axis | None = None,
         unit: str = "mm",
         **options: Any,
     ) -> None:

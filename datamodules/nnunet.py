@@ -8,6 +8,7 @@ from datamodules.base import CaseDataModule
 from datamodules.readers.nnunet_files import SPLITS, described_task, find_nnunet, nnunet_split, read_description
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Axis
 from lesionbench.task import Task
 
 
@@ -25,7 +26,7 @@ class NNUNet(CaseDataModule):
         SuiteError: see `nnunet_files`; a file of splits that is not there.
     """
 
-    def __init__(self, root: str | Path, *, slice_axis: int = 2, splits: str | bool | None = None, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, slice_axis: Axis = 2, splits: str | Path | bool | None = None, **options: Any) -> None:
         root = Path(root).expanduser()
         description = read_description(root, "nnU-Net", ("channel_names", "labels", "file_ending"))
         self._task = described_task(root / "dataset.json", description["channel_names"], description["labels"], slice_axis)

@@ -6,7 +6,7 @@ Normalization is applied when a patch is read (`normalize_patch`), so the stored
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from nibabel.orientations import aff2axcodes
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import HEADERS, TOLERANCE, Geometry, displacement, ending_of, read_header, read_volume, resample
+from lesionbench.ranges import ASCENDING, Count, Percent, Positive, Real, Whole
 from lesionbench.task import Task
 
 CROPS = ("foreground", "label", "center", "none")
@@ -58,14 +59,14 @@ class Preprocessing:
             size, a size of the crop without `center` or the other way round.
     """
 
-    spacing: tuple[float, float, float] | None = None
-    size: tuple[int | None, int | None, int | None] | None = None
+    spacing: tuple[Positive, Positive, Positive] | None = None
+    size: tuple[Count | None, Count | None, Count | None] | None = None
     crop: str = "foreground"
-    crop_size: tuple[int | None, int | None, int | None] | None = None
-    margin: int | tuple[int, int, int] = 0
+    crop_size: tuple[Count | None, Count | None, Count | None] | None = None
+    margin: Whole | tuple[Whole, Whole, Whole] = 0
     normalize: str = "zscore"
-    percentiles: tuple[float, float] = (0.5, 99.5)
-    clip: tuple[float, float] | None = None
+    percentiles: Annotated[tuple[Percent, Percent], ASCENDING] = (0.5, 99.5)
+    clip: Annotated[tuple[Real, Real], ASCENDING] | None = None
     allow_missing: bool = False
     interpolation: str = "linear"
     header: str = "auto"

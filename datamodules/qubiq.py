@@ -9,6 +9,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.qubiq_files import PARTS, SETS, as_volumes, find_qubiq, qubiq_task, write_volumes
 from lesionbench.case import Case
+from lesionbench.ranges import Count
 from lesionbench.task import Task
 
 
@@ -24,7 +25,7 @@ class QUBIQ(CaseDataModule):
             and `seed` then count, on the training cases. False: all cases are divided by the split.
     """
 
-    def __init__(self, root: str | Path, *, dataset: str, number: int = 1, official: bool = True, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, dataset: str, number: Count = 1, official: bool = True, **options: Any) -> None:
         self.dataset, self.number, self.official = dataset, number, official
         super().__init__(root, **options)
 

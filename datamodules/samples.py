@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datamodules.cache import CaseCache
-from datamodules.preprocessing import Preprocessing, foreground, normalize_patch
+from datamodules.preprocessing import Preprocessing, foreground, normalize_patch, outside
 from datamodules.sampling import Box, Sampling
 from datamodules.transforms.placement import Placement
 from lesionbench.case import Case
@@ -144,6 +144,7 @@ class TrainingSamples(Dataset):
         if placement.matrix is not None:
             linear = self._interpolated_linearly
             sample = {k: placement.resample(v, size, k in linear) for k, v in sample.items()}
+        sample["outside"] = torch.from_numpy(outside(cached.stats, self.preprocessing, self.statistics))
         sample["channel_mask"] = torch.as_tensor(np.asarray(cached.channel_mask, dtype=bool))
         return sample
 
@@ -179,7 +180,7 @@ class TrainingSamples(Dataset):
             spatial = {k: v.repeat_interleave(2, dim=axis) for k, v in spatial.items()}
         make = {True: torchio.ScalarImage, False: torchio.LabelMap}
         images = {k: make[k in linear](tensor=_as_torchio(v, k in linear)) for k, v in spatial.items()}
-        subject = torchio.Subject(**images, epoch=epoch)
+        subject = torchio.Subject(**images, epoch=epoch, outside=sample["outside"])
         augmented = self.augmentation(subject)
         changed = {k: augmented[k].data.to(v.dtype) for k, v in spatial.items()}
         for axis in thin:
@@ -194,7 +195,8 @@ class TrainingSamples(Dataset):
         if not kept.any():
             kept[spared] = True
         mask = torch.from_numpy(kept)
-        return {**sample, "image": sample["image"] * mask[:, None, None, None], "channel_mask": mask}
+        image = sample["image"] * mask[:, None, None, None]
+        return {**sample, "image": image, "outside": sample["outside"] * mask, "channel_mask": mask}
 
     def _viewed(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         axis = 1 + self.task.slice_axis
@@ -279,7 +281,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif k == "raters":
             batch[k], batch["rater_mask"] = _padded_raters(values, axis=1 if voxels else 0)
             batch[k] = batch[k].flatten(0, 1) if voxels else batch[k]
-        elif voxels and k != "channel_mask":
+        elif voxels and k not in ("channel_mask", "outside"):
             batch[k] = torch.cat(values)
         else:
             batch[k] = torch.stack(values)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import NotNegative, Share
 
 Box = tuple[tuple[int, int], ...]
 
@@ -22,8 +23,8 @@ class Sampling:
     """
 
     name: str = "foreground"
-    share: float = 0.33
-    weights: Mapping[str, float] = field(default_factory=dict)
+    share: Share = 0.33
+    weights: Mapping[str, NotNegative] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in _POLICIES:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import numpy_generator
+from lesionbench.ranges import AtLeastTwo, Count, NotNegative, Whole
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class Split:
         train: None, or the number of training patients to keep (the first in seeded order).
     """
 
-    seed: int = 0
-    test: float | str = 0.2
-    val: float = 0.1
-    folds: int | None = None
-    fold: int = 0
-    labeled: int | None = None
+    seed: Whole = 0
+    test: NotNegative | Literal["all"] = 0.2
+    val: NotNegative = 0.1
+    folds: AtLeastTwo | None = None
+    fold: Whole = 0
+    labeled: Whole | None = None
     file: str | None = None
-    train: int | None = None
+    train: Count | None = None
 
     def divide(self, cases: Sequence[Case], published: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Case]]:
         """Cases -> `train`, `val`, `test`, and `labeled` + `unlabeled` (together `train`); case order is kept within the seeded patient order.

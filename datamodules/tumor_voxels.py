@@ -17,6 +17,7 @@ from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.keyed import numpy_generator
+from lesionbench.ranges import Count, Whole
 from lesionbench.task import Task
 from lesionbench.voxels import VoxelRecord, VoxelStore, tumor_mask
 
@@ -27,13 +28,11 @@ def extract(cfg: DictConfig, folder: Path) -> Path:
     Test and validation cases are not read. A case whose mask is empty is left out, and named.
 
     Raises:
-        SuiteError: no training case has tumor voxels, a case lacks a modality, the task has further inputs.
+        SuiteError: no training case has tumor voxels, a case lacks a modality.
     """
     from hydra.utils import instantiate
 
     data = instantiate(cfg.data, _convert_="all")
-    if data.task.inputs:
-        raise SuiteError(f"task.inputs={list(data.task.inputs)}: voxel vectors hold the channels of the image alone; set it to null")
     data.prepare_data()
     data.setup("fit")
     store, empty = VoxelStore(folder), []
@@ -79,7 +78,14 @@ class TumorVoxels(CaseDataModule):
     """
 
     def __init__(
-        self, root: str | Path, *, voxels: int = 256, batch_size: int = 4, samples_per_epoch: int = 400, num_workers: int = 0, seed: int = 0
+        self,
+        root: str | Path,
+        *,
+        voxels: Count = 256,
+        batch_size: Count = 4,
+        samples_per_epoch: Count = 400,
+        num_workers: Whole = 0,
+        seed: Whole = 0,
     ) -> None:
         self.voxel_store = VoxelStore(root)
         origin = self.voxel_store.origin

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Share
 from lesionbench.task import IGNORE, Task
 
 
@@ -141,7 +142,7 @@ class RegionSigmoid(Target):
     kind = "sigmoid"
 
     def __init__(
-        self, task: Task, threshold: float | Mapping[str, float] = 0.5, decoding: str = "nested", background: bool = False
+        self, task: Task, threshold: Share | Mapping[str, Share] = 0.5, decoding: str = "nested", background: bool = False
     ) -> None:
         super().__init__(task)
         if decoding not in DECODINGS:

@@ -16,6 +16,7 @@ from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_generator
 from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.ranges import Count, Positive, Whole
 from lesionbench.raters import majority
 from lesionbench.task import Task
 from lightning_modules.freezing import freeze, rest
@@ -50,6 +51,7 @@ class Method(pl.LightningModule):
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
+        tables: names of the values in the tables of its predictions, which validation logs too; None = cannot be told.
     """
 
     takes_inputs: bool = False
@@ -57,6 +59,7 @@ class Method(pl.LightningModule):
     writes_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
     map_interpolation: str = "nearest"
+    tables: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -65,9 +68,9 @@ class Method(pl.LightningModule):
         optimizer: Callable | Mapping[str, Callable] | None = None,
         scheduler: Callable | Mapping[str, Callable] | None = None,
         metrics: CaseMetrics | None = None,
-        accumulate: int = 1,
-        clip: float | None = None,
-        seed: int = 0,
+        accumulate: Count = 1,
+        clip: Positive | None = None,
+        seed: Whole = 0,
         monitor: str | None = "val/dice",
         validation_metrics: Sequence[str] = ("dice",),
         freeze: Sequence[str] | None = None,
@@ -123,6 +126,14 @@ class Method(pl.LightningModule):
         axis = batch["geometry"][0].native_axis(self.task.slice_axis) if native else self.task.slice_axis
         raters, brain = _raters(batch, native), _brain(batch, metrics)
         return metrics(prediction, truth, self.task, spacing, raters=raters, brain=brain, slice_axis=axis)
+
+    def validated(self) -> list[str] | None:
+        """Names (patterns of `fnmatch`) of what validation logs, such as `val/dice` and `val/dice_WT`; None where that cannot be told."""
+        if self.tables is None or type(self).measure is not Method.measure:
+            return None
+        measured = self.validation_metrics.columns(self.task.unit)
+        of_regions = [f"val/{name}_{region}" for name in measured for region in self.task.region_names]
+        return [*(f"val/{name}" for name in (*measured, *self.tables)), *of_regions]
 
     def tuned_on(self, batch: Batch) -> bool:
         """Whether the labels that the method predicts come from a threshold that was chosen on this very case; its rows then say so."""
@@ -233,7 +244,7 @@ class Method(pl.LightningModule):
         makers = self._by_name("optimizer", self.optimizer)
         try:
             return {name: makers[name](params) for name, params in groups.items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             given = {name: getattr(maker, "keywords", {}) for name, maker in makers.items()}
             raise SuiteError(f"model.optimizer: {error} (given {given})") from error
 
@@ -247,13 +258,30 @@ class Method(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if not self.automatic_optimization:
             total = -(-self.trainer.num_training_batches // self.accumulate) * self.trainer.max_epochs
-        plans = self._by_name("scheduler", self.scheduler)
-        schedulers = [plans[name](o, total_iterations=int(total)) for name, o in zip(groups, optimizers, strict=True)]
+        schedulers = self._schedules(made, int(total))
         step, never = {"interval": "step"}, {"interval": "epoch", "frequency": sys.maxsize, "monitor": self.monitor}
         return optimizers, [
             {"scheduler": s, "name": f"lr/{n}", **(never if isinstance(s, ReduceLROnPlateau) else step)}  # see `on_train_epoch_end`
             for s, n in zip(schedulers, groups, strict=True)
         ]
+
+    def check_schedules(self, total_iterations: int) -> None:
+        """Makes the schedules of a training of so many optimizer steps, to hear what does not fit before anything is prepared.
+
+        Raises:
+            SuiteError: what an optimizer or a schedule finds wrong with its options.
+        """
+        self._schedules(self._optimizers(), total_iterations)
+
+    def _schedules(self, optimizers: Mapping[str, torch.optim.Optimizer], total_iterations: int) -> list[Any]:
+        if self.scheduler is None or not optimizers:
+            return []
+        plans = self._by_name("scheduler", self.scheduler)
+        try:
+            return [plans[name](optimizer, total_iterations=total_iterations) for name, optimizer in optimizers.items()]
+        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+            given = {name: getattr(plan, "keywords", {}) for name, plan in plans.items()}
+            raise SuiteError(f"model.scheduler: {error} (given {given})") from error
 
     def _by_name(self, option: str, makers: Callable | Mapping[str, Callable]) -> Mapping[str, Callable]:
         """What makes the optimizer or scheduler of each group: the same call for all, or one for each."""

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import BelowOne, Count
 from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -34,7 +35,7 @@ class Inferer(Protocol):
 class Whole:
     """The whole volume in one forward pass, padded at the far end to a multiple of `divisor`; None = what the network needs."""
 
-    def __init__(self, divisor: int | Sequence[int] | None = None) -> None:
+    def __init__(self, divisor: Count | Sequence[Count] | None = None) -> None:
         self.divisor = divisor
 
     def __call__(
@@ -56,7 +57,7 @@ class Window:
     """
 
     def __init__(
-        self, patch: Sequence[int], overlap: float = 0.5, blending: str = "gaussian", batch: int = 1, starts: str = "even"
+        self, patch: Sequence[Count], overlap: BelowOne = 0.5, blending: str = "gaussian", batch: Count = 1, starts: str = "even"
     ) -> None:
         if starts not in ("even", "clamped"):
             raise SuiteError(f"model.inferer.starts={starts}: expected even or clamped")
@@ -112,7 +113,7 @@ class Window:
 class SliceWise:
     """Every slice (B, C, H, W) of the volume, whole, padded to a multiple of `divisor` (None = what the network needs); `batch` slices per forward pass."""
 
-    def __init__(self, divisor: int | Sequence[int] | None = None, batch: int = 16) -> None:
+    def __init__(self, divisor: Count | Sequence[Count] | None = None, batch: Count = 16) -> None:
         self.divisor, self.batch = divisor, batch
 
     def views(self, image: torch.Tensor, axis: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ class SliceWise:
 class SlabWise(SliceWise):
     """Every slice with its neighbors as a slab (B, C, H, W, k), end slices repeated; the network answers for the middle slice."""
 
-    def __init__(self, k: int = 3, divisor: int | Sequence[int] | None = None, batch: int = 16) -> None:
+    def __init__(self, k: Count = 3, divisor: Count | Sequence[Count] | None = None, batch: Count = 16) -> None:
         super().__init__(divisor, batch)
         self.k = k
 

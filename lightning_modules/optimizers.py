@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, NotNegative, Positive, PositiveShare
 
 
 class Ranger(torch.optim.RAdam):
@@ -31,12 +32,12 @@ class Ranger(torch.optim.RAdam):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.95, 0.999),
-        eps: float = 1e-5,
-        weight_decay: float = 0.0,
-        k: int = 6,
-        alpha: float = 0.5,
+        lr: NotNegative = 1e-3,
+        betas: tuple[BelowOne, BelowOne] = (0.95, 0.999),
+        eps: Positive = 1e-5,
+        weight_decay: NotNegative = 0.0,
+        k: Count = 6,
+        alpha: PositiveShare = 0.5,
         centralize: bool = True,
     ) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:

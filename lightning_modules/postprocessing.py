@@ -17,11 +17,12 @@ from scipy import ndimage
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Connectivity, NotNegative, Share, Whole
 from lesionbench.target import DECODINGS, RegionSigmoid, nesting
 from lesionbench.task import Task
 from lightning_modules.components import largest_component, without_small_components
 
-Box = Mapping[str, Sequence[float | None]]  # class -> (more than, at most) so many voxels; None = no bound
+Box = Mapping[str, Sequence[NotNegative | None]]  # class -> (more than, at most) so many voxels; None = no bound
 
 
 class PostProcessing:
@@ -51,15 +52,15 @@ class PostProcessing:
 
     def __init__(
         self,
-        min_component: Mapping[str, int] | None = None,
-        min_volume: Mapping[str, int] | None = None,
-        connectivity: int = 3,
+        min_component: Mapping[str, Whole] | None = None,
+        min_volume: Mapping[str, Whole] | None = None,
+        connectivity: Connectivity = 3,
         thresholds: str | Path | Sequence[str | Path] | None = None,
         *,
-        probability: Mapping[str, float] | None = None,
+        probability: Mapping[str, Share] | None = None,
         decoding: str = "nested",
-        opening: Mapping[str, int] | None = None,
-        closing: Mapping[str, int] | None = None,
+        opening: Mapping[str, Whole] | None = None,
+        closing: Mapping[str, Whole] | None = None,
         keep_largest: Sequence[str] = (),
         suppress: Mapping[str, Sequence[Box]] | None = None,
     ) -> None:

@@ -3,6 +3,7 @@
 import math
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import NotNegative
 
 
 def gaussian_ramp(progress: float) -> float:
@@ -39,7 +40,7 @@ class Ramp:
         SuiteError: an unknown shape, a negative length.
     """
 
-    def __init__(self, shape: str = "gaussian", length: float = 0.4) -> None:
+    def __init__(self, shape: str = "gaussian", length: NotNegative = 0.4) -> None:
         if shape not in SHAPES:
             raise unknown("model.ramp.shape", shape, SHAPES)
         if length < 0:

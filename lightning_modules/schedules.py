@@ -7,21 +7,23 @@ schedule warms up, `warmup_iterations` is a count, or below 1 a share of `total_
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import AtLeastOne, BelowOne, Between, Count, NotNegative, Positive, Share, Whole
 from lightning_modules.ramps import whole_batches
 
 
-def poly(optimizer: Optimizer, total_iterations: int, power: float = 0.9, warmup_iterations: float = 0) -> LambdaLR:
+def poly(optimizer: Optimizer, total_iterations: int, power: NotNegative = 0.9, warmup_iterations: NotNegative = 0) -> LambdaLR:
     """(1 - progress) ** power (nnU-Net: power 0.9); progress runs from 0 after the warm-up to 1 at `total_iterations`."""
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: (1 - progress) ** power)
 
 
 def warmup_poly(
-    optimizer: Optimizer, total_iterations: int, epochs: int | None = None, warmup_epochs: float = 20, power: float = 0.9
+    optimizer: Optimizer, total_iterations: int, epochs: Count | None = None, warmup_epochs: NotNegative = 20, power: NotNegative = 0.9
 ) -> LambdaLR:
     """Linear warm-up to the full rate, then (1 - epoch / epochs) ** power of the whole training (Wang et al., BrainLes 2020).
 
@@ -50,7 +52,7 @@ def warmup_poly(
     return LambdaLR(optimizer, factor)
 
 
-def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0, final: float = 0.0) -> LambdaLR:
+def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNegative = 0, final: Share = 0.0) -> LambdaLR:
     """Half a cosine from 1 down to `final` (a share of the learning rate) (Loshchilov & Hutter, ICLR 2017, without restarts)."""
     return _per_iteration(
         optimizer,
@@ -60,7 +62,7 @@ def cosine(optimizer: Optimizer, total_iterations: int, warmup_iterations: float
     )
 
 
-def flat_cosine(optimizer: Optimizer, total_iterations: int, flat: float = 0.5, final: float = 0.0) -> LambdaLR:
+def flat_cosine(optimizer: Optimizer, total_iterations: int, flat: BelowOne = 0.5, final: Share = 0.0) -> LambdaLR:
     """The learning rate as it is for the share `flat` of all iterations, then half a cosine down to `final` (a share of the learning rate).
 
     Raises:
@@ -78,9 +80,9 @@ def flat_cosine(optimizer: Optimizer, total_iterations: int, flat: float = 0.5, 
 def one_cycle(
     optimizer: Optimizer,
     total_iterations: int,
-    pct_start: float = 0.3,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
+    pct_start: Share = 0.3,
+    div_factor: Positive = 25.0,
+    final_div_factor: Positive = 1e4,
     cycle_momentum: bool = True,
 ) -> OneCycleLR:
     """Up from 1 / `div_factor` of the learning rate within the share `pct_start` of all iterations, then down to 1 / `final_div_factor` of
@@ -97,7 +99,7 @@ def one_cycle(
     )
 
 
-def cosine_cycles(optimizer: Optimizer, total_iterations: int, cycles: int = 5, stretch: float = 4 / 3) -> LambdaLR:
+def cosine_cycles(optimizer: Optimizer, total_iterations: int, cycles: Count = 5, stretch: AtLeastOne = 4 / 3) -> LambdaLR:
     """The training in `cycles` equal parts, each with the first 1 / `stretch` of half a cosine from 1 to 0 (Loshchilov & Hutter, ICLR 2017).
 
     Args:
@@ -112,17 +114,17 @@ def cosine_cycles(optimizer: Optimizer, total_iterations: int, cycles: int = 5, 
     return LambdaLR(optimizer, lambda done: (1 + math.cos(math.pi * (done * cycles % total_iterations) / total_iterations / stretch)) / 2)
 
 
-def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: float = 0.05) -> LambdaLR:
+def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNegative = 0.05) -> LambdaLR:
     """Linear warm-up, then constant."""
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
 
 
-def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[float]]) -> LambdaLR:
+def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[NotNegative]]) -> LambdaLR:
     """Piecewise constant: `stairs` are (share of all iterations, factor on the learning rate from there on), in order."""
     return _per_iteration(optimizer, total_iterations, 0, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1])
 
 
-def step_decay(optimizer: Optimizer, total_iterations: int, epochs: int, every: int = 3, factor: float = 0.7) -> LambdaLR:
+def step_decay(optimizer: Optimizer, total_iterations: int, epochs: Count, every: Count = 3, factor: Positive = 0.7) -> LambdaLR:
     """factor ** (epoch // every), where the training is divided into `epochs` equal parts.
 
     Raises:
@@ -141,11 +143,11 @@ def constant(optimizer: Optimizer, total_iterations: int) -> LambdaLR:
 def plateau(
     optimizer: Optimizer,
     total_iterations: int,
-    factor: float = 0.2,
-    patience: int = 10,
-    mode: str = "max",
-    min_lr: float = 0.0,
-    cooldown: int = 0,
+    factor: Between = 0.2,
+    patience: Whole = 10,
+    mode: Literal["min", "max"] = "max",
+    min_lr: NotNegative = 0.0,
+    cooldown: Whole = 0,
 ) -> ReduceLROnPlateau:
     """Multiplies the learning rate by `factor` when the monitored metric has not improved for `patience` validations; the `cooldown`
     validations after that do not count.

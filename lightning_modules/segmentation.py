@@ -1,6 +1,6 @@
 """`SegmentationMethod`: networks that draw maps; the base of every method that segments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -29,6 +29,7 @@ class SegmentationMethod(Method):
     """
 
     takes_inputs = True
+    tables: Sequence[str] | None = ()
 
     def __init__(
         self,

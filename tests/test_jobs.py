@@ -26,6 +26,7 @@ from tests.harness import SMALL, assert_same, composed, rows, run, run_folders, 
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*SMALL, "epochs=1", "data.samples_per_epoch=4"]
+NO_MOMENTUM = ["model/optimizer=sgd", "model.optimizer.momentum=0"]  # each is fine, both are not
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +235,10 @@ def test_patch_that_does_not_fit_the_network_is_refused_before_training(folder, 
 
 
 def test_an_optimizer_that_cannot_be_built_is_named(folder, tmp_path):
-    with pytest.raises(SuiteError, match=r"model\.optimizer: Invalid learning rate"):
-        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "model.optimizer.lr=-1")
+    with pytest.raises(SuiteError, match=r"model\.optimizer: Nesterov momentum requires a momentum"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", *NO_MOMENTUM)
+    with pytest.raises(SuiteError, match=r"model\.optimizer: `fused` and `foreach` cannot be"):
+        run(*SHORT, f"data.root={folder}", f"runs={tmp_path}", "+model.optimizer.fused=true", "+model.optimizer.foreach=true")
 
 
 def test_loggers_together(folder, tmp_path, monkeypatch):
@@ -348,7 +351,7 @@ def test_further_inputs_reach_training_test_prediction_and_ensembles(folder, tmp
     }
     assert np.allclose(maps["both"], (maps["alone"] + maps["plain"]) / 2, atol=2e-3)
     assert not np.allclose(maps["alone"], maps["plain"], atol=2e-3)
-    with pytest.raises(SuiteError, match=r"task\.inputs=\['brain_mask'\]: voxel vectors hold the channels of the image alone"):
+    with pytest.raises(SuiteError, match=r"Habitats sees the channels of the image alone"):
         run("experiment=fae/simulated", "task.inputs=[brain_mask]", f"runs={tmp_path / 'fae'}")
     with pytest.raises(SuiteError, match=r"FlairThreshold sees the channels of the image alone"):
         run("experiment=flair_threshold/simulated", "task.inputs=[brain_mask]", f"runs={tmp_path / 'flair'}")
@@ -548,7 +551,6 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_caching(option, folder
     assert not (tmp_path / "cache").exists()
 
 
-LR = "model.optimizer.lr=-1"
 REFUSED = {
     "no data": (["data.root=/nowhere"], "/nowhere"),
     "an option that does not exist": (["+model.nope=1"], "unexpected keyword argument 'nope'"),
@@ -557,9 +559,9 @@ REFUSED = {
     "nothing to test": (["job=test"], "not trained"),
     "no checkpoint to test": (["job=test", "ckpt=none.ckpt"], "no such checkpoint"),
     "no case to train on": (["data.streams={default:{cases:labeled}}", "data.split.labeled=0"], "has no cases"),
-    "an optimizer that cannot be made": ([LR], "Invalid learning rate"),
-    "after every logger has begun": ([LR, "logger=[tensorboard,wandb]"], "Invalid learning rate"),
-    "by a process of the run": ([LR, "trainer=ddp_sim"], "Invalid learning rate"),
+    "an optimizer that cannot be made": (NO_MOMENTUM, "Nesterov momentum requires"),
+    "after every logger has begun": ([*NO_MOMENTUM, "logger=[tensorboard,wandb]"], "Nesterov momentum requires"),
+    "by a process of the run": ([*NO_MOMENTUM, "trainer=ddp_sim"], "Nesterov momentum requires"),
     "by a stage that is a function": (["stages=[{name:threshold,run:call,function:tests.toys.refuse}]"], "cannot be computed"),
     "a stage that is not there": (["stages=[{name:fit,run:fit,override:{init_from:'artefact:none'}}]"], "no earlier stage has that name"),
 }

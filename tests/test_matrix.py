@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from datamodules import Simulated
 from lesionbench.checkpoint import build_method
+from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.command_line import CONF, options, runs_of
 from tests.fake_data import WRITERS
 from tests.harness import rows, run, run_folders, shared
@@ -49,6 +50,7 @@ def test_full_size_builds_on_meta(combination, tmp_path):
     cfg = shared(*combination.split()).copy()
     cfg.run_folder = str(tmp_path)
     assert OmegaConf.to_container(cfg, resolve=True)
+    check_arguments(cfg)
     data = instantiate(cfg.data, _convert_="all")
     with torch.device("meta"):
         method = build_method(OmegaConf.to_container(cfg.model, resolve=True), data.task)

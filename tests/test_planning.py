@@ -51,7 +51,7 @@ def test_more_memory_means_larger_patches_and_then_larger_batches():
     assert volumes[0] < volumes[-1]
     batches = [plan(of((1, 1, 1), (64, 64, 64), 4000), gib).batch_size for gib in (8, 16)]
     assert batches[1] == pytest.approx(2 * batches[0], abs=1)
-    assert plan(small).batch_size == 20 < batches[0]  # 5 % of 400 cases of one patch each
+    assert plan(of((1, 1, 1), (64, 64, 64), 100)).batch_size == 5  # 5 % of 100 cases of one patch each
     assert plan(of((1, 1, 1), (64, 64, 64), 2)).batch_size == 2  # 5 % of two cases are less than a patch
     for wrong in (0, -1):
         with pytest.raises(SuiteError, match=rf"plan\.memory_gib={wrong}: a positive number"):

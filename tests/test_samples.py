@@ -21,7 +21,7 @@ from lesionbench.maps import MapStore
 from tests.fake_data import write_fake_folder
 
 SHAPE = (14, 12, 10)
-KEYS = {"image", "label", "case", "brain_mask", "channel_mask", "attributes"}
+KEYS = {"image", "label", "case", "brain_mask", "channel_mask", "outside", "attributes"}
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def test_unlabeled_batches_know_no_answer(root, store):
     for batch in batches:
         assert set(batch) == {"labeled", "unlabeled"}
         assert set(batch["labeled"]) == KEYS | {"place"}
-        assert set(batch["unlabeled"]) == {"image", "case", "brain_mask", "channel_mask", "place"}
+        assert set(batch["unlabeled"]) == {"image", "case", "brain_mask", "channel_mask", "outside", "place"}
         assert len(batch["labeled"]["image"]) == 1
         assert len(batch["unlabeled"]["image"]) == 3
         assert set(batch["labeled"]["case"]) <= {c.id for c in data.parts["labeled"]}

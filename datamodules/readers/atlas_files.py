@@ -16,6 +16,7 @@ _IMAGES = {  # release -> name of a T1; `id` is what the names of its masks begi
     "1.2": re.compile(r"(?P<id>(?P<subject>.+?))_t1w(_deface)?_stx\.nii(\.gz)?"),
     "2.0": re.compile(r"(?P<id>(?P<subject>sub-\w+?)_ses-(?P<session>\w+?)(_space-\w+?)?)_T1w\.nii(\.gz)?"),
 }
+RELEASES = tuple(_IMAGES)
 _MASKS = {"1.2": r"_LesionSmooth(_\d+)?_stx\.nii(\.gz)?", "2.0": r"(_\w+-\w+)*_mask\.nii(\.gz)?"}
 _PATIENT = re.compile(r"(?P<patient>c\d+s\d+)t\d+")  # R1.2: cohort, subject, time point
 _EXPECTED = {

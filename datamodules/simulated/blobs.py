@@ -11,6 +11,7 @@ from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import key, numpy_generator
+from lesionbench.ranges import Count, Whole
 from lesionbench.task import Task
 
 SIZE = 48
@@ -30,7 +31,7 @@ class Blobs(CaseDataModule):
     """
 
     def __init__(
-        self, root: str | Path, *, count: int = 134, gap: bool = False, draw: int = 0, simulation_seed: int = 0, **options: Any
+        self, root: str | Path, *, count: Count = 134, gap: bool = False, draw: Whole = 0, simulation_seed: Whole = 0, **options: Any
     ) -> None:
         limit = options.get("limit_cases")
         self.count = count if limit is None else min(count, limit)

@@ -12,6 +12,7 @@ from lesionbench.case import Case
 from lesionbench.errors import unknown
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import key, numpy_generator
+from lesionbench.ranges import Count, Whole
 from lesionbench.task import Task
 
 SIZE = 64
@@ -31,7 +32,9 @@ class ContextToy(CaseDataModule):
         SuiteError: an unknown cue.
     """
 
-    def __init__(self, root: str | Path, *, cue: str = "background", count: int = 360, simulation_seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, root: str | Path, *, cue: str = "background", count: Count = 360, simulation_seed: Whole = 0, **options: Any
+    ) -> None:
         if cue not in CUES:
             raise unknown("data.cue", cue, CUES)
         limit = options.get("limit_cases")

@@ -1,7 +1,7 @@
 """A toy with many raters: blurred ellipses whose border each rater draws at a brightness of their own. No anatomy in it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -11,6 +11,7 @@ from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import key, numpy_generator
+from lesionbench.ranges import ASCENDING, Count, NotNegative, Whole
 from lesionbench.task import Task
 
 RATERS = 5
@@ -32,10 +33,10 @@ class Ellipses(CaseDataModule):
         self,
         root: str | Path,
         *,
-        count: int = 60,
-        size: int = 64,
-        blur: tuple[float, float] = (1.5, 5.0),
-        simulation_seed: int = 0,
+        count: Count = 60,
+        size: Count = 64,
+        blur: Annotated[tuple[NotNegative, NotNegative], ASCENDING] = (1.5, 5.0),
+        simulation_seed: Whole = 0,
         **options: Any,
     ) -> None:
         self.count, self.size, self.blur, self.simulation_seed = count, size, tuple(blur), simulation_seed

@@ -9,6 +9,7 @@ lesions are real, their appearance is not. A case depends on (settings, mask, br
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from scipy import ndimage
@@ -17,6 +18,7 @@ from datamodules.simulated.simulation_variants import ORIGIN, SCAR, Deformation,
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import read_volume
 from lesionbench.keyed import numpy_generator
+from lesionbench.ranges import ASCENDING, NotNegative, Positive, Share, Whole
 
 GENERATOR = 1  # raised whenever the same settings give other cases
 GRAY = 0.76  # gray matter on T1, in units of white matter
@@ -40,14 +42,14 @@ class LesionInsertion:
         SuiteError: a value out of range.
     """
 
-    seed: int = 0
-    spacing: float = 2.0
-    deformation: float = 3.5
-    contrast: float = 0.05
-    strength: tuple[float, float] = (0.5, 1.0)
-    patchiness: float = 0.2
-    bias: float = 0.08
-    noise: float = 0.045
+    seed: Whole = 0
+    spacing: Positive = 2.0
+    deformation: NotNegative = 3.5
+    contrast: NotNegative = 0.05
+    strength: Annotated[tuple[Share, Share], ASCENDING] = (0.5, 1.0)
+    patchiness: NotNegative = 0.2
+    bias: NotNegative = 0.08
+    noise: NotNegative = 0.045
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", tuple(float(s) for s in self.strength))

@@ -11,6 +11,7 @@ from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import key, numpy_generator
+from lesionbench.ranges import Count, Whole
 from lesionbench.task import Task
 
 CHANNELS = ("flair", "t2", "t1", "t1ce")
@@ -28,7 +29,7 @@ class ModalityToy(CaseDataModule):
         simulation_seed: of the images.
     """
 
-    def __init__(self, root: str | Path, *, count: int = 84, simulation_seed: int = 0, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, count: Count = 84, simulation_seed: Whole = 0, **options: Any) -> None:
         self.count, self.simulation_seed = count, simulation_seed
         super().__init__(Path(root) / f"{key('modality toy', GENERATOR, simulation_seed) % 16**8:08x}", **options)
 

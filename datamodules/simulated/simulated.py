@@ -9,6 +9,7 @@ from datamodules.readers.folder_files import find_folder
 from datamodules.simulated.simulation import Simulation, task_of, write_folder
 from lesionbench.case import Case
 from lesionbench.keyed import key
+from lesionbench.ranges import Count, Positive, Whole
 from lesionbench.task import Task
 
 
@@ -28,10 +29,10 @@ class Simulated(CaseDataModule):
         root: str | Path,
         *,
         variant: str = "tumor",
-        count: int = 24,
+        count: Count = 24,
         difficulty: str | Mapping[str, Any] = "default",
-        spacing: float = 2.0,
-        simulation_seed: int = 0,
+        spacing: Positive = 2.0,
+        simulation_seed: Whole = 0,
         **options: Any,
     ) -> None:
         self.settings = Simulation(variant=variant, seed=simulation_seed, spacing=spacing, difficulty=difficulty)

@@ -14,6 +14,7 @@ from datamodules.readers.folder_files import find_folder
 from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import key, numpy_generator
+from lesionbench.ranges import Count, NotNegative, Whole
 from lesionbench.task import Task
 
 SIZE, SLICES = 24, 10
@@ -30,7 +31,9 @@ class ThickSlices(CaseDataModule):
         simulation_seed: of the cases; training seeds leave them as they are.
     """
 
-    def __init__(self, root: str | Path, *, count: int = 50, noise: float = 0.25, simulation_seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, root: str | Path, *, count: Count = 50, noise: NotNegative = 0.25, simulation_seed: Whole = 0, **options: Any
+    ) -> None:
         self.count, self.noise, self.simulation_seed = count, noise, simulation_seed
         super().__init__(Path(root) / f"{key(noise, simulation_seed) % 16**8:08x}", **options)
 

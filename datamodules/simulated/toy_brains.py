@@ -13,6 +13,7 @@ from datamodules.simulated.simulation import task_of
 from lesionbench.case import Case
 from lesionbench.geometry import write_volume
 from lesionbench.keyed import numpy_generator
+from lesionbench.ranges import Count, Whole
 from lesionbench.task import Task
 from lesionbench.written import clear, prefix
 
@@ -30,7 +31,7 @@ class ToyBrains(CaseDataModule):
         simulation_seed: of the generator; training seeds leave the cases as they are.
     """
 
-    def __init__(self, root: str | Path, *, count: int = 12, slices: int = 4, simulation_seed: int = 0, **options: Any) -> None:
+    def __init__(self, root: str | Path, *, count: Count = 12, slices: Count = 4, simulation_seed: Whole = 0, **options: Any) -> None:
         limit = options.get("limit_cases")
         self.count = count if limit is None else min(count, limit)
         self.slices, self.simulation_seed = slices, simulation_seed

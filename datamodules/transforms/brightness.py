@@ -1,11 +1,14 @@
 """TorchIO transforms for brightness, which it lacks."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torchio.data.subject import Subject
 from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
+
+from lesionbench.ranges import ASCENDING, NotNegative
 
 
 class RandomBrightness(RandomTransform, IntensityTransform):
@@ -17,7 +20,7 @@ class RandomBrightness(RandomTransform, IntensityTransform):
         p: probability that it is applied.
     """
 
-    def __init__(self, factor: Sequence[float] = (1.0, 1.0), shift: float = 0.0, **options) -> None:
+    def __init__(self, factor: Annotated[Sequence[NotNegative], ASCENDING] = (1.0, 1.0), shift: NotNegative = 0.0, **options) -> None:
         super().__init__(**options)
         self.factor, self.shift = tuple(factor), shift
 

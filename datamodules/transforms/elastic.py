@@ -10,12 +10,13 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.spatial_transform import SpatialTransform
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import AtLeastTwo, NotNegative
 
 
 class RandomElastic(RandomTransform, SpatialTransform):
     """Moves the points of a regular grid, whose outermost lie on the border, by normal displacements, and all voxels between them smoothly.
 
-    Displacements are interpolated by cubic splines, images linearly, maps of labels by the nearest voxel; what comes from outside is 0.
+    Displacements are interpolated by cubic splines, images linearly, maps of labels by the nearest voxel; what comes from outside is 0, in a chain the background.
     An axis of one or two voxels stays as it is. Image and maps of a sample are moved by the same field.
 
     Args:
@@ -27,7 +28,7 @@ class RandomElastic(RandomTransform, SpatialTransform):
         SuiteError: fewer than two points, a negative deviation.
     """
 
-    def __init__(self, points: int = 3, std: float = 2.0, **options) -> None:
+    def __init__(self, points: AtLeastTwo = 3, std: NotNegative = 2.0, **options) -> None:
         super().__init__(**options)
         if points < 2 or std < 0:
             raise SuiteError(

@@ -5,7 +5,7 @@ per channel and work on the tensor in place.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import ASCENDING, NotNegative, Positive, PositiveShare, Real, Share
 
 
 class ChannelTransform(RandomTransform, IntensityTransform):
@@ -25,7 +26,7 @@ class ChannelTransform(RandomTransform, IntensityTransform):
         p_channel: probability of each channel, once it is.
     """
 
-    def __init__(self, p: float = 1, p_channel: float = 1, **options) -> None:
+    def __init__(self, p: Share = 1, p_channel: Share = 1, **options) -> None:
         super().__init__(p=p, **options)
         self.p_channel = p_channel
 
@@ -43,7 +44,7 @@ class ChannelTransform(RandomTransform, IntensityTransform):
 class RandomChannelBlur(ChannelTransform):
     """Gaussian blur whose standard deviation, in voxels, is drawn per channel and axis from `std`; axes of length one stay."""
 
-    def __init__(self, std: Sequence[float] = (0.5, 1.0), **options) -> None:
+    def __init__(self, std: Annotated[Sequence[NotNegative], ASCENDING] = (0.5, 1.0), **options) -> None:
         super().__init__(**options)
         self.std = tuple(std)
 
@@ -55,7 +56,7 @@ class RandomChannelBlur(ChannelTransform):
 class RandomBrightness(ChannelTransform):
     """Multiplies a channel by a factor from `factors`: below or above 1 with equal probability."""
 
-    def __init__(self, factors: Sequence[float] = (0.75, 1.25), **options) -> None:
+    def __init__(self, factors: Annotated[Sequence[NotNegative], ASCENDING] = (0.75, 1.25), **options) -> None:
         super().__init__(**options)
         self.factors = tuple(factors)
 
@@ -66,7 +67,7 @@ class RandomBrightness(ChannelTransform):
 class RandomAdditiveBrightness(ChannelTransform):
     """Adds a normal number of mean 0 and standard deviation `std`, in units of the normalized image, to a channel."""
 
-    def __init__(self, std: float = 0.2, **options) -> None:
+    def __init__(self, std: NotNegative = 0.2, **options) -> None:
         super().__init__(**options)
         self.std = std
 
@@ -77,7 +78,7 @@ class RandomAdditiveBrightness(ChannelTransform):
 class RandomContrast(ChannelTransform):
     """Stretches a channel about its mean by a factor from `factors`, clipped to the range it had."""
 
-    def __init__(self, factors: Sequence[float] = (0.75, 1.25), **options) -> None:
+    def __init__(self, factors: Annotated[Sequence[NotNegative], ASCENDING] = (0.75, 1.25), **options) -> None:
         super().__init__(**options)
         self.factors = tuple(factors)
 
@@ -90,7 +91,7 @@ class RandomContrast(ChannelTransform):
 class RandomLowResolution(ChannelTransform):
     """Sampled down by nearest neighbors to a share from `zoom` of each side, then up again linearly; axes of length one stay."""
 
-    def __init__(self, zoom: Sequence[float] = (0.5, 1.0), **options) -> None:
+    def __init__(self, zoom: Annotated[Sequence[PositiveShare], ASCENDING] = (0.5, 1.0), **options) -> None:
         super().__init__(**options)
         self.zoom = tuple(zoom)
 
@@ -108,7 +109,7 @@ class RandomPower(ChannelTransform):
         invert: work on the negative image.
     """
 
-    def __init__(self, gamma: Sequence[float] = (0.7, 1.5), invert: bool = False, **options) -> None:
+    def __init__(self, gamma: Annotated[Sequence[Positive], ASCENDING] = (0.7, 1.5), invert: bool = False, **options) -> None:
         super().__init__(**options)
         self.gamma, self.invert = tuple(gamma), invert
 
@@ -128,7 +129,7 @@ class RandomPower(ChannelTransform):
 class RandomRelativeNoise(ChannelTransform):
     """Adds Gaussian noise to a channel whose standard deviation is `share` of that of the channel's values above 0."""
 
-    def __init__(self, share: float = 0.1, **options) -> None:
+    def __init__(self, share: Share = 0.1, **options) -> None:
         super().__init__(**options)
         self.share = share
 
@@ -163,7 +164,7 @@ class RandomScaleShift(RandomTransform, IntensityTransform):
         SuiteError: a negative scale or shift.
     """
 
-    def __init__(self, scale: float = 0.1, shift: float = 0.1, per_channel: bool = False, **options: Any) -> None:
+    def __init__(self, scale: NotNegative = 0.1, shift: NotNegative = 0.1, per_channel: bool = False, **options: Any) -> None:
         if scale < 0 or shift < 0:
             raise SuiteError(f"augmentation: scale={scale} and shift={shift} must not be negative")
         super().__init__(**options)
@@ -192,9 +193,9 @@ class RandomChannelNoise(RandomTransform, IntensityTransform):
 
 
 class MaskBackground(IntensityTransform):
-    """Sets the images to `value` outside the map `mask` of the same sample, as before the intensities were changed."""
+    """Sets the image outside the map `mask` of the same sample to `value`; None = the background, as before the intensities were changed."""
 
-    def __init__(self, mask: str = "brain_mask", value: float = 0.0, **options) -> None:
+    def __init__(self, mask: str = "brain_mask", value: Real | None = None, **options) -> None:
         super().__init__(**options)
         self.mask, self.value = mask, value
         self.args_names = ["mask", "value"]
@@ -202,8 +203,18 @@ class MaskBackground(IntensityTransform):
     def apply_transform(self, subject: Subject) -> Subject:
         outside = subject[self.mask].data[0] == 0
         for image in self.get_images(subject):
-            image.data.masked_fill_(outside, self.value)
+            image.set_data(filled(image.data, outside, background(subject, len(image.data)) if self.value is None else self.value))
         return subject
+
+
+def background(subject: Subject, channels: int) -> torch.Tensor:
+    """What lies beyond the border of the case that a sample was cut from, in network units (M,); 0 where the sample does not say."""
+    return subject.get("outside", torch.zeros(channels))
+
+
+def filled(image: torch.Tensor, where: torch.Tensor, values: torch.Tensor | float) -> torch.Tensor:
+    """(M, x, y, z) with `values`, one or one per channel, where the mask (x, y, z) says so."""
+    return torch.where(where, torch.as_tensor(values, dtype=image.dtype).reshape(-1, 1, 1, 1), image)
 
 
 def _around_one(low: float, high: float) -> float:

@@ -1,12 +1,13 @@
 """Rotation, scaling, elastic deformation and mirroring of training patches, drawn before the patch is read.
 
-A transform of a finished patch has to fill its corners with zeros. Here the patch is placed in the volume first, and just the voxels that it
+A transform of a finished patch has to fill its corners with background. Here the patch is placed in the volume first, and just the voxels that it
 covers are read and resampled once, so that the corners show what is there.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from datamodules.sampling import Box
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import ASCENDING, Axis, NotNegative, Positive, Share
 
 CONTROL_POINTS = 24  # of an elastic deformation, along each side of a patch
 
@@ -90,14 +92,14 @@ class RandomPlacement:
 
     def __init__(
         self,
-        degrees: float = 30,
-        scales: Sequence[float] = (0.7, 1.4),
-        p_rotation: float = 0.2,
-        p_scaling: float = 0.2,
-        mirror_axes: Sequence[int] = (0, 1, 2),
-        elongation: float = 0,
-        p_elastic: float = 0,
-        deformation: Sequence[float] = (0, 0.25),
+        degrees: NotNegative = 30,
+        scales: Annotated[Sequence[Positive], ASCENDING] = (0.7, 1.4),
+        p_rotation: Share = 0.2,
+        p_scaling: Share = 0.2,
+        mirror_axes: Sequence[Axis] = (0, 1, 2),
+        elongation: Share = 0,
+        p_elastic: Share = 0,
+        deformation: Sequence[NotNegative] = (0, 0.25),
     ) -> None:
         chances = {"p_rotation": p_rotation, "p_scaling": p_scaling, "elongation": elongation, "p_elastic": p_elastic}
         for name, p in chances.items():

@@ -1,14 +1,16 @@
 """Positive mining: now and then a sample shows the tumor alone."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torchio.data.subject import Subject
 from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.intensity_transform import IntensityTransform
 
+from datamodules.transforms.intensity import background, filled
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import ASCENDING, Positive, Share
 
 CENTERS = ("lesion", "volume")
 
@@ -16,8 +18,8 @@ CENTERS = ("lesion", "volume")
 class PositiveMining(RandomTransform, IntensityTransform):
     """Multiplies the image by the mask of all that is labeled, a little larger or smaller than it is (Singh, BrainLes 2021, Section 2.6).
 
-    The label stays as it is. A sample without label, or in which nothing is labeled, stays as a whole. Since what is outside of the mask
-    becomes 0, the transform belongs behind those that change intensities, and to images whose background is 0.
+    The label stays as it is. A sample without label, or in which nothing is labeled, stays as a whole. What is outside of the mask becomes
+    the background, so the transform belongs behind those that change intensities.
 
     Args:
         scale: (low, high) of the factor on every side of the mask, drawn uniformly for each sample; above 0.
@@ -30,7 +32,12 @@ class PositiveMining(RandomTransform, IntensityTransform):
     """
 
     def __init__(
-        self, scale: Sequence[float] = (0.9, 1.1), center: str = "lesion", scale_label: bool = False, p: float = 0.1, **options: Any
+        self,
+        scale: Annotated[Sequence[Positive], ASCENDING] = (0.9, 1.1),
+        center: str = "lesion",
+        scale_label: bool = False,
+        p: Share = 0.1,
+        **options: Any,
     ) -> None:
         super().__init__(p=p, **options)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -45,7 +52,7 @@ class PositiveMining(RandomTransform, IntensityTransform):
         label = subject["label"].data
         moved = scaled(label, self.sample_uniform(*self.scale), self._middle(label[0] > 0))
         for image in self.get_images(subject):
-            image.set_data(image.data * (moved > 0))
+            image.set_data(filled(image.data, moved[0] <= 0, background(subject, len(image.data))))
         if self.scale_label:
             subject["label"].set_data(moved)
         return subject

@@ -8,6 +8,7 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.spatial_transform import SpatialTransform
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Axis
 
 
 class RandomQuarterTurns(RandomTransform, SpatialTransform):
@@ -20,7 +21,7 @@ class RandomQuarterTurns(RandomTransform, SpatialTransform):
         p: probability that it is applied.
     """
 
-    def __init__(self, axes: Sequence[int] = (0, 1), **options) -> None:
+    def __init__(self, axes: Sequence[Axis] = (0, 1), **options) -> None:
         super().__init__(**options)
         if sorted({*axes} & {0, 1, 2}) != sorted(axes) or len(axes) != 2:
             raise SuiteError(f"quarter turns (augmentation): axes={list(axes)}: expected two of 0, 1, 2")

@@ -12,8 +12,39 @@ from lesionbench.errors import SuiteError
 from lesionbench.jobs.console import first_process
 
 
-class Assembled:
-    """Data module, method and trainer of one stage, built and checked before anything starts.
+class Parts:
+    """Data module, rules on labels and method of one stage.
+
+    Args:
+        method, data: instead of those that the configuration describes.
+    """
+
+    def __init__(self, cfg: DictConfig, method: Any = None, data: Any = None) -> None:
+        from hydra.utils import instantiate
+
+        self.data = instantiate(cfg.data, _convert_="all") if data is None else data
+        self.rules = instantiate(cfg.postprocessing, _convert_="all")
+        self.rules.check(self.data.task)
+        if method is None:
+            from lesionbench.checkpoint import build_method
+
+            method = build_method(OmegaConf.to_container(cfg.model, resolve=True), self.data.task)
+        self.method = method
+
+    def configure_inference(self, cfg: DictConfig) -> None:
+        """Gives the method what only tested and predicted cases get: means over moved copies and rules on the labels."""
+        if cfg.mirror:
+            self.method.mirror(list(cfg.mirror))
+        if cfg.test_time:
+            from lightning_modules.inferers import Transformed
+
+            self.method.average(lambda inferer: Transformed(inferer, cfg.test_time))
+        if self.rules.active:
+            self.method.postprocess(self.rules)
+
+
+class Assembled(Parts):
+    """The parts of one stage and its trainer, built and checked before anything starts.
 
     Args:
         method, data: instead of those that the configuration describes.
@@ -23,27 +54,32 @@ class Assembled:
     def __init__(self, cfg: DictConfig, method: Any = None, data: Any = None, callbacks: Sequence[Any] = ()) -> None:
         import pytorch_lightning as pl
         import torch
-        from hydra.utils import instantiate
 
         quiet()
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
-        self.data = instantiate(cfg.data, _convert_="all") if data is None else data
-        self.rules = instantiate(cfg.postprocessing, _convert_="all")
-        self.rules.check(self.data.task)
+        super().__init__(cfg, method, data)
         if cfg.maps:
             from lesionbench.maps import MapStore
 
             self.data.maps = MapStore(Path(cfg.maps))
-        if method is None:
-            from lesionbench.checkpoint import build_method
-
-            method = build_method(OmegaConf.to_container(cfg.model, resolve=True), self.data.task)
-        self.method = method
         if cfg.compile:
             self.method.compile()
         self.trainer = self._trainer(cfg, callbacks)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the training, as far as they can be told before it."""
+        batches, limit = self.data.batches_per_epoch // self.trainer.world_size, self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return -(-max(batches, 1) // self.method.accumulate) * self.trainer.max_epochs
+
+    def check_callbacks(self) -> None:
+        """Has the callbacks that need something of the method say so before anything is prepared."""
+        for callback in self.trainer.callbacks:
+            if hasattr(callback, "check"):
+                callback.check(self.method)
 
     def prepare(self) -> None:
         """Generates, checks and caches the data; comes after everything that can be refused without it."""
@@ -87,17 +123,6 @@ class Assembled:
         trainer._signal_connector = Signals(trainer)
         trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, self.data.batches_per_epoch // trainer.world_size))
         return trainer
-
-    def configure_inference(self, cfg: DictConfig) -> None:
-        """Gives the method what only tested and predicted cases get: means over moved copies and rules on the labels."""
-        if cfg.mirror:
-            self.method.mirror(list(cfg.mirror))
-        if cfg.test_time:
-            from lightning_modules.inferers import Transformed
-
-            self.method.average(lambda inferer: Transformed(inferer, cfg.test_time))
-        if self.rules.active:
-            self.method.postprocess(self.rules)
 
     def load(self, checkpoint: str) -> None:
         """Puts the weights of a checkpoint into the method."""

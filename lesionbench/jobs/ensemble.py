@@ -5,6 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.console import say
 from lesionbench.jobs.ensemble_members import best_per_fold, fingerprint, groups_of
 
@@ -13,6 +14,8 @@ def ensemble_model(cfg: DictConfig) -> dict[str, Any]:
     """The model configuration of the ensemble that `ckpt` names; fills in `ensemble.fingerprints`."""
     from lightning_modules import Ensemble
 
+    target = f"lightning_modules.{Ensemble.__name__}"  # its public name, which the hash of the run and its checkpoints hold
+    check_arguments(OmegaConf.create({"ensemble": {"_target_": target, **cfg.ensemble}}))
     options = OmegaConf.to_container(cfg.ensemble, resolve=True)
     policy, score, _ = options.pop("policy"), options.pop("score"), options.pop("fingerprints")
     groups = groups_of(cfg.ckpt if isinstance(cfg.ckpt, str) else OmegaConf.to_container(cfg.ckpt, resolve=True))
@@ -30,6 +33,5 @@ def ensemble_model(cfg: DictConfig) -> dict[str, Any]:
     with open_dict(cfg):
         cfg.ensemble.fingerprints = [[fingerprint(path) for path in group] for group in groups]
     checkpoints = [group[0] if len(group) == 1 else group for group in groups]
-    # under its public name, which the hash of the run and its checkpoints hold
-    model = {"_target_": f"lightning_modules.{Ensemble.__name__}", "checkpoints": checkpoints, **options, "chosen_on": list(chosen_on)}
+    model = {"_target_": target, "checkpoints": checkpoints, **options, "chosen_on": list(chosen_on)}
     return {**model, "metrics": OmegaConf.to_container(cfg.metrics, resolve=True), "trust": list(cfg.trust), "seed": cfg.seed}

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from lesionbench.errors import unknown
+from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.data import check, export_dataset, plan, prepare, show, simulate
 from lesionbench.jobs.methods import methods
-from lesionbench.jobs.options import check_options
+from lesionbench.jobs.options import check_job, check_options
 from lesionbench.jobs.predict import predict
 from lesionbench.jobs.runs import compare, dashboard, tune
 from lesionbench.jobs.stages import fit, test
@@ -23,8 +24,10 @@ def run_job(cfg: DictConfig) -> float | None:
     """
     if cfg.job not in JOBS:
         raise unknown("job", cfg.job, JOBS)
+    check_job(cfg)
     if cfg.job in _JUDGED:
         check_options(cfg)
+        check_arguments(cfg)
     return JOBS[cfg.job](cfg)
 
 

@@ -1,51 +1,50 @@
 """Options whose values can be judged before anything is built, whatever the job."""
 
-import math
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.jobs.arguments import expected, fits
+from lesionbench.ranges import Count, NotNegative, Positive, Whole
 
-# option -> smallest whole number; null, where an option may be null, is not looked at
-_WHOLE = {
-    "seed": 0, "epochs": 1, "accumulate": 1, "threads": 1, "data.batch_size": 1, "data.samples_per_epoch": 1, "data.num_workers": 0, "data.limit_cases": 1,
-    "data.seed": 0, "data.split.seed": 0, "data.split.folds": 2, "data.split.fold": 0, "tune.trials": 1, "tune.depth": 1,
+_Names = Sequence[str] | str | None
+# what is no option of something that is built (see arguments.py) -> what it is; null, where an option may be null, is not looked at
+_OPTIONS: dict[str, Any] = {
+    "seed": Whole, "epochs": Count, "accumulate": Count, "threads": Count, "clip": Positive | None, "resume": bool, "overwrite": bool, "compile": bool,
+    "deterministic": bool | Literal["warn"], "select": Literal["best", "last"], "on_error": Literal["stop", "skip"], "test_time": Literal["flips", "dihedral"],
+    "trust": Sequence[str], "validation_metrics": Sequence[str], "objective.name": str, "objective.mode": Literal["max", "min"],
+    "tune.runs": _Names, "tune.what": Literal["volume", "thresholds", "suppression"], "tune.region": str, "tune.metric": str, "tune.grid": Sequence[Whole],
+    "tune.score": str, "tune.trials": Count, "tune.depth": Count, "tune.data_root": str,
+    "compare.runs": _Names, "compare.group_by": Sequence[str], "compare.metrics": _Names, "compare.members": _Names, "compare.regions": _Names,
+    "simulate.count": Count, "simulate.layout": str | int, "simulate.variant": str, "simulate.spacing": Positive, "simulate.seed": Whole,
+    "plan.memory_gib": Positive, "show.cases": Count, "show.samples": Count, "dashboard.project": str, "dashboard.entity": str, "dashboard.name": str, "dashboard.dry_run": bool,
 }  # fmt: skip
+_OF_JOBS = ("tune.", "compare.", "simulate.", "plan.", "show.", "dashboard.")
 _SHARES = ("data.split.test", "data.split.val")  # below 1 a share, else a number of patients
-_POSITIVE = ("clip", "model.clip")
-_SWITCHES = ("resume", "overwrite", "compile", "data.check")
-_CHOICES = {"select": ("best", "last"), "on_error": ("stop", "skip"), "test_time": ("flips", "dihedral")}
+# options of Lightning's Trainer that the suite fills in -> its own
+_ELSEWHERE = {
+    "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip", "gradient_clip_algorithm": "clip", "callbacks": "callbacks", "logger": "logger",
+    "enable_checkpointing": "callbacks.checkpoint", "enable_progress_bar": "callbacks.progress",
+}  # fmt: skip
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Refuses values of the wrong type or out of range.
+    """Refuses values of the wrong type or out of range, of options that no job has for itself.
 
     Raises:
         SuiteError: names option, value and what is expected.
     """
-
-    def values(options: Any) -> list[tuple[str, Any]]:
-        found = [(option, OmegaConf.select(cfg, option)) for option in options]
-        return [(option, value) for option, value in found if value is not None]
-
-    for option, value in values(_WHOLE):
-        if not isinstance(value, int) or isinstance(value, bool) or value < _WHOLE[option]:
-            raise SuiteError(f"{option}={value}: expected a whole number, at least {_WHOLE[option]}")
-    for option, value in values(_SHARES):
+    _check(cfg, [option for option in _OPTIONS if not option.startswith(_OF_JOBS)])
+    for option, value in _given(cfg, _SHARES):
         if option == "data.split.test" and value == "all":
             continue
-        if not _number(value) or value < 0 or (value > 1 and value != int(value)):
+        if not fits(value, NotNegative) or (value > 1 and value != int(value)):
             raise SuiteError(f"{option}={value}: expected a share of the patients below 1, or their number")
-    for option, value in values(_POSITIVE):
-        if not _number(value) or value <= 0:
-            raise SuiteError(f"{option}={value}: expected a number above 0, or null")
-    for option, value in values(_SWITCHES):
-        if not isinstance(value, bool):
-            raise SuiteError(f"{option}={value}: expected true or false")
-    for option, value in values(_CHOICES):
-        if value not in _CHOICES[option]:
-            raise unknown(option, str(value), _CHOICES[option])
+    for option in cfg.get("trainer") or ():
+        if option in _ELSEWHERE:
+            raise SuiteError(f"trainer.{option}={cfg.trainer[option]}: the program fills it in from {_ELSEWHERE[option]}; set that instead")
     mirror = OmegaConf.select(cfg, "mirror")
     axes = list(mirror) if OmegaConf.is_list(mirror) else mirror
     if axes and (not isinstance(axes, list) or len(set(axes)) != len(axes) or not set(axes) <= {0, 1, 2}):
@@ -56,5 +55,26 @@ def check_options(cfg: DictConfig) -> None:
         )
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def check_job(cfg: DictConfig) -> None:
+    """The same of the options that `cfg.job` has for itself.
+
+    Raises:
+        SuiteError: names option, value and what is expected.
+    """
+    _check(cfg, [option for option in _OPTIONS if option.startswith(f"{cfg.job}.")])
+
+
+def _check(cfg: DictConfig, options: Iterable[str]) -> None:
+    for option, value in _given(cfg, options):
+        hint = _OPTIONS[option]
+        if get_origin(hint) is Literal and isinstance(value, str) and value not in get_args(hint):
+            raise unknown(option, value, get_args(hint))
+        if not fits(value, hint):
+            raise SuiteError(f"{option}={value}: expected {expected(hint)}")
+
+
+def _given(cfg: DictConfig, options: Iterable[str]) -> list[tuple[str, Any]]:
+    """Options and their values, as plain data, that are not null."""
+    found = [(option, OmegaConf.select(cfg, option)) for option in options]
+    plain = [(option, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value) for option, value in found]
+    return [(option, value) for option, value in plain if value is not None]

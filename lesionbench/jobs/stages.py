@@ -14,13 +14,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.jobs.assembled import Assembled
+from lesionbench.jobs.arguments import check_arguments
+from lesionbench.jobs.assembled import Assembled, Parts
 from lesionbench.jobs.console import first_process, say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
 from lesionbench.jobs.memory import say_memory
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
-from lesionbench.jobs.validation import check_validation, waiting
+from lesionbench.jobs.validation import check_monitored, check_validation, waiting
 from lesionbench.stopping import Stopped
 from lesionbench.study import Pruned
 
@@ -45,6 +46,9 @@ def _run_stages(cfg: DictConfig, folder: RunFolder, known: Mapping[str, Any]) ->
         folder.write_config(cfg)
         folder.update_summary(**{"started": time.time(), **done, **known, "status": "running"})
     try:
+        for stage in cfg.stages[1:]:
+            if folder.stage_done(stage.name) is None:
+                _rehearse(cfg, stage)
         for stage in cfg.stages:
             _run_stage(cfg, stage, folder)
     except BaseException as error:
@@ -121,6 +125,8 @@ def _check_options(cfg: DictConfig) -> None:
     for stage in cfg.stages:
         if stage.run not in STAGES:
             raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+        if stage.get("override"):
+            check_arguments(_overridden(cfg, stage))
         if stage.run == "fit":
             check_validation(_overridden(cfg, stage), stage.name)
     split = cfg.data.get("split") or {}
@@ -136,6 +142,25 @@ def _check_options(cfg: DictConfig) -> None:
             "trainer=ddp and trainer=multinode start further processes by repeating the command, which cannot be told apart in a sweep; "
             "let SLURM start them (launcher=submitit_slurm), start one command per job, or try trainer=ddp_sim, which forks"
         )
+
+
+def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
+    """Builds what a later stage is made of, so that a mistake in it ends the run before the first one and not after.
+
+    What an earlier stage leaves is not there yet: an error about that is none.
+    """
+    if stage.run == "call":
+        return
+    cfg = _overridden(cfg, stage)
+    try:
+        parts = Parts(cfg)
+        if stage.run == "fit":
+            check_monitored(cfg, parts.method)
+        else:
+            parts.configure_inference(cfg)
+    except Exception as error:
+        if "artefact:" not in str(error):
+            raise
 
 
 def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
@@ -200,6 +225,9 @@ def _fit_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
 
     run = Assembled(cfg)
     run.method.check(run.data)
+    run.method.check_schedules(run.steps)
+    check_monitored(cfg, run.method)
+    run.check_callbacks()
     if cfg.init_from:
         read_weights(cfg.init_from)  # one that cannot be read is refused before hours of caching
     say_memory(cfg, run.method, run.data, run.trainer.strategy.root_device)
@@ -243,11 +271,12 @@ def _test_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     checkpoint = stage.get("checkpoint") or cfg.ckpt or (folder.last_fitted() if trains else None)
     if checkpoint:
         read_checkpoint(checkpoint)  # before hours of caching
-    _prepare(run, stage, folder)
     run.configure_inference(cfg)
     last = Path(cfg.run_folder) / "checkpoints" / "last.ckpt"
     if folder.continued and last.exists():
         run.rewind.tested_after = last
+    run.check_callbacks()
+    _prepare(run, stage, folder)
     if checkpoint:
         run.load(checkpoint)
     elif trains:

@@ -1,12 +1,13 @@
 """What waits for a validation value: refused before training where none will come."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lesionbench.errors import SuiteError
+from lesionbench.errors import SuiteError, nearest
 
 
 def check_validation(cfg: DictConfig, stage: str) -> None:
@@ -20,6 +21,25 @@ def check_validation(cfg: DictConfig, stage: str) -> None:
         raise SuiteError(
             f"{' and '.join(names)} wait(s) for {cfg.objective.name or 'objective.name'} of a validation, and there is none: {why}"
         )
+
+
+def check_monitored(cfg: DictConfig, method: Any) -> None:
+    """Of the configuration of one training stage and its method.
+
+    Raises:
+        SuiteError: a value is watched that its validation does not give.
+    """
+    known = method.validated()
+    if known is None or _why_none(cfg):
+        return
+    callbacks = {f"callbacks.{name}.monitor": node for name, node in (cfg.callbacks or {}).items() if node}
+    watched = {"objective.name": cfg.objective.name}
+    watched |= {option: node.get("monitor") for option, node in {**callbacks, "model.monitor": cfg.model}.items()}
+    for option, name in watched.items():
+        if name is not None and not any(fnmatch(name, pattern) for pattern in known):
+            raise SuiteError(
+                f"{option}={name}: no value of a validation with validation_metrics={list(cfg.validation_metrics)}{nearest(name, known)}"
+            )
 
 
 def waiting(cfg: DictConfig, stage: str) -> list[str]:

@@ -112,3 +112,19 @@ def bootstrap_interval(x: Numbers, seed: object, level: float = 0.95, draws: int
     means = np.concatenate([x[generator.integers(x.size, size=(size, x.size))].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def t_interval(x: Numbers, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of the population that `x` (n,) is drawn from, (nan, nan) under two values (Student 1908, Biometrika 6).
+
+    For a handful of values it is the wider and truer one: resampling six normal values covers the mean in 86 % of draws, not in 95.
+
+    Args:
+        x: values without NaN.
+        level: coverage in (0, 1).
+    """
+    x = np.asarray(x, dtype=float)
+    if x.size < 2:
+        return np.nan, np.nan
+    half = float(stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
+    return float(x.mean()) - half, float(x.mean()) + half

@@ -10,6 +10,7 @@ from torch import nn
 
 from lesionbench.batch import Batch
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import NotNegative
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
 
@@ -27,7 +28,9 @@ class Autoencoder(AnomalyMethod):
         kl_weight: of the divergence.
     """
 
-    def __init__(self, task: Task, *, network: Callable[..., nn.Module], inferer: Callable, kl_weight: float = 1.0, **options: Any) -> None:
+    def __init__(
+        self, task: Task, *, network: Callable[..., nn.Module], inferer: Callable, kl_weight: NotNegative = 1.0, **options: Any
+    ) -> None:
         super().__init__(task, **options)
         self.network = network(in_channels=1, out_channels=1)
         self.inferer, self.kl_weight = copy(inferer), kl_weight

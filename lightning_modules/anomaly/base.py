@@ -11,6 +11,7 @@ import torch
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import CaseResult, Prediction
+from lesionbench.ranges import Connectivity, NotNegative, Whole
 from lesionbench.score_counts import ScoreCounts, dice
 from lesionbench.target import nesting
 from lesionbench.task import IGNORE, Task
@@ -39,10 +40,10 @@ class AnomalyMethod(Method):
         task: Task,
         *,
         channel: str = "flair",
-        threshold: float | str | None = None,
-        min_component: int = 20,
-        connectivity: int = 3,
-        slice_range: Sequence[int] | None = None,
+        threshold: NotNegative | str | None = None,
+        min_component: Whole = 20,
+        connectivity: Connectivity = 3,
+        slice_range: Sequence[Whole] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(task, **options)

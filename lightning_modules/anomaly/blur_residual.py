@@ -7,6 +7,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from lesionbench.batch import Batch
+from lesionbench.ranges import NotNegative
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
 from lightning_modules.anomaly.flair_threshold import minmax
@@ -24,7 +25,7 @@ class BlurResidual(AnomalyMethod):
         sigma: of the Gaussian, in voxels of the network grid.
     """
 
-    def __init__(self, task: Task, *, sigma: float = 4.0, **options: Any) -> None:
+    def __init__(self, task: Task, *, sigma: NotNegative = 4.0, **options: Any) -> None:
         super().__init__(task, **options)
         self.sigma = sigma
 

@@ -7,6 +7,7 @@ import torch
 
 from lesionbench.batch import Batch
 from lesionbench.errors import unknown
+from lesionbench.ranges import Count
 from lesionbench.task import Task
 from lightning_modules.anomaly.base import AnomalyMethod
 
@@ -28,7 +29,7 @@ class FlairThreshold(AnomalyMethod):
         SuiteError: an unknown equalization.
     """
 
-    def __init__(self, task: Task, *, equalize: str = "brain", bins: int | None = None, **options: Any) -> None:
+    def __init__(self, task: Task, *, equalize: str = "brain", bins: Count | None = None, **options: Any) -> None:
         super().__init__(task, **options)
         if equalize not in EQUALIZATIONS:
             raise unknown("equalization (model.equalize)", equalize, EQUALIZATIONS)

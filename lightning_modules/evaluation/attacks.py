@@ -1,13 +1,28 @@
 """Adversarial perturbations of an image by projected gradient ascent, and random ones of the same size as their control."""
 
 from collections.abc import Callable
+from typing import Literal, TypedDict
 
 import torch
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, NotNegative, Whole
 from lightning_modules.losses.vat import unit_rms
 
 NORMS = ("l2", "linf")
+
+
+class _Needed(TypedDict):
+    norm: Literal["l2", "linf"]
+    eps: NotNegative
+    steps: Whole
+
+
+class Attack(_Needed, total=False):
+    """One attack of a list: options of `perturb`, and whether it is made on another network."""
+
+    restarts: Count
+    transfer: bool
 
 
 def perturb(

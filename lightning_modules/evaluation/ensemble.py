@@ -12,6 +12,7 @@ from lesionbench.checkpoint import load_method
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import NotNegative, Whole
 from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
 from lesionbench.task import Task, joined
 from lightning_modules.base import Method
@@ -76,11 +77,11 @@ class Ensemble(Method):
         *,
         checkpoints: Sequence[str | Sequence[str]],
         fusion: str = "mean",
-        weights: Sequence[float] | None = None,
+        weights: Sequence[NotNegative] | None = None,
         members: bool = False,
         out_of_fold: bool = False,
         postprocess_members: bool = True,
-        staple_margin: int | None = 5,
+        staple_margin: Whole | None = 5,
         keep_loaded: bool = False,
         chosen_on: Sequence[str] = (),
         trust: Sequence[str] = (),

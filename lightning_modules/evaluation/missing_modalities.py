@@ -29,7 +29,6 @@ class MissingModalities(CheckpointTest):
     """
 
     def __init__(self, task: Task, *, subsets: Sequence[Sequence[str]] | None = None, **options: Any) -> None:
-        super().__init__(task, **options)
         if subsets is None:
             subsets = [s for count in range(1, len(task.channels)) for s in combinations(task.channels, count)]
         for subset in subsets:
@@ -38,6 +37,7 @@ class MissingModalities(CheckpointTest):
             for name in subset:
                 if name not in task.channels:
                     raise unknown("modality (model.subsets)", name, task.channels)
+        super().__init__(task, **options)  # after what can be said without the checkpoint
         self.subsets = {"+".join(c for c in task.channels if c in subset): set(subset) for subset in subsets}
 
     def predict_case(self, batch: Batch) -> Prediction:

@@ -1,6 +1,6 @@
 """How a trained method answers to changed images: adversarial perturbations, transferred ones, and noise of the same size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lesionbench.prediction import Prediction
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slices
 from lightning_modules.base import Method
-from lightning_modules.evaluation.attacks import perturb
+from lightning_modules.evaluation.attacks import Attack, perturb
 from lightning_modules.evaluation.checkpoint_test import CheckpointTest
 from lightning_modules.inferers import padded
 from lightning_modules.losses.vat import divergence
@@ -44,15 +44,15 @@ class Robustness(CheckpointTest):
         task: Task,
         *,
         checkpoint: str,
-        attacks: Sequence[Mapping[str, Any]],
+        attacks: Sequence[Attack],
         transfer_from: str | None = None,
         trust: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(task, checkpoint=checkpoint, trust=trust, **options)
-        self.attacks = [dict(a) for a in attacks]
-        if transfer_from is None and any(a.get("transfer") for a in self.attacks):
+        if transfer_from is None and any(a.get("transfer") for a in attacks):  # before a checkpoint is needed
             raise SuiteError("model.transfer_from is null, but there are attacks with transfer=true; name the checkpoint they are made on")
+        super().__init__(task, checkpoint=checkpoint, trust=trust, **options)
+        self.attacks = list(attacks)
         _require_network(self.method, checkpoint)
         self.source: SegmentationMethod = self.method
         if transfer_from is not None:
@@ -67,19 +67,21 @@ class Robustness(CheckpointTest):
             image, label = batch["image"].clone(), batch["label"].clone()
             mask = batch["brain_mask"].clone() & batch["channel_mask"].clone()[:, :, None, None, None]
             for attack in self.attacks:
-                changed = image + self._change(attack, batch["case"][0], image, label, mask)
+                changed = image + self._change(attack, batch["case"][0], image, label, mask, batch.get("outside"))
                 with torch.no_grad():
                     prediction.members[_name(attack)] = self.method.predict_case({**batch, "image": changed})
         return prediction
 
-    def _change(self, attack: Mapping[str, Any], case: str, image: torch.Tensor, label: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _change(
+        self, attack: Attack, case: str, image: torch.Tensor, label: torch.Tensor, mask: torch.Tensor, outside: torch.Tensor | None
+    ) -> torch.Tensor:
         """r (1, M, X, Y, Z) of one attack on one case."""
         method = self.source if attack.get("transfer") else self.method
         name, options = _name(attack), {k: v for k, v in attack.items() if k not in ("eps", "transfer")}
         target = method.target.encode(label)
 
         def loss(images: torch.Tensor) -> torch.Tensor:
-            return _cross_entropy(method, images, target)
+            return _cross_entropy(method, images, target, outside)
 
         generator = self.generator(f"{name} {case}")
         return perturb(loss, image, mask=mask, eps=attack["eps"] * _deviation(image, mask), generator=generator, **options)
@@ -90,7 +92,7 @@ def _require_network(method: Method, checkpoint: str) -> None:
         raise SuiteError(f"{checkpoint}: holds a {type(method).__name__}; attacks need a method with one segmentation network")
 
 
-def _name(attack: Mapping[str, Any]) -> str:
+def _name(attack: Attack) -> str:
     return f"{attack['norm']}-{attack['steps']}-{attack['eps']:g}" + ("-transfer" if attack.get("transfer") else "")
 
 
@@ -102,15 +104,16 @@ def _deviation(image: torch.Tensor, mask: torch.Tensor) -> float:
     return float((centered.square().sum() / inside.sum().clamp_min(1)).sqrt())
 
 
-def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean voxel-wise (binary) cross-entropy (N,) of whole images (N, M, X, Y, Z) against one target, each in one pass or as its slices."""
+def _cross_entropy(method: SegmentationMethod, images: torch.Tensor, target: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:
+    """Mean voxel-wise (binary) cross-entropy (N,) of whole images (N, M, X, Y, Z) against one target, each in one pass or as its slices;
+    beyond their border lies `outside` (1, M), None = 0."""
     axis, flat = method.task.slice_axis, getattr(method.network, "dimensions", 3) == 2
 
     def predictor(view: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": logits_of(method.network(view))}
 
     views = to_slices(images, axis) if flat else images
-    logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None)["logits"]
+    logits = padded(views, getattr(method.network, "divisor", 1), predictor, axes=2 if flat else None, outside=outside)["logits"]
     logits = from_slices(logits, axis, len(images)) if flat else logits
     maps, valid = method.target.as_maps(target)
     values = divergence(logits, maps.expand_as(logits), method.target.kind)

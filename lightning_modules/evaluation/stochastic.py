@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import AtLeastTwo, NotNegative
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
 from lightning_modules.evaluation.checkpoint_test import CheckpointTest
@@ -41,31 +42,31 @@ class Stochastic(CheckpointTest):
         task: Task,
         *,
         checkpoint: str,
-        passes: int = 20,
+        passes: AtLeastTwo = 20,
         dropout: bool = True,
-        noise: float = 0.0,
-        moves: str | None = None,
+        noise: NotNegative = 0.0,
+        moves: Literal["flips", "dihedral"] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(task, checkpoint=checkpoint, **options)
         if not isinstance(passes, int) or passes < 2:
             raise SuiteError(f"model.passes={passes}: expected a whole number, at least 2")
         if noise < 0:
             raise SuiteError(f"model.noise={noise}: expected a standard deviation, at least 0")
+        if not dropout and not noise and moves is None:
+            raise SuiteError("model.dropout=false, model.noise=0, model.moves=null: all passes would be alike; draw one of them")
+        if moves is not None and moves not in GROUPS:
+            raise unknown("moves (model.moves)", moves, GROUPS)
+        super().__init__(task, checkpoint=checkpoint, **options)  # after what can be said without the checkpoint
         if dropout and not active_dropout(self.method):
             raise SuiteError(
                 f"model.dropout=true: {checkpoint} has no dropout layer that could draw; train it with dropout (as model.network.dropout=0.3), "
                 "or say model.dropout=false and model.noise=0.1 or model.moves=flips"
             )
-        if not dropout and not noise and moves is None:
-            raise SuiteError("model.dropout=false, model.noise=0, model.moves=null: all passes would be alike; draw one of them")
         self.passes, self.dropout, self.noise = passes, dropout, float(noise)
         self.group: Callable[[int], list[Move]] | None = None
         if moves is not None:
             if not hasattr(self.method, "inferer"):
                 raise SuiteError(f"model.moves={moves}: {type(self.method).__name__} has no inferer that could move a case")
-            if moves not in GROUPS:
-                raise unknown("moves (model.moves)", moves, GROUPS)
             self.group = GROUPS[moves]
 
     def predict_case(self, batch: Batch) -> Prediction:

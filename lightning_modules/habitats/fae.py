@@ -8,6 +8,7 @@ from torch import nn
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, Share
 from lesionbench.task import Task
 from lightning_modules.base import Method
 from lightning_modules.habitats.outliers import OutlierFilter
@@ -35,13 +36,13 @@ class FAE(Method):
         task: Task,
         *,
         encoder: str = "fae",
-        hidden: int = 10,
-        latent_dim: int | None = None,
+        hidden: Count = 10,
+        latent_dim: Count | None = None,
         update: str = "alternate_batch",
-        quantile: float = 0.95,
+        quantile: Share = 0.95,
         filter_mode: str = "upper",
         scaling: str = "minmax",
-        sample: int | None = 2000,
+        sample: Count | None = 2000,
         **options: Any,
     ) -> None:
         super().__init__(task, **options)

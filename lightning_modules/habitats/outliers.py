@@ -23,7 +23,7 @@ class OutlierFilter:
 
     def __init__(self, quantile: float, mode: str = "upper") -> None:
         if mode not in MODES:
-            raise unknown("filter mode", mode, MODES)
+            raise unknown("filter mode (habitats.filter_mode)", mode, MODES)
         if not 0 <= quantile <= 1:
             raise SuiteError(f"quantile={quantile}: expected a value in [0, 1]")
         self.quantile, self.mode = float(quantile), mode

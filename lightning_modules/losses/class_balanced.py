@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from lesionbench.ranges import NotNegative
 from lesionbench.task import IGNORE
 from lightning_modules.losses.cross_entropy import voxel_cross_entropy, weighted_mean
 
@@ -30,7 +31,7 @@ class ClassBalancedCE(nn.Module):
 
     kind = "softmax"
 
-    def __init__(self, background: float = 1.0) -> None:
+    def __init__(self, background: NotNegative = 1.0) -> None:
         super().__init__()
         self.background = background
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lesionbench.ranges import NotNegative, PositiveShare
 from lightning_modules.losses.cross_entropy import CrossEntropy, RegionBCE, RegionTopK, TopK
 from lightning_modules.losses.dice import RegionDice, SoftDice
 
@@ -25,13 +26,13 @@ class DiceCE(nn.Module):
 
     def __init__(
         self,
-        weights: Sequence[float] | Literal["balanced"] | None = None,
-        dice_weight: float = 1.0,
-        ce_weight: float = 1.0,
+        weights: Sequence[NotNegative] | Literal["balanced"] | None = None,
+        dice_weight: NotNegative = 1.0,
+        ce_weight: NotNegative = 1.0,
         include_background: bool = False,
         batch: bool = False,
         squared: bool = False,
-        smooth: float = 1e-5,
+        smooth: NotNegative = 1e-5,
     ) -> None:
         super().__init__()
         self.dice, self.ce = SoftDice(include_background, batch, squared, smooth), CrossEntropy(weights)
@@ -56,13 +57,13 @@ class DiceTopK(nn.Module):
 
     def __init__(
         self,
-        fraction: float = 0.1,
-        dice_weight: float = 1.0,
-        topk_weight: float = 1.0,
+        fraction: PositiveShare = 0.1,
+        dice_weight: NotNegative = 1.0,
+        topk_weight: NotNegative = 1.0,
         include_background: bool = False,
         batch: bool = False,
         squared: bool = False,
-        smooth: float = 1e-5,
+        smooth: NotNegative = 1e-5,
     ) -> None:
         super().__init__()
         self.dice, self.topk = SoftDice(include_background, batch, squared, smooth), TopK(fraction)
@@ -85,7 +86,12 @@ class RegionBCEDice(nn.Module):
     kind = "sigmoid"
 
     def __init__(
-        self, bce_weight: float = 1.0, dice_weight: float = 1.0, batch: bool = False, squared: bool = False, smooth: float = 1e-5
+        self,
+        bce_weight: NotNegative = 1.0,
+        dice_weight: NotNegative = 1.0,
+        batch: bool = False,
+        squared: bool = False,
+        smooth: NotNegative = 1e-5,
     ) -> None:
         super().__init__()
         self.bce, self.dice = RegionBCE(), RegionDice(batch, squared, smooth)
@@ -111,13 +117,13 @@ class RegionTopKDice(nn.Module):
 
     def __init__(
         self,
-        fraction: float = 0.1,
+        fraction: PositiveShare = 0.1,
         pool: str = "all",
-        topk_weight: float = 1.0,
-        dice_weight: float = 1.0,
+        topk_weight: NotNegative = 1.0,
+        dice_weight: NotNegative = 1.0,
         batch: bool = False,
         squared: bool = False,
-        smooth: float = 1e-5,
+        smooth: NotNegative = 1e-5,
     ) -> None:
         super().__init__()
         self.topk, self.dice = RegionTopK(fraction, pool), RegionDice(batch, squared, smooth)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import NotNegative, Positive, PositiveShare, Share
 from lesionbench.task import IGNORE
 
 POOLS = ("all", "per_channel", "per_sample")
@@ -35,7 +36,7 @@ class _ClassWeighted(nn.Module):
 
     kind = "softmax"
 
-    def __init__(self, weights: Sequence[float] | Literal["balanced"] | None) -> None:
+    def __init__(self, weights: Sequence[NotNegative] | Literal["balanced"] | None) -> None:
         super().__init__()
         self.balanced = isinstance(weights, str)
         if self.balanced and weights != "balanced":
@@ -67,7 +68,7 @@ class CrossEntropy(_ClassWeighted):
         SuiteError: weights that do not fit the number of classes.
     """
 
-    def __init__(self, weights: Sequence[float] | Literal["balanced"] | None = None) -> None:
+    def __init__(self, weights: Sequence[NotNegative] | Literal["balanced"] | None = None) -> None:
         super().__init__(weights)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Focal(_ClassWeighted):
     Shapes: logits (B, C, *spatial), target class indices (B, 1, *spatial) with -1 = ignore -> scalar >= 0, float32.
     """
 
-    def __init__(self, gamma: float = 2.0, weights: Sequence[float] | Literal["balanced"] | None = None) -> None:
+    def __init__(self, gamma: NotNegative = 2.0, weights: Sequence[NotNegative] | Literal["balanced"] | None = None) -> None:
         super().__init__(weights)
         self.gamma = gamma
 
@@ -112,7 +113,7 @@ class TopK(nn.Module):
 
     kind = "softmax"
 
-    def __init__(self, fraction: float = 0.1) -> None:
+    def __init__(self, fraction: PositiveShare = 0.1) -> None:
         super().__init__()
         self.fraction = _checked_fraction(fraction)
 
@@ -151,7 +152,7 @@ class RegionBCE(nn.Module):
 
     kind = "sigmoid"
 
-    def __init__(self, positive_weight: float = 1.0) -> None:
+    def __init__(self, positive_weight: Positive = 1.0) -> None:
         super().__init__()
         self.positive_weight = positive_weight
 
@@ -178,7 +179,7 @@ class RegionTopK(nn.Module):
 
     kind = "sigmoid"
 
-    def __init__(self, fraction: float = 0.1, pool: str = "all") -> None:
+    def __init__(self, fraction: PositiveShare = 0.1, pool: str = "all") -> None:
         super().__init__()
         if pool not in POOLS:
             raise unknown("loss.pool", pool, POOLS)
@@ -207,7 +208,7 @@ class RegionFocal(nn.Module):
 
     kind = "sigmoid"
 
-    def __init__(self, gamma: float = 2.0, alpha: float | None = None) -> None:
+    def __init__(self, gamma: NotNegative = 2.0, alpha: Share | None = None) -> None:
         super().__init__()
         self.gamma, self.alpha = gamma, alpha
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import NotNegative
 
 
 class DeepSupervision(nn.Module):
@@ -26,7 +27,7 @@ class DeepSupervision(nn.Module):
         SuiteError: weights that do not fit the number of heads.
     """
 
-    def __init__(self, loss: nn.Module, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, loss: nn.Module, weights: Sequence[NotNegative] | None = None) -> None:
         super().__init__()
         self.loss = loss
         self.weights = None if weights is None else [float(w) for w in weights]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import NotNegative
 from lesionbench.task import IGNORE
 from lightning_modules.losses.cross_entropy import weighted_mean
 
@@ -60,7 +61,7 @@ class SoftDice(nn.Module):
 
     kind = "softmax"
 
-    def __init__(self, include_background: bool = False, batch: bool = False, squared: bool = False, smooth: float = 1e-5) -> None:
+    def __init__(self, include_background: bool = False, batch: bool = False, squared: bool = False, smooth: NotNegative = 1e-5) -> None:
         super().__init__()
         self.include_background = include_background
         self.batch, self.squared, self.smooth = batch, squared, smooth
@@ -88,7 +89,9 @@ class RegionDice(nn.Module):
 
     kind = "sigmoid"
 
-    def __init__(self, batch: bool = False, squared: bool = False, smooth: float = 1e-5, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, batch: bool = False, squared: bool = False, smooth: NotNegative = 1e-5, weights: Sequence[NotNegative] | None = None
+    ) -> None:
         super().__init__()
         self.batch, self.squared, self.smooth = batch, squared, smooth
         if weights is not None and (min(weights) < 0 or max(weights) <= 0):
@@ -122,7 +125,7 @@ class GeneralizedDice(nn.Module):
 
     kind = "softmax"
 
-    def __init__(self, power: float = 1.0, smooth: float = 1e-5) -> None:
+    def __init__(self, power: NotNegative = 1.0, smooth: NotNegative = 1e-5) -> None:
         super().__init__()
         self.power, self.smooth = power, smooth
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import PositiveShare, Share
 from lightning_modules.ramps import gaussian_ramp
 
 
@@ -51,7 +52,7 @@ class RelativeMax:
         SuiteError: a ratio outside its range, an unknown scope.
     """
 
-    def __init__(self, ratio: float = 1 / 3, scope: Literal["sample", "batch"] = "sample") -> None:
+    def __init__(self, ratio: PositiveShare = 1 / 3, scope: Literal["sample", "batch"] = "sample") -> None:
         if scope not in ("sample", "batch"):
             raise unknown("model.gate.scope", scope, ["sample", "batch"])
         self.ratio, self.scope = _share("ratio", ratio), scope
@@ -69,7 +70,7 @@ class FixedShare:
         SuiteError: a share outside (0, 1].
     """
 
-    def __init__(self, share: float = 1 / 3) -> None:
+    def __init__(self, share: PositiveShare = 1 / 3) -> None:
         self.share = _share("share", share)
 
     def __call__(self, uncertainty: torch.Tensor, classes: int, progress: float) -> torch.Tensor:
@@ -86,7 +87,7 @@ class RisingShare:
         SuiteError: a start outside (0, 1].
     """
 
-    def __init__(self, start: float = 0.75) -> None:
+    def __init__(self, start: Share = 0.75) -> None:
         self.start = _share("start", start)
 
     def __call__(self, uncertainty: torch.Tensor, classes: int, progress: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import NotNegative, Positive, Whole
 from lightning_modules.losses.cross_entropy import weighted_mean
 from lightning_modules.networks.contract import logits_of
 from lightning_modules.networks.stateless import stateless
@@ -61,7 +62,7 @@ class VAT(nn.Module):
         SuiteError: an unknown kind, or a size or count out of range.
     """
 
-    def __init__(self, kind: str, eps: float = 0.2, xi: float = 1e-3, iterations: int = 1) -> None:
+    def __init__(self, kind: str, eps: NotNegative = 0.2, xi: Positive = 1e-3, iterations: Whole = 1) -> None:
         super().__init__()
         if kind not in KINDS:
             raise unknown("kind of divergence", kind, KINDS)

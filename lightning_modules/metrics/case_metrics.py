@@ -10,6 +10,7 @@ import torch
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, NotNegative, Share, Whole
 from lesionbench.score_counts import Ranking
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
@@ -22,6 +23,7 @@ from lightning_modules.metrics.uncertainty import brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
 MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "slices")
+DISTANCES = ("hd95", "hd95_pooled", "hd", "asd")
 SCORE_METRICS = ("auroc", "brain_auroc", "ap", "auprc", "dice_best")
 KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", *SCORE_METRICS, "error_auroc")
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
@@ -59,15 +61,15 @@ class CaseMetrics:
     def __init__(
         self,
         names: Sequence[str] = DEFAULT,
-        empty_distance: float | str = "diagonal",
-        surface_tolerance: float = 1.0,
-        lesion_min_iou: float = 0.0,
-        lesion_dilation: int = 0,
-        bins: int = 15,
-        slice_bounds: Sequence[int] = (100,),
+        empty_distance: NotNegative | str = "diagonal",
+        surface_tolerance: NotNegative = 1.0,
+        lesion_min_iou: Share = 0.0,
+        lesion_dilation: Whole = 0,
+        bins: Count = 15,
+        slice_bounds: Sequence[Count] = (100,),
         space: str = "native",
         dataset: Sequence[str] = (),
-        thresholds: int | None = None,
+        thresholds: Count | None = None,
     ) -> None:
         for name in names:
             if name not in KNOWN:
@@ -87,6 +89,14 @@ class CaseMetrics:
         if not slice_bounds or list(slice_bounds) != sorted(set(slice_bounds)) or slice_bounds[0] < 1:
             raise SuiteError(f"metrics.slice_bounds={list(slice_bounds)}: expected numbers of pixels, ascending")
         self.slice_bounds = tuple(slice_bounds)
+
+    def columns(self, unit: str) -> list[str]:
+        """Names of the values that a region may have, in a task with this unit of length; of those that only the case tells, patterns of
+        `fnmatch`: `slices_*`, and `auroc_*` of uncertainty maps."""
+        size = "ml" if unit == "mm" else "vox"
+        several = {"volume": [f"volume_{size}", f"truth_volume_{size}"], "slices": ["slices_*"], "error_auroc": ["auroc_*"]}
+        several |= {name: [f"{name}_{unit}"] for name in DISTANCES}
+        return [column for name in self.names for column in several.get(name, [name])]
 
     def __call__(
         self,
@@ -147,7 +157,7 @@ class CaseMetrics:
             found |= surface_metrics(ours, theirs, case.steps, surfaces, self.surface_tolerance, empty)
         values = {}
         for name in self.names:
-            if name in ("hd95", "hd95_pooled", "hd", "asd"):
+            if name in DISTANCES:
                 values[f"{name}_{unit}"] = found[name]
             elif name in found:
                 values[name] = found[name]

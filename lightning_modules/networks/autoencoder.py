@@ -7,6 +7,7 @@ from math import gcd
 import torch
 from torch import nn
 
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe
 
 
@@ -30,9 +31,9 @@ class SpatialAutoencoder(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 2,
-        features: Sequence[int] = (16, 32, 64, 64),
-        latent: int = 16,
+        dimensions: Dimensions = 2,
+        features: Sequence[Count] = (16, 32, 64, 64),
+        latent: Count = 16,
         variational: bool = False,
     ) -> None:
         super().__init__()

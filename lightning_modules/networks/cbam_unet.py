@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import unknown
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.cbam import CBAM, KINDS
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_unit import convolution, double, start_from_kaiming, unit, upsampled
@@ -44,15 +45,15 @@ class CBAMUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        width: int = 48,
+        dimensions: Dimensions = 3,
+        width: Count = 48,
         norm: str = "group",
         attention: str = "cbam",
-        reduction: int = 16,
+        reduction: Count = 16,
         combine: str = "sum",
         gate_relu: bool = False,
         pool_source: str = "raw",
-        dilation: int = 2,
+        dilation: Count = 2,
         deep_supervision: bool = True,
     ) -> None:
         super().__init__()

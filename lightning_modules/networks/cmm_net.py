@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions, Whole
 from lightning_modules.networks.contract import describe
 
 POOLS = ("average", "max", "none")
@@ -84,13 +85,13 @@ class CMMNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (32, 96, 256, 1024),
-        extra_features: Sequence[int] = (1400, 2048),
-        dilations: Sequence[int] = (6, 5, 4, 3),
-        grids: Sequence[int] = (2, 4, 8, 16),
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (32, 96, 256, 1024),
+        extra_features: Sequence[Count] = (1400, 2048),
+        dilations: Sequence[Count] = (6, 5, 4, 3),
+        grids: Sequence[Count] = (2, 4, 8, 16),
         pool: str = "average",
-        hppm: int = 2,
+        hppm: Whole = 2,
     ) -> None:
         super().__init__()
         if len(dilations) != len(features) or min(dilations) < 1:

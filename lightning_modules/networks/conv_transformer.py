@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, per_axis
 
 DIVISOR = 8  # three halvings
@@ -17,14 +18,14 @@ def transbts(
     in_channels: int,
     out_channels: int,
     *,
-    image_size: int | Sequence[int],
-    dimensions: int = 3,
-    features: int = 16,
-    hidden_size: int = 512,
-    mlp_size: int = 4096,
-    layers: int = 4,
-    heads: int = 8,
-    dropout: float = 0.1,
+    image_size: Count | Sequence[Count],
+    dimensions: Dimensions = 3,
+    features: Count = 16,
+    hidden_size: Count = 512,
+    mlp_size: Count = 4096,
+    layers: Count = 4,
+    heads: Count = 8,
+    dropout: BelowOne = 0.1,
 ) -> "TransBTS":
     """TransBTS (Wang et al., MICCAI 2021), 3D; group normalization.
 

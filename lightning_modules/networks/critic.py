@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions, Whole
 
 NORMS = ("none", "batch", "instance", "spectral")
 INPUTS = ("mask", "mask_image")
@@ -37,12 +38,12 @@ class PixelCritic(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        image_channels: int = 0,
+        channels: Count,
+        image_channels: Whole = 0,
         *,
-        dimensions: int = 3,
-        widths: Sequence[int] = (16, 32, 64),
-        kernel: int = 1,
+        dimensions: Dimensions = 3,
+        widths: Sequence[Count] = (16, 32, 64),
+        kernel: Count = 1,
         norm: str = "none",
         single: bool = False,
         last_norm_act: bool = False,

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import AtLeastTwo, BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe
 
 
@@ -29,7 +30,14 @@ class DeepSeg(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, dimensions: int = 3, features: int = 32, levels: int = 5, dropout: float = 0.5
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dimensions: Dimensions = 3,
+        features: Count = 32,
+        levels: AtLeastTwo = 5,
+        dropout: BelowOne = 0.5,
     ) -> None:
         super().__init__()
         if levels < 2:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_unit import convolution, double, start_from_kaiming, unit, upsampled
 
@@ -26,7 +27,7 @@ class DilatedUNet(nn.Module):
         SuiteError: an unknown norm.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, dimensions: int = 3, width: int = 48, norm: str = "group") -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, dimensions: Dimensions = 3, width: Count = 48, norm: str = "group") -> None:
         super().__init__()
         parts = {
             "encoder": ("encoder1", "encoder2", "encoder3", "encoder4"),

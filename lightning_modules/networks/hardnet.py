@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions, Positive
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_unit import RELU, convolution, unit, upsampled
 
@@ -138,15 +139,15 @@ class HarDNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (32, 64, 128, 256, 320, 320),
-        growth: Sequence[int] = (14, 16, 20, 20),
-        layers: Sequence[int] = (8, 16, 16, 16),
-        multiplier: float = 1.7,
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (32, 64, 128, 256, 320, 320),
+        growth: Sequence[Count] = (14, 16, 20, 20),
+        layers: Sequence[Count] = (8, 16, 16, 16),
+        multiplier: Positive = 1.7,
         block: str = "harmonic",
         pool: str = "soft",
         activation: str = "mish",
-        stem_stride: int = 2,
+        stem_stride: Count = 2,
         deep_supervision: bool = True,
     ) -> None:
         super().__init__()

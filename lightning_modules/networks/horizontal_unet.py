@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe
 
 SLOPE = 0.3  # of the leaky ReLU, Section 2.2
@@ -40,10 +41,10 @@ class HorizontalUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (64, 128, 256, 512),
-        blocks: int = 3,
-        dropout: float = 0.2,
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (64, 128, 256, 512),
+        blocks: Count = 3,
+        dropout: BelowOne = 0.2,
         horizontal: bool = True,
         final_norm: bool = True,
     ) -> None:

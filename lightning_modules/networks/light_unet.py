@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe, numbered
 
 NORMS = {"batch": (nn.BatchNorm2d, nn.BatchNorm3d), "instance": (nn.InstanceNorm2d, nn.InstanceNorm3d)}
@@ -40,9 +41,9 @@ class LightUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        blocks: int = 3,
-        features: int = 4,
+        dimensions: Dimensions = 3,
+        blocks: Count = 3,
+        features: Count = 4,
         norm: str = "batch",
         activation: str = "relu",
         preactivation: bool = False,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe
 
 COMBINATIONS = ("sum", "first_and_last", "last")
@@ -118,14 +119,14 @@ class MAABUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (16, 32, 64),
-        dilations: Sequence[int] = (1, 2, 4, 8),
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (16, 32, 64),
+        dilations: Sequence[Count] = (1, 2, 4, 8),
         combine: str = "sum",
         attention: bool = True,
         gates: bool = True,
         pyramid: bool = True,
-        dropout: float = 0.2,
+        dropout: BelowOne = 0.2,
     ) -> None:
         super().__init__()
         if combine not in COMBINATIONS:

@@ -12,6 +12,7 @@ from monai.networks.nets import (
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, per_axis
 from lightning_modules.networks.monai_unets import normalization, smallest
 
@@ -83,12 +84,12 @@ def dynunet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    features: Sequence[int] = (32, 64, 128, 256, 320, 320),
-    kernels: Sequence[int | Sequence[int]] = (3, 3, 3, 3, 3, 3),
-    strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2, 2, 2),
+    dimensions: Dimensions = 3,
+    features: Sequence[Count] = (32, 64, 128, 256, 320, 320),
+    kernels: Sequence[Count | Sequence[Count]] = (3, 3, 3, 3, 3, 3),
+    strides: Sequence[Count | Sequence[Count]] = (1, 2, 2, 2, 2, 2),
     norm: str = "instance",
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
     residual: bool = False,
     deep_supervision: bool = False,
     own_decoders: bool = False,
@@ -154,11 +155,11 @@ def nnunet(
     in_channels: int,
     out_channels: int,
     *,
-    image_size: int | Sequence[int],
-    dimensions: int = 3,
-    features: int = 32,
+    image_size: Count | Sequence[Count],
+    dimensions: Dimensions = 3,
+    features: Count = 32,
     norm: str = "instance",
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
     deep_supervision: bool = False,
     own_decoders: bool = False,
 ) -> DeepDynUNet | OwnDecoders:

@@ -9,6 +9,7 @@ from monai.networks.nets import (
 )
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions, NotNegative
 from lightning_modules.networks.contract import describe, numbered, per_axis
 
 
@@ -16,11 +17,11 @@ def segresnet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    features: int = 32,
-    blocks_down: Sequence[int] = (1, 2, 2, 4),
-    blocks_up: Sequence[int] = (1, 1, 1),
-    dropout: float = 0.2,
+    dimensions: Dimensions = 3,
+    features: Count = 32,
+    blocks_down: Sequence[Count] = (1, 2, 2, 4),
+    blocks_up: Sequence[Count] = (1, 1, 1),
+    dropout: BelowOne = 0.2,
 ) -> SegResNet:
     """Asymmetric residual encoder-decoder of the BraTS 2018 winner, without its auto-encoder (Myronenko, BrainLes 2018); group norm.
 
@@ -71,13 +72,13 @@ def segresnet_vae(
     in_channels: int,
     out_channels: int,
     *,
-    image_size: int | Sequence[int],
-    dimensions: int = 3,
-    features: int = 32,
-    blocks_down: Sequence[int] = (1, 2, 2, 4),
-    blocks_up: Sequence[int] = (1, 1, 1),
-    dropout: float = 0.2,
-    vae_weight: float = 0.1,
+    image_size: Count | Sequence[Count],
+    dimensions: Dimensions = 3,
+    features: Count = 32,
+    blocks_down: Sequence[Count] = (1, 2, 2, 4),
+    blocks_up: Sequence[Count] = (1, 1, 1),
+    dropout: BelowOne = 0.2,
+    vae_weight: NotNegative = 0.1,
 ) -> WeightedSegResNetVAE:
     """SegResNet with a variational auto-encoder branch as regularizer (Myronenko, BrainLes 2018, Eq. 1-3).
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, per_axis
 
 
@@ -31,13 +32,13 @@ def unetr(
     in_channels: int,
     out_channels: int,
     *,
-    image_size: int | Sequence[int],
-    dimensions: int = 3,
-    feature_size: int = 16,
-    hidden_size: int = 768,
-    mlp_size: int = 3072,
-    heads: int = 12,
-    dropout: float = 0.0,
+    image_size: Count | Sequence[Count],
+    dimensions: Dimensions = 3,
+    feature_size: Count = 16,
+    hidden_size: Count = 768,
+    mlp_size: Count = 3072,
+    heads: Count = 12,
+    dropout: BelowOne = 0.0,
 ) -> FixedUNETR:
     """Vision-transformer encoder of 12 layers on patches of 16 voxels a side, convolutional decoder (Hatamizadeh et al., WACV 2022).
 
@@ -90,13 +91,13 @@ def swin_unetr(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    feature_size: int = 48,
-    depths: Sequence[int] = (2, 2, 2, 2),
-    heads: Sequence[int] = (3, 6, 12, 24),
-    attention_window: int = 7,
+    dimensions: Dimensions = 3,
+    feature_size: Count = 48,
+    depths: Sequence[Count] = (2, 2, 2, 2),
+    heads: Sequence[Count] = (3, 6, 12, 24),
+    attention_window: Count = 7,
     shift: bool = True,
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
     gradient_checkpointing: bool = False,
 ) -> SwinUNETR:
     """Shifted-window transformer encoder, convolutional decoder (Hatamizadeh et al., BrainLes 2021).

@@ -20,6 +20,7 @@ from monai.networks.nets.vnet import InputTransition
 from torch import nn
 
 from lesionbench.errors import unknown
+from lesionbench.ranges import BelowOne, Count, Dimensions, Whole
 from lightning_modules.networks.contract import describe, per_axis
 
 NORMS: dict[str, tuple[str, dict[str, Any]] | None] = {
@@ -50,10 +51,10 @@ def basic_unet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    features: Sequence[int] = (32, 32, 64, 128, 256, 32),
+    dimensions: Dimensions = 3,
+    features: Sequence[Count] = (32, 32, 64, 128, 256, 32),
     norm: str = "instance",
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
 ) -> BasicUNet:
     """Plain U-Net with five levels, two convolutions each, and transposed convolutions upwards (Falk et al., Nature Methods 2019).
 
@@ -79,11 +80,11 @@ def unet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    channels: Sequence[int] = (16, 32, 64, 128, 256),
-    residual_units: int = 2,
+    dimensions: Dimensions = 3,
+    channels: Sequence[Count] = (16, 32, 64, 128, 256),
+    residual_units: Whole = 2,
     norm: str = "instance",
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
 ) -> UNet:
     """Residual U-Net with strided convolutions (Kerfoot et al., STACOM 2018).
 
@@ -123,9 +124,9 @@ def attention_unet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    channels: Sequence[int] = (16, 32, 64, 128, 256),
-    dropout: float = 0.0,
+    dimensions: Dimensions = 3,
+    channels: Sequence[Count] = (16, 32, 64, 128, 256),
+    dropout: BelowOne = 0.0,
 ) -> AttentionUnet:
     """U-Net with additive attention gates on the skip connections (Oktay et al., MIDL 2018); batch normalization.
 
@@ -167,7 +168,7 @@ class AnyChannels(InputTransition):
         return self.act_function(self.conv_block(x) + x[:, turn])
 
 
-def vnet(in_channels: int, out_channels: int, *, dimensions: int = 3, dropout: float = 0.5) -> VNet:
+def vnet(in_channels: int, out_channels: int, *, dimensions: Dimensions = 3, dropout: BelowOne = 0.5) -> VNet:
     """V-Net: residual stages of 5-voxel convolutions, 16 to 256 features (Milletari et al., 3DV 2016); batch normalization, ELU.
 
     Args:
@@ -205,10 +206,10 @@ def unet_plus_plus(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 3,
-    features: Sequence[int] = (32, 32, 64, 128, 256, 32),
+    dimensions: Dimensions = 3,
+    features: Sequence[Count] = (32, 32, 64, 128, 256, 32),
     norm: str = "instance",
-    dropout: float = 0.0,
+    dropout: BelowOne = 0.0,
     deep_supervision: bool = False,
 ) -> NestedUNet:
     """U-Net with nested, dense skip pathways (Zhou et al., DLMIA 2018).

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lesionbench.ranges import BelowOne, Count
 from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, normalization, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
@@ -71,11 +72,11 @@ class MultiHeadResNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        width: int = 64,
-        head_width: int = 16,
-        heads: int = 1,
+        width: Count = 64,
+        head_width: Count = 16,
+        heads: Count = 1,
         norm: str = "batch",
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__()
         double = 2 if norm in ("batch", "instance") else 1

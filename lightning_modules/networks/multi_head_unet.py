@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
@@ -36,11 +37,11 @@ class MultiHeadUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 2,
-        features: Sequence[int] = (64, 128, 256, 512, 1024),
-        heads: int = 1,
+        dimensions: Dimensions = 2,
+        features: Sequence[Count] = (64, 128, 256, 512, 1024),
+        heads: Count = 1,
         norm: str = "batch",
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
         upsampling: str = "transposed",
     ) -> None:
         super().__init__()

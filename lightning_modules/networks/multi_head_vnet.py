@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, numbered
 from lightning_modules.networks.multi_head import Heads, normalization, units
 from lightning_modules.networks.multi_head import dropout as channel_dropout
@@ -39,12 +40,12 @@ class MultiHeadVNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (16, 32, 64, 128, 256),
-        convolutions: Sequence[int] = (1, 2, 3, 3, 3),
-        heads: int = 1,
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (16, 32, 64, 128, 256),
+        convolutions: Sequence[Count] = (1, 2, 3, 3, 3),
+        heads: Count = 1,
         norm: str = "instance",
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
         upsampling: str = "transposed",
     ) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lesionbench.ranges import NotNegative
 from lightning_modules.networks.contract import describe, parts_of, within
 
 
@@ -19,7 +20,7 @@ class NoisyInput(nn.Module):
     Shapes: those of the network.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, network: Callable[..., nn.Module], sigma: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, network: Callable[..., nn.Module], sigma: NotNegative) -> None:
         super().__init__()
         self.network, self.sigma = network(in_channels, out_channels), sigma
         inner = self.network

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count
 from lightning_modules.networks.contract import describe, numbered, parts_of, within
 
 
@@ -36,10 +37,10 @@ class PackUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        features: Sequence[int] = (16, 16, 32, 64, 128, 16),
-        slab: int = 3,
-        flat_levels: int = 2,
-        dropout: float = 0.0,
+        features: Sequence[Count] = (16, 16, 32, 64, 128, 16),
+        slab: Count = 3,
+        flat_levels: Count = 2,
+        dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__()
         *widths, last = features
@@ -101,7 +102,7 @@ class MiddleSlice(nn.Module):
 
 
 def pack_attention_unet(
-    in_channels: int, out_channels: int, *, channels: Sequence[int] = (16, 32, 64, 128, 256), slab: int = 3, dropout: float = 0.0
+    in_channels: int, out_channels: int, *, channels: Sequence[Count] = (16, 32, 64, 128, 256), slab: Count = 3, dropout: BelowOne = 0.0
 ) -> MiddleSlice:
     """U-Net with additive attention gates (Oktay et al., MIDL 2018) on packs of slices, strided in the plane only.
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe, numbered, per_axis
 
 FUSIONS = ("paired", "late", "early")
@@ -59,11 +60,11 @@ class PairedUNet(nn.Module):
         *,
         channels: Sequence[str],
         pairs: Sequence[Sequence[str]] = PAIRS,
-        widths: Sequence[int] = (32, 64, 128, 256, 320, 320),
-        image_size: int | Sequence[int] | None = None,
+        widths: Sequence[Count] = (32, 64, 128, 256, 320, 320),
+        image_size: Count | Sequence[Count] | None = None,
         fusion: str = "paired",
         cross: Mapping[str, Any] | None = None,
-        dimensions: int = 3,
+        dimensions: Dimensions = 3,
         norm: str = "instance",
         norm_order: str = "conv_norm_act",
         deep_supervision: bool = False,

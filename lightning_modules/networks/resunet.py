@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.multi_head import normalization
 
@@ -63,9 +64,9 @@ class ResUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (16, 32, 64, 128, 256),
-        blocks: int = 1,
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (16, 32, 64, 128, 256),
+        blocks: Count = 1,
         norm: str = "group",
         residual: bool = True,
     ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count, Dimensions
 from lightning_modules.networks.contract import describe
 
 DECODERS = ("unpool", "small", "transposed")
@@ -46,8 +47,8 @@ class SegNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        dimensions: int = 3,
-        features: Sequence[int] = (32, 64, 128, 256, 320, 320),
+        dimensions: Dimensions = 3,
+        features: Sequence[Count] = (32, 64, 128, 256, 320, 320),
         decoder: str = "unpool",
         order: str = "conv_act_norm",
         deep_supervision: bool = True,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count
 from lightning_modules.networks.contract import describe, parts_of, within
 
 
@@ -25,7 +26,7 @@ class SlabChannels(nn.Module):
         SuiteError: an even slab (no middle slice), a network that is not 2D, or an input with another number of slices.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, network: Callable[[int, int], nn.Module], slab: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, network: Callable[[int, int], nn.Module], slab: Count) -> None:
         super().__init__()
         if slab < 1 or slab % 2 == 0:
             raise SuiteError(f"network.slab={slab}: a slab needs a middle slice, use an odd number")

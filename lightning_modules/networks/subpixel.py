@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Count
 from lightning_modules.networks.contract import describe
 
 GUIDANCE = ("learned", "bilinear_input", "nearest_input", "extra_resblocks", "none")
@@ -205,14 +206,14 @@ class SubpixelNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        slab: int = 5,
-        widths: Sequence[int] = (32, 64, 128, 196, 196),
-        decoder_widths: Sequence[int] = (196, 128, 64, 32, 16, 16),
-        embedding_width: int = 16,
-        guidance_width: int = 8,
-        downsampler_width: int = 16,
+        slab: Count = 5,
+        widths: Sequence[Count] = (32, 64, 128, 196, 196),
+        decoder_widths: Sequence[Count] = (196, 128, 64, 32, 16, 16),
+        embedding_width: Count = 16,
+        guidance_width: Count = 8,
+        downsampler_width: Count = 16,
         spg: str = "learned",
-        guidance_resolutions: Sequence[int] = (1, 2),
+        guidance_resolutions: Sequence[Count] = (1, 2),
         embedding: str = "release",
         downsampler: str = "learned",
         ld_input: str = "latent",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import BelowOne, Count, Dimensions
 from lightning_modules.networks.contract import describe, numbered
 
 
@@ -14,13 +15,13 @@ def swin_unet(
     in_channels: int,
     out_channels: int,
     *,
-    dimensions: int = 2,
-    features: int = 96,
-    depths: Sequence[int] = (2, 2, 2, 2),
-    decoder_depths: Sequence[int] = (2, 2, 2),
-    heads: Sequence[int] = (3, 6, 12, 24),
-    attention_window: int = 7,
-    dropout: float = 0.0,
+    dimensions: Dimensions = 2,
+    features: Count = 96,
+    depths: Sequence[Count] = (2, 2, 2, 2),
+    decoder_depths: Sequence[Count] = (2, 2, 2),
+    heads: Sequence[Count] = (3, 6, 12, 24),
+    attention_window: Count = 7,
+    dropout: BelowOne = 0.0,
 ) -> "SwinUnet":
     """Swin-Unet (Cao et al., ECCV Workshops 2022; arXiv:2105.05537), 2D.
 

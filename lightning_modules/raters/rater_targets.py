@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import NotNegative
 from lesionbench.target import Target, nesting
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.lesions import components
@@ -279,7 +280,7 @@ class Simple(Fused):
         deviations: raters whose Dice is so many standard deviations below the mean are dropped.
     """
 
-    def __init__(self, task: Task, deviations: float = 1.0, decode: str | None = None) -> None:
+    def __init__(self, task: Task, deviations: NotNegative = 1.0, decode: str | None = None) -> None:
         super().__init__(task, decode)
         self.deviations = deviations
 

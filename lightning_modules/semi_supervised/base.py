@@ -12,6 +12,7 @@ from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, NotNegative
 from lesionbench.task import Task
 from lightning_modules.networks.contract import Output, logits_of
 from lightning_modules.networks.stateless import stateless
@@ -51,12 +52,12 @@ class SemiSupervised(SegmentationMethod):
         self,
         task: Task,
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, NotNegative] | None = None,
         ramp: Callable[[int, int], float] | Mapping[str, Callable[[int, int], float]] | None = None,
-        warm_start: float = 0,
+        warm_start: NotNegative = 0,
         predict_with: str | None = None,
         predict_members: bool = False,
-        relabel_every: int = 1,
+        relabel_every: Count = 1,
         **options: Any,
     ) -> None:
         super().__init__(task, **options)

@@ -5,13 +5,14 @@ windows (`maps`; `probabilities` is the main head's probabilities) and what is u
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import ASCENDING, AtLeastOne, Count, NotNegative, Positive, PositiveShare, Share
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy
 from lightning_modules.losses.cross_entropy import voxel_binary_cross_entropy, voxel_cross_entropy, weighted_mean
 from lightning_modules.networks.multi_head import every_head
@@ -44,7 +45,7 @@ class ConservativeRadical:
 
     heads = ("conservative", "radical")
 
-    def __init__(self, alpha: float = 5.0) -> None:
+    def __init__(self, alpha: AtLeastOne = 5.0) -> None:
         if alpha < 1:
             raise SuiteError(f"model.mask.alpha={alpha}: the cost must be at least 1")
         self.alpha = float(alpha)
@@ -82,7 +83,7 @@ class SoftmaxThreshold:
 
     heads: tuple[str, ...] = ()
 
-    def __init__(self, threshold: float = 0.8) -> None:
+    def __init__(self, threshold: Share = 0.8) -> None:
         if not 0.5 <= threshold <= 1:
             raise SuiteError(f"model.mask.threshold={threshold}: a decision has a probability between 0.5 and 1")
         self.threshold = threshold
@@ -105,7 +106,7 @@ class DropoutMask(SoftmaxThreshold):
         passes: 50 in Shi et al. (Table VI), with a rate of 0.5.
     """
 
-    def __init__(self, threshold: float = 0.8, passes: int = 50) -> None:
+    def __init__(self, threshold: Share = 0.8, passes: Count = 50) -> None:
         super().__init__(threshold)
         self.passes = _at_least_one("passes", passes)
 
@@ -132,11 +133,11 @@ class AugmentationMask(SoftmaxThreshold):
 
     def __init__(
         self,
-        threshold: float = 0.8,
-        passes: int = 20,
+        threshold: Share = 0.8,
+        passes: Count = 20,
         flip: bool = True,
-        scale: Sequence[float] | None = (0.8, 1.1),
-        crop: float | None = None,
+        scale: Annotated[Sequence[Positive], ASCENDING] | None = (0.8, 1.1),
+        crop: PositiveShare | None = None,
     ) -> None:
         super().__init__(threshold)
         if scale is not None and not (len(scale) == 2 and 0 < scale[0] <= scale[1]):
@@ -188,7 +189,7 @@ class Aleatoric:
 
     heads = ("sigma",)
 
-    def __init__(self, deviation: float = 0.001, samples: int = 20) -> None:
+    def __init__(self, deviation: NotNegative = 0.001, samples: Count = 20) -> None:
         if samples < 2:
             raise SuiteError(f"model.mask.samples={samples}: a deviation needs at least 2")
         self.deviation, self.samples = deviation, samples

@@ -8,6 +8,7 @@ from torch import nn
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import PositiveShare, Share
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.semi_supervised.base import SemiSupervised
@@ -59,12 +60,12 @@ class CoLearning(SemiSupervised):
         network: Callable[..., nn.Module],
         variants: Sequence[Mapping[str, Any]] = ({}, {}),
         init: str = "same",
-        rates: Sequence[float] = (0.005, 0.005),
+        rates: Sequence[Share] = (0.005, 0.005),
         ema_warmup: bool = True,
         mix: str = "both",
         mix_target: str | None = None,
         soft_target: bool = False,
-        box: float = 0.5,
+        box: PositiveShare = 0.5,
         box_in_brain: bool = False,
         teacher_input: str = "full",
         **options: Any,
@@ -110,7 +111,7 @@ class CoLearning(SemiSupervised):
             terms["teacher"] = sum(self.loss(output, self.hard(teacher)) for output in others)
         if mixing:
             truth, valid = self.target.as_maps(self.training_target(labeled))
-            pseudo = self._pseudo_maps(unlabeled["image"], teacher, others, mask)
+            pseudo = self._pseudo_maps(unlabeled, teacher, others, mask)
             targets = [self.mixed(truth, maps, mask)[number] for number, maps in enumerate(pseudo)]
             known = torch.full((len(unlabeled["image"]), *valid.shape[1:]), float(self.mix == "both"), device=valid.device)
             weights = self.mixed(valid, known, mask)
@@ -127,9 +128,10 @@ class CoLearning(SemiSupervised):
         return mix(labeled1, unlabeled1, mask), mix(unlabeled2, labeled2, mask)
 
     def _pseudo_maps(
-        self, image: torch.Tensor, teacher: torch.Tensor | None, others: list, mask: torch.Tensor
+        self, unlabeled: Batch, teacher: torch.Tensor | None, others: list, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps (B, K, *spatial) of the unlabeled images, for the mixed target of student 1 and of student 2."""
+        image = unlabeled["image"]
         if self.mix_target == "students":
             return self._answer(others[1]), self._answer(others[0])
         if self.teacher_input == "full" and teacher is not None:
@@ -138,8 +140,12 @@ class CoLearning(SemiSupervised):
             nothing = torch.zeros((len(image), self.target.out_channels, *image.shape[2:]), device=image.device)
             return nothing, nothing
         half = len(mask)
-        nothing = torch.zeros_like(image[:half])
-        used = [mix(nothing, image[:half], mask), mix(image[-half:], nothing, mask)]  # the boxes of mix 1, the surroundings of mix 2
+        outside = unlabeled.get("outside", image.new_zeros(image.shape[:2]))
+        nothing = outside.to(image).reshape(*image.shape[:2], *[1] * (image.ndim - 2)).expand_as(image)
+        used = [
+            mix(nothing[:half], image[:half], mask),
+            mix(image[-half:], nothing[-half:], mask),
+        ]  # the boxes of mix 1, the surroundings of mix 2
         logits = self.no_grad_logits(self.teacher, torch.cat(used), "teacher, crops")
         whole = self._answer(logits)
         first, second = (torch.zeros((len(image), *whole.shape[1:]), device=image.device) for _ in range(2))

@@ -8,6 +8,7 @@ import torch
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import PositiveShare, Share
 from lesionbench.task import IGNORE, Task
 from lightning_modules.components import largest_component
 from lightning_modules.networks.contract import with_own_loss
@@ -41,9 +42,9 @@ class CopyPaste(SemiSupervised):
         self,
         task: Task,
         *,
-        decay: float = 0.99,
+        decay: Share = 0.99,
         ema_warmup: bool = True,
-        box: float = 2 / 3,
+        box: PositiveShare = 2 / 3,
         largest: bool = True,
         box_in_brain: bool = False,
         **options: Any,

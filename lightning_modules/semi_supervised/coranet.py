@@ -10,6 +10,7 @@ from torch import nn
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import NotNegative, Share
 from lesionbench.task import IGNORE, Task
 from lightning_modules.losses.cost_sensitive import cost_cross_entropy, masked_consistency
 from lightning_modules.networks.contract import Output, logits_of
@@ -75,11 +76,11 @@ class CoraNet(SemiSupervised):
         pseudo_weights: str = "same",
         uncertain_heads: str = "main",
         norm: str = "all_pixels",
-        supervised_weight: float = 1.0,
+        supervised_weight: NotNegative = 1.0,
         update: str = "joint",
-        decay: float = 0.99,
+        decay: Share = 0.99,
         reset_teacher: bool = True,
-        noise: float = 0.0,
+        noise: NotNegative = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(task, network=with_heads(network, 1 + len(mask.heads)), **options)

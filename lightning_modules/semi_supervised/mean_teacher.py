@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lesionbench.batch import Batch
+from lesionbench.ranges import NotNegative, Share
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import gated_consistency
 from lightning_modules.semi_supervised.base import SemiSupervised
@@ -26,7 +27,7 @@ class MeanTeacher(SemiSupervised):
 
     terms: Mapping[str, float] = {"consistency": 1.0}
 
-    def __init__(self, task: Task, *, decay: float = 0.99, ema_warmup: bool = True, noise: float = 0.1, **options: Any) -> None:
+    def __init__(self, task: Task, *, decay: Share = 0.99, ema_warmup: bool = True, noise: NotNegative = 0.1, **options: Any) -> None:
         super().__init__(task, **options)
         self.teacher = Teacher(self.network, 1 - decay, ema_warmup)
         self.noise = noise

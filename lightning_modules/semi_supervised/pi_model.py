@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lesionbench.batch import Batch
+from lesionbench.ranges import NotNegative
 from lesionbench.task import Task
 from lightning_modules.semi_supervised.base import SemiSupervised
 
@@ -23,7 +24,7 @@ class PiModel(SemiSupervised):
 
     terms: Mapping[str, float] = {"consistency": 1.0}
 
-    def __init__(self, task: Task, *, noise: float = 0.1, **options: Any) -> None:
+    def __init__(self, task: Task, *, noise: NotNegative = 0.1, **options: Any) -> None:
         super().__init__(task, **options)
         self.noise = noise
 

@@ -7,6 +7,7 @@ import torch
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
+from lesionbench.ranges import Share
 from lesionbench.task import IGNORE, Task
 from lightning_modules.networks.contract import Output
 from lightning_modules.semi_supervised.base import SemiSupervised
@@ -34,7 +35,7 @@ class PseudoLabel(SemiSupervised):
     def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
         return {"pseudo_label": cls.map_interpolation} if options.get("labels") == "stored" else {}
 
-    def __init__(self, task: Task, *, labels: str = "online", threshold: float = 0.0, **options: Any) -> None:
+    def __init__(self, task: Task, *, labels: str = "online", threshold: Share = 0.0, **options: Any) -> None:
         super().__init__(task, **options)
         if labels not in LABELS:
             raise unknown("model.labels", labels, LABELS)

@@ -7,6 +7,7 @@ import torch
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import NotNegative, Share
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import squared_error
 from lightning_modules.semi_supervised.base import SemiSupervised
@@ -31,7 +32,7 @@ class TemporalEnsembling(SemiSupervised):
     writes_maps = ("ensemble",)
     map_interpolation = "linear"
 
-    def __init__(self, task: Task, *, alpha: float = 0.6, noise: float = 0.1, **options: Any) -> None:
+    def __init__(self, task: Task, *, alpha: Share = 0.6, noise: NotNegative = 0.1, **options: Any) -> None:
         super().__init__(task, **options)
         if not 0 <= alpha < 1:
             raise SuiteError(f"model.alpha={alpha}: at least 0 and below 1")

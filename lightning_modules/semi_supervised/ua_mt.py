@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import Count
 from lesionbench.task import Task
 from lightning_modules.losses.gated_consistency import RisingShare
 from lightning_modules.semi_supervised.mean_teacher import MeanTeacher
@@ -28,7 +29,7 @@ class UAMT(MeanTeacher):
 
     terms: Mapping[str, float] = {"consistency": 0.1}
 
-    def __init__(self, task: Task, *, passes: int = 8, gate: Callable | None = None, **options: Any) -> None:
+    def __init__(self, task: Task, *, passes: Count = 8, gate: Callable | None = None, **options: Any) -> None:
         super().__init__(task, **options)
         if passes < 1:
             raise SuiteError(f"model.passes={passes}: at least 1")

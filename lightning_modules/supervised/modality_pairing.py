@@ -9,6 +9,7 @@ from torch import nn
 
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError
+from lesionbench.ranges import NotNegative
 from lesionbench.task import Task
 from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.segmentation import SegmentationMethod
@@ -41,8 +42,8 @@ class ModalityPairing(SegmentationMethod):
         *,
         network: Callable[..., nn.Module],
         mp: nn.Module | None = None,
-        mp_weight: float = 0.5,
-        mp_warmup: float = 0,
+        mp_weight: NotNegative = 0.5,
+        mp_warmup: NotNegative = 0,
         **options: Any,
     ) -> None:
         if mp_weight < 0 or mp_warmup < 0:

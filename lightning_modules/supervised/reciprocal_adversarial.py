@@ -10,6 +10,7 @@ from torch import nn
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, NotNegative, Whole
 from lesionbench.target import nesting
 from lesionbench.task import Task
 from lightning_modules.losses.adversarial import KINDS, critic_loss, fooling_loss, gradient_penalty
@@ -58,20 +59,22 @@ class ReciprocalAdversarial(SegmentationMethod):
     def streams_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         return ("labeled", "unlabeled") if options.get("unlabeled") else cls.streams
 
+    tables = ("nesting_violations",)
+
     def __init__(
         self,
         task: Task,
         *,
         critic: Callable[..., nn.Module],
         vat: Callable[..., VAT],
-        weights: Mapping[str, float],
-        warmup: Mapping[str, int] | None = None,
+        weights: Mapping[str, NotNegative],
+        warmup: Mapping[str, Whole] | None = None,
         vat_target: str = "truth",
         vat_brain: bool = True,
         adversary: str = "bce",
-        penalty: float = 10.0,
-        instance_noise: float = 0.15,
-        critic_steps: int = 1,
+        penalty: NotNegative = 10.0,
+        instance_noise: NotNegative = 0.15,
+        critic_steps: Count = 1,
         unlabeled: bool = False,
         gradients: str = "real",
         **options: Any,

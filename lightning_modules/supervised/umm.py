@@ -16,6 +16,7 @@ from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.keyed import key, torch_seeded
 from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count, NotNegative, Whole
 from lesionbench.task import Task
 from lesionbench.views import from_slices, to_slabs, to_slices
 from lightning_modules.inferers import padded
@@ -58,6 +59,8 @@ class UMM(SegmentationMethod):
         SuiteError: no branch, an unknown `mutual` or `fusion`, a number out of range, a target that is no softmax over classes.
     """
 
+    tables = ("mean_entropy",)
+
     def __init__(
         self,
         task: Task,
@@ -65,15 +68,15 @@ class UMM(SegmentationMethod):
         branches: Mapping[str, Callable[..., nn.Module] | None],
         mutual: str = "gated",
         gate: Callable[[torch.Tensor, int, float], torch.Tensor] | None = None,
-        mc_samples: int = 8,
-        passes_at_once: int = 1,
+        mc_samples: Count = 8,
+        passes_at_once: Count = 1,
         fusion: str = "softmin",
         extra_fusions: Sequence[str] = (),
         predict_mc_mean: bool = False,
-        max_weight: float = 1.0,
-        ramp_epochs: int | None = None,
+        max_weight: NotNegative = 1.0,
+        ramp_epochs: Count | None = None,
         detach_teacher: bool = True,
-        seed: int = 0,
+        seed: Whole = 0,
         **options: Any,
     ) -> None:
         factories = {name: factory for name, factory in branches.items() if factory is not None}
@@ -118,6 +121,7 @@ class UMM(SegmentationMethod):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         image, target = batch["image"], self.target.encode(batch["label"])
+        self.network.beyond(batch)
         # passes without gradient come first: their memory is free again when the graphs are built
         moments = {n: self._passes(n, image, self.mc_samples - 1) for n in self.network} if self.mutual == "gated" else {}
         logits = {name: self._drawn(name, "pass 0")(image) for name in self.network}
@@ -193,6 +197,7 @@ class UMM(SegmentationMethod):
 
     def predict_case(self, batch: Batch) -> Prediction:
         """Fused prediction with the branches as members; each has its `entropy` map and that map's mean over the case in its table."""
+        self.network.beyond(batch)
         maps = self.infer(batch, self.predict_maps)
 
         def part(name: str) -> Prediction:
@@ -243,6 +248,12 @@ class Branches(nn.ModuleDict):
                 parts[part] = parts.get(part, ()) + paths
         describe(self, 3, 1, parts=parts)  # branches pad to what they need by themselves
 
+    def beyond(self, batch: Batch) -> None:
+        """From now on what lies beyond the border of volumes is that of the cases of `batch`."""
+        outside = batch.get("outside")
+        for branch in self.values():
+            branch.outside = None if outside is None or not outside.any() else outside
+
     def forward(self, volume: torch.Tensor) -> dict[str, torch.Tensor]:
         """Branch -> its logits."""
         return {name: branch(volume) for name, branch in self.items()}
@@ -251,25 +262,31 @@ class Branches(nn.ModuleDict):
 class VolumeWise(nn.Module):
     """A network as a map from volumes to logits of volumes: slice by slice (2D), pack by pack (2.5D) or as it is (3D).
 
-    Views are padded with 0 at the far end to the multiple that the network needs, and its logits are cut again. The dimension comes from
+    Views are padded with `outside` at the far end to the multiple that the network needs, and its logits are cut again. The dimension comes from
     the network's attributes `dimensions` and `slab` (see `lightning_modules.networks.describe`).
 
     Args:
         network: returns logits, or a dict with nothing but `logits`.
         axis: spatial axis along which slices are cut.
+
+    Attributes:
+        outside: what lies beyond the border of the volumes (b, M), which are all of these b cases in turn; None = 0.
     """
 
     def __init__(self, network: nn.Module, axis: int) -> None:
         super().__init__()
         self.network, self.axis = network, axis
+        self.outside: torch.Tensor | None = None
 
     def forward(self, volume: torch.Tensor) -> torch.Tensor:
         """(B, M, X, Y, Z) -> (B, K, X, Y, Z)."""
         net, axis = self.network, self.axis
+        beyond = None if self.outside is None else self.outside.repeat(len(volume) // len(self.outside), 1)
         if net.dimensions == 3:
-            return padded(volume, net.divisor, self._answer)["logits"]
+            return padded(volume, net.divisor, self._answer, outside=beyond)["logits"]
         views = to_slices(volume, axis) if net.slab is None else to_slabs(volume, axis, net.slab)
-        return from_slices(padded(views, net.divisor, self._answer, axes=2)["logits"], axis, len(volume))
+        beyond = None if beyond is None else beyond.repeat_interleave(len(views) // len(volume), dim=0)
+        return from_slices(padded(views, net.divisor, self._answer, axes=2, outside=beyond)["logits"], axis, len(volume))
 
     def takes(self, patch: Sequence[int]) -> bool:
         """Whether volumes of this size, once padded, leave the network enough voxels at its coarsest level."""

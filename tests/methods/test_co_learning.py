@@ -117,6 +117,16 @@ def test_mixed_targets_are_truth_and_teacher(labeled, unlabeled, teacher_input):
     assert loss == pytest.approx(float((~target).float().mean()) + 0.25)
 
 
+def test_the_teacher_sees_air_around_its_crops(labeled, unlabeled):
+    """What the teacher is not shown is background, as the cases are normalized, not 0."""
+    module, seen = method(teacher_input="crop"), []
+    module.no_grad_logits = lambda network, image, name: seen.append(image) or image.new_zeros(len(image), 2, *image.shape[2:])
+    module.losses(labeled, {**unlabeled, "outside": torch.full(unlabeled["image"].shape[:2], -3.0)})
+    crops = seen[-1]
+    assert (crops == -3).any()
+    assert not (crops == 0).any()
+
+
 def test_ignored_voxels_do_not_count(labeled, unlabeled):
     module = method()
     base = module.losses(labeled, unlabeled)["mix"]
