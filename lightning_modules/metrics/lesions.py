@@ -21,6 +21,19 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
 
 
+def overlaps(found: np.ndarray, lesions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels that every true lesion shares with every predicted one (true, predicted), and the sizes (true,) and (predicted,) in voxels.
+
+    Args:
+        found, lesions: labels 1..n of the predicted and of the true lesions, arrays of one shape; 0 is background.
+    """
+    places = np.flatnonzero((found > 0) | (lesions > 0))
+    found, lesions = found.ravel()[places], lesions.ravel()[places].astype(np.int64)
+    n_found, n_lesions = int(found.max(initial=0)), int(lesions.max(initial=0))
+    joint = np.bincount(lesions * (n_found + 1) + found, minlength=(n_lesions + 1) * (n_found + 1)).reshape(n_lesions + 1, n_found + 1)
+    return joint[1:, 1:], joint[1:].sum(axis=1), joint[:, 1:].sum(axis=0)
+
+
 def lesion_counts(prediction: np.ndarray, truth: np.ndarray, min_iou: float = 0.0) -> LesionCounts:
     """Lesions found, missed and made up.
 
@@ -32,15 +45,11 @@ def lesion_counts(prediction: np.ndarray, truth: np.ndarray, min_iou: float = 0.
         min_iou: in [0, 1].
     """
     box = bounding_box(prediction | truth)
-    (found, n_found), (lesions, n_lesions) = components(prediction[box]), components(truth[box])
-    joint = np.bincount(
-        lesions.ravel().astype(np.int64) * (n_found + 1) + found.ravel(), minlength=(n_lesions + 1) * (n_found + 1)
-    ).reshape(n_lesions + 1, n_found + 1)
-    shared = joint[1:, 1:]
-    union = joint.sum(axis=1)[1:, None] + joint.sum(axis=0)[None, 1:] - shared
+    shared, true_sizes, found_sizes = overlaps(components(prediction[box])[0], components(truth[box])[0])
+    union = true_sizes[:, None] + found_sizes - shared
     match = (shared > 0) & (shared >= min_iou * union)
     detected = int(match.any(axis=1).sum())
-    return LesionCounts(detected, n_lesions - detected, n_found - int(match.any(axis=0).sum()))
+    return LesionCounts(detected, len(true_sizes) - detected, len(found_sizes) - int(match.any(axis=0).sum()))
 
 
 def lesion_f1(prediction: np.ndarray, truth: np.ndarray, min_iou: float = 0.0) -> float:
