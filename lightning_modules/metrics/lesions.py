@@ -69,22 +69,37 @@ def lesion_dice(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0) ->
         dilation: true lesions that touch once both are dilated so many voxels are one, and "into it" means into the dilated lesion
             (BraTS 2023 glioma: 3). The dilated voxels themselves are not scored.
     """
+    pairs, false = joined_lesions(prediction, truth, dilation)
+    scores = [2 * np.count_nonzero(found & lesion) / (np.count_nonzero(lesion) + np.count_nonzero(found)) for lesion, found in pairs]
+    return sum(scores) / (len(scores) + false) if scores or false else 1.0
+
+
+def joined_lesions(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """Every true lesion with the predicted lesions that reach into it, and the number of predicted lesions that reach into none.
+
+    Args:
+        prediction, truth: boolean masks of one shape.
+        dilation: see `lesion_dice`.
+
+    Returns:
+        pairs of masks, the lesion and the union of its predicted ones (empty where there is none), on the box that holds both.
+    """
     if not (prediction.any() or truth.any()):
-        return 1.0
+        return [], 0
     box = bounding_box(prediction | truth)
     found, n_found = components(np.pad(prediction[box], dilation))  # the padding lets lesions grow as on the whole grid
     truth = np.pad(truth[box], dilation)
     lesions = components(_dilated(truth, dilation))[0] * truth
-    sizes, reached = np.bincount(found.ravel(), minlength=n_found + 1), np.zeros(n_found + 1, bool)
-    scores = []
+    found_boxes, reached, pairs = ndimage.find_objects(found), np.zeros(n_found + 1, bool), []
     for index, tight in enumerate(ndimage.find_objects(lesions), start=1):
         window = tuple(slice(max(s.start - dilation, 0), s.stop + dilation) for s in tight)
-        lesion, here = lesions[window] == index, found[window]
-        partners = np.unique(here[_dilated(lesion, dilation)])
+        partners = np.unique(found[window][_dilated(lesions[window] == index, dilation)])
         partners = partners[partners > 0]
         reached[partners] = True
-        scores.append(2 * np.count_nonzero(here[lesion]) / (np.count_nonzero(lesion) + sizes[partners].sum()))
-    return float(sum(scores) / (len(scores) + n_found - np.count_nonzero(reached)))
+        around = zip(tight, *(found_boxes[partner - 1] for partner in partners), strict=True)
+        both = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in around)
+        pairs.append((lesions[both] == index, np.isin(found[both], partners)))
+    return pairs, n_found - int(np.count_nonzero(reached))
 
 
 def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
