@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from scipy import ndimage
 
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
@@ -30,9 +31,11 @@ from lightning_modules.metrics import (
     surface_metrics,
     volume_recall_rate,
 )
+from lightning_modules.metrics import lesions as lesions_module
 from lightning_modules.metrics import surface as surface_module
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS
 from lightning_modules.metrics.box import bounding_box
+from lightning_modules.metrics.lesions import components
 from lightning_modules.metrics.surface import surface
 
 BRATS = {"background": 0, "ncr": 1, "ed": 2, "et": 4}
@@ -221,6 +224,19 @@ def test_lesion_counts_by_hand():
     assert lesion_f1(prediction, truth) == pytest.approx(4 / 6)
     assert lesion_counts(prediction, truth, min_iou=0.5) == (1, 2, 2)  # 4/8 is reached, 1/13 is not
     assert lesion_counts(prediction, truth, min_iou=0.51) == (0, 3, 3)
+
+
+@pytest.mark.parametrize("few_runs", [0.1, 1e9])
+def test_components_are_those_of_scipy_in_the_same_order(monkeypatch, few_runs):
+    monkeypatch.setattr(lesions_module, "FEW_RUNS", few_runs)  # run by run, and not
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        noise = rng.random(rng.integers(1, 12, 2 + number % 2)) < rng.choice([0, 0.05, 0.2, 0.6, 1])
+        noise = noise.T if number % 3 else noise
+        labels, n = components(noise)
+        expected, same = ndimage.label(noise, np.ones((3,) * noise.ndim))
+        assert n == same
+        assert np.array_equal(labels, expected)
 
 
 def test_lesions_connect_over_corners():

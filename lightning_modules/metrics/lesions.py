@@ -1,11 +1,17 @@
 """Lesion-wise measures: every connected component counts as one lesion, however large. Components touch by face, edge or corner."""
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from lightning_modules.metrics.box import bounding_box
+
+FEW_RUNS = 50
+"""Components are found run by run where there are fewer runs of voxels than a grid's voxels over this."""
 
 
 class LesionCounts(NamedTuple):
@@ -17,8 +23,38 @@ class LesionCounts(NamedTuple):
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Connected components (26 neighbors in 3D, 8 in 2D) of a boolean mask: labels 1..n, and n."""
-    return ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    """Connected components (26 neighbors in 3D, 8 in 2D) of a boolean mask: labels 1..n in the order of their first voxels, and n.
+
+    The labels are those of `scipy.ndimage.label`, at a tenth of the cost where few voxels of a large grid are set.
+    """
+    mask = np.ascontiguousarray(mask)
+    *rows, width = mask.shape
+    voxels = np.flatnonzero(mask)
+    if not voxels.size:
+        return np.zeros(mask.shape, np.int32), 0
+    first = np.r_[True, (np.diff(voxels) > 1) | (voxels[1:] % width == 0)]  # of a run of voxels along the last axis
+    if np.count_nonzero(first) > mask.size / FEW_RUNS:
+        return ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    starts, ends = voxels[first], voxels[np.r_[first[1:], True]]
+    places = np.unravel_index(starts // width, rows) if rows else ()
+    edges = [np.empty((2, 0), np.int64)]
+    for offset in product((-1, 0, 1), repeat=len(rows)):
+        if offset <= (0,) * len(rows):
+            continue  # every pair of rows is looked at from one side
+        moved = [place + step for place, step in zip(places, offset, strict=True)]
+        inside = np.flatnonzero(np.all([(place >= 0) & (place < size) for place, size in zip(moved, rows, strict=True)], axis=0))
+        row = np.ravel_multi_index([place[inside] for place in moved], rows) * width
+        low, high = np.maximum(starts[inside] % width - 1, 0) + row, np.minimum(ends[inside] % width + 1, width - 1) + row
+        begin, stop = np.searchsorted(ends, low), np.searchsorted(starts, high, side="right")  # runs of that row that touch
+        counts = stop - begin
+        others = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(begin, counts)
+        edges.append(np.stack([np.repeat(inside, counts), others]))
+    ones, twos = np.concatenate(edges, axis=1)
+    graph = coo_array((np.ones(len(ones), bool), (ones, twos)), shape=(len(starts),) * 2)
+    n, of_run = connected_components(graph, directed=False)
+    labels = np.zeros(mask.size, np.int32)
+    labels[voxels] = np.repeat(of_run + 1, ends - starts + 1)
+    return labels.reshape(mask.shape), int(n)
 
 
 def overlaps(found: np.ndarray, lesions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
