@@ -35,9 +35,9 @@ class CaseMetrics:
     Args:
         names: what to measure; a metric whose input a prediction lacks is left out for it.
             From `labels`: `dice`, `jaccard`, `sensitivity`, `precision`, `specificity`, `volume_difference`, `vr70` (1 where sensitivity is
-            at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd` (columns
-            end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `slices` (columns `slices_*`, see
-            `slice_metrics`).
+            at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd`,
+            `asd_directed` (columns end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `slices` (columns
+            `slices_*`, see `slice_metrics`).
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
             From `scores`, for finding each region: `auroc`, `brain_auroc` (inside the brain alone), `ap` (average precision), `auprc`
             (trapezoids), `dice_best` (the best Dice that a threshold reaches on this very case: an oracle's).
@@ -147,7 +147,7 @@ class CaseMetrics:
             found |= surface_metrics(ours, theirs, case.steps, surfaces, self.surface_tolerance, empty)
         values = {}
         for name in self.names:
-            if name in ("hd95", "hd95_pooled", "hd", "asd"):
+            if name in SURFACE_METRICS and name != "surface_dice":
                 values[f"{name}_{unit}"] = found[name]
             elif name in found:
                 values[name] = found[name]

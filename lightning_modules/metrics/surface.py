@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from lightning_modules.metrics.box import bounding_box
 
-SURFACE_METRICS = ("hd95", "hd95_pooled", "hd", "asd", "surface_dice")
+SURFACE_METRICS = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed", "surface_dice")
 TREE_LIMIT = 40_000
 SPARSE = 25
 """Trees grow with the surface, distance transforms with the box. Transforms are cheaper above `TREE_LIMIT` surface voxels (of both masks,
@@ -33,9 +33,10 @@ def surface_metrics(
 ) -> dict[str, float]:
     """Surface measures of two boolean masks of one shape, in the unit of `spacing`, >= 0.
 
-    - `hd95`: the larger of the two directed 95th percentiles (linear interpolation), as in the BraTS evaluation; `hd`: of the maxima.
+    - `hd95`: the larger of the two directed 95th percentiles (linear interpolation); `hd`: of the maxima.
     - `hd95_pooled`: the 95th percentile of both directions pooled, as in medpy's `hd95`.
     - `asd`: mean of both directions pooled (average symmetric surface distance).
+    - `asd_directed`: mean from the surface of `prediction` to that of `truth` alone, medpy's `asd(result, reference)`.
     - `surface_dice`: share of surface voxels, of both surfaces, within `tolerance` of the other one, in [0, 1] (Nikolov et al. 2018,
       arXiv:1809.04430, with surface voxels counted instead of surface area).
 
@@ -60,6 +61,7 @@ def surface_metrics(
         "hd95_pooled": lambda: np.percentile(both, 95),
         "hd": lambda: both.max(),
         "asd": lambda: both.mean(),
+        "asd_directed": lambda: forth.mean(),
         "surface_dice": lambda: np.mean(both <= tolerance * (1 + 1e-5)),  # the transform's distances are float32
     }
     return {name: float(measures[name]()) for name in names}
