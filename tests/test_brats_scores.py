@@ -131,6 +131,16 @@ def test_matching_maximizes_the_sum_of_dice_and_not_the_single_best():
     assert found["lesionwise_dsc_mean"] == pytest.approx((2 * 9 / 39 + 2 * 8 / 49) / 2)
 
 
+def test_of_equally_good_matches_the_first_along_the_last_axis_counts():
+    # Two pieces of four voxels inside one lesion, a cube of 2 x 2 x 1 at the low end of the last axis and a row of 4 at its high end, which
+    # is the first along the first axis; the numbers are those of the official package.
+    truth = box_mask((14, 14, 14), ((2, 10), (2, 10), (2, 10)))
+    prediction = box_mask((14, 14, 14), ((8, 10), (2, 4), (2, 3)), ((2, 3), (4, 8), (9, 10)))
+    found = brats2026(prediction, truth, (1, 1, 1))
+    assert [found[f"all_instance_{name}"] for name in ("tp", "fp", "fn")] == [1, 1, 0]
+    assert found["lesionwise_hd95_mean"] == pytest.approx(math.sqrt(89))  # of the row: 9.27
+
+
 def test_voxel_sizes_between_lesions_go_to_the_opposite_axis_and_beside_it_to_their_own():
     truth = box_mask((20, 20, 20), CUBE)
     for axis, official, own in ((0, 5, 1), (1, 1, 1), (2, 1, 5)):

@@ -193,6 +193,15 @@ def test_surface_distances_do_not_depend_on_method_crop_flip_or_memory_order(mon
     assert surface_metrics(truth, prediction, spacing, symmetric) == pytest.approx({name: expected[name] for name in symmetric}, rel=1e-5)
 
 
+def test_the_transform_is_exact_on_cubic_voxels(monkeypatch):
+    prediction, truth = (m > 0 for m in blobs(1))
+    expected = surface_distances(prediction, truth, (1.3, 1.3, 1.3))
+    monkeypatch.setattr(surface_module, "TREE_LIMIT", 0)
+    monkeypatch.setattr(surface_module, "SPARSE", math.inf)
+    for found, exact in zip(surface_distances(prediction, truth, (1.3, 1.3, 1.3)), expected, strict=True):
+        assert np.abs(found - exact).max() < 1e-12
+
+
 def test_large_dense_surfaces_use_the_transform_and_others_trees(monkeypatch):
     used = []
     for name in ("_by_tree", "_by_transform"):
