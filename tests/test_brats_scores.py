@@ -123,12 +123,12 @@ def test_a_lesion_in_two_pieces_counts_one_false_positive():
 
 
 def test_matching_maximizes_the_sum_of_dice_and_not_the_single_best():
-    # One predicted lesion spans both true ones and is the best match of the first; the second can only have it.
+    # One predicted lesion spans both true ones and is the best match of the first (0.41 against 0.33); the second can only have it.
     truth = box_mask((3, 30), ((0, 3), (0, 10)), ((0, 3), (11, 21)))
-    prediction = box_mask((3, 30), ((0, 1), (0, 9)), ((2, 3), (0, 19)))
+    prediction = box_mask((3, 30), ((0, 1), (0, 6)), ((2, 3), (0, 19)))
     found = brats2026(prediction, truth, (1, 1))
     assert [found[f"all_instance_{name}"] for name in ("tp", "fp", "fn")] == [2, 0, 0]
-    assert found["lesionwise_dsc_mean"] == pytest.approx((2 * 9 / 39 + 2 * 8 / 49) / 2)
+    assert found["lesionwise_dsc_mean"] == pytest.approx((2 * 6 / 36 + 2 * 8 / 49) / 2)
 
 
 def test_of_equally_good_matches_the_first_along_the_last_axis_counts():
@@ -168,12 +168,11 @@ def test_what_is_empty_missed_or_apart():
 
 
 def test_large_and_small_metastases():
-    # True lesions of 64, 20 and 8 voxels; the first is found well, the second grazed (Dice 0.09), the third missed; one false positive.
+    # True lesions of 64, 20 and 8 voxels; the first is found well, the second grazed (Dice 0.07), the third missed; one false positive.
     truth = box_mask((30, 30, 30), ((0, 4),) * 3, ((10, 14), (10, 15), (10, 11)), ((20, 22),) * 3)
-    prediction = box_mask((30, 30, 30), ((0, 4), (0, 4), (0, 3)), ((13, 16), (14, 17), (10, 13)), ((28, 30),) * 3)
+    prediction = box_mask((30, 30, 30), ((0, 4), (0, 4), (0, 3)), ((13, 15), (14, 16), (10, 12)), ((28, 30),) * 3)
     found = brats2026(prediction, truth, (1, 1, 1), metastases=True)
-    grazed = 2 * 1 / (20 + 27)
-    assert grazed < 0.1
+    grazed = 2 * 1 / (20 + 8)
     names = ("tp", "fp", "fn", "prec", "rec", "f1")
     assert [found[f"large_instance_{name}"] for name in names] == [1, 1, 1, 0.5, 0.5, 0.5]
     assert [found[f"small_instance_{name}"] for name in names] == [0, 1, 1, 0, 0, 0]
