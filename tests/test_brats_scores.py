@@ -220,7 +220,7 @@ def test_presets_of_2023_and_2024_set_dilation_and_volume_by_region():
     truth = torch.zeros(30, 30, 30, dtype=torch.int64)
     truth[2:7, 2:7, 2:5] = 3  # 75 voxels
     truth[20:24, 20:22, 20:22] = 3  # 16
-    task = Task(("t1",), {"background": 0, "ncr": 1, "ed": 2, "et": 3}, {"WT": ("ncr", "ed", "et"), "ET": ("et",)})
+    task = Task(("t1",), {"background": 0, "ncr": 1, "ed": 2, "et": 3}, {"WT": ("ncr", "ed", "et"), "et": ("et",)})
     nothing = Prediction(labels=torch.zeros_like(truth))
     missed = {name: [row["num_fn"] for row in preset(name)(nothing, truth, task, (1, 1, 1))] for name in ("brats2023", "brats2024")}
     assert missed == {"brats2023": [1, 1], "brats2024": [1, 2]}

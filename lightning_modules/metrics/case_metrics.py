@@ -49,8 +49,8 @@ class CaseMetrics:
         surface_tolerance: for `surface_dice`, in the unit.
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
         lesion_dilation: for `lesion_dice` and `brats2023`, in voxels.
-        lesion_min_volume: for `brats2023`, in mm^3: true lesions up to it do not count. A number, or one per region name with one under
-            `default` for the others.
+        lesion_min_volume: for `brats2023`, in mm^3: true lesions up to it do not count. A number, or one per region name (in capitals or not)
+            with one under `default` for the others.
         bins: for `ece`.
         slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
         space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
@@ -89,7 +89,8 @@ class CaseMetrics:
         self.surface_tolerance = surface_tolerance
         self.lesion_min_iou = lesion_min_iou
         self.lesion_dilation = lesion_dilation
-        self.lesion_min_volume = dict(lesion_min_volume) if isinstance(lesion_min_volume, Mapping) else {"default": lesion_min_volume}
+        volumes = lesion_min_volume if isinstance(lesion_min_volume, Mapping) else {"default": lesion_min_volume}
+        self.lesion_min_volume = {region.lower(): float(volume) for region, volume in volumes.items()}
         if "default" not in self.lesion_min_volume:
             raise SuiteError(
                 f"metrics.lesion_min_volume={self.lesion_min_volume}: add `default`, the volume for regions that are not named"
@@ -174,7 +175,7 @@ class CaseMetrics:
             elif name == "lesion_f1":
                 values[name] = lesion_f1(ours, theirs, self.lesion_min_iou)
             elif name == "brats2023":
-                smallest = self.lesion_min_volume.get(region, self.lesion_min_volume["default"])
+                smallest = self.lesion_min_volume.get(region.lower(), self.lesion_min_volume["default"])
                 values |= brats2023(ours, theirs, case.steps, self.lesion_dilation, smallest)
             elif name in BRATS:
                 values |= brats2026(ours, theirs, case.steps, unit, metastases=name == "brats2026_mets")
