@@ -25,7 +25,7 @@ METHODS = {
     "co_learning/left_atrium": "co-learning, mean of the students",
     "supervised/left_atrium_full": "all 9 scans labeled (bound)",
 }
-METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd_vox": "ASD"}
+METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd_vox": "ASD, symmetric"}
 
 
 def measured(folders: list[str]) -> dict[str, dict[str, dict[str, float]]]:

@@ -23,24 +23,24 @@ class Decathlon(CaseDataModule):
     """
 
     def __init__(self, root: str | Path, *, slice_axis: Axis = 2, **options: Any) -> None:
-        description = read_description(Path(root).expanduser(), "the Medical Segmentation Decathlon", ("modality", "labels", "training"))
-        labels = {name: int(value) if str(value).isdecimal() else value for value, name in description["labels"].items()}
-        self._task = described_task(Path(root).expanduser() / "dataset.json", description["modality"], labels, slice_axis)
+        self.slice_axis = slice_axis
         super().__init__(root, **options)
 
     def default_task(self) -> Task:
-        return self._task
+        described = read_description(self.root, "the Medical Segmentation Decathlon", ("modality", "labels", "training"))
+        labels = {name: int(value) if str(value).isdecimal() else value for value, name in described["labels"].items()}
+        return described_task(self.root / "dataset.json", described["modality"], labels, self.slice_axis)
 
     def materialize(self) -> None:
         from rich.console import Console
         from rich.progress import track
 
-        every, console = self._task.channels, Console(stderr=True)
+        every, console = self.default_task().channels, Console(stderr=True)
         cases = find_decathlon(self.root, every) if len(every) > 1 else []
         for case in track(cases, "Splitting channels", console=console, transient=True, disable=not console.is_terminal):
             write_channels(case, every, self.cache_root / "channels")
 
     def find_cases(self) -> list[Case]:
-        every = self._task.channels
+        every = self.default_task().channels
         cases = find_decathlon(self.root, every)
         return cases if len(every) == 1 else [split_channels(case, every, self.cache_root / "channels") for case in cases]

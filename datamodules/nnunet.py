@@ -27,19 +27,18 @@ class NNUNet(CaseDataModule):
     """
 
     def __init__(self, root: str | Path, *, slice_axis: Axis = 2, splits: str | Path | bool | None = None, **options: Any) -> None:
-        root = Path(root).expanduser()
-        description = read_description(root, "nnU-Net", ("channel_names", "labels", "file_ending"))
-        self._task = described_task(root / "dataset.json", description["channel_names"], description["labels"], slice_axis)
-        self.splits = None if splits is False else Path(splits).expanduser() if splits else root / SPLITS
+        self.slice_axis = slice_axis
+        super().__init__(root, **options)
+        self.splits = None if splits is False else Path(splits).expanduser() if splits else self.root / SPLITS
         if splits and not self.splits.is_file():
             raise SuiteError(f"data.splits={splits}: no such file")
-        super().__init__(root, **options)
 
     def default_task(self) -> Task:
-        return self._task
+        described = read_description(self.root, "nnU-Net", ("channel_names", "labels", "file_ending"))
+        return described_task(self.root / "dataset.json", described["channel_names"], described["labels"], self.slice_axis)
 
     def find_cases(self) -> list[Case]:
-        return find_nnunet(self.root, self.task.channels, self._task.channels, self.allow_missing)
+        return find_nnunet(self.root, self.task.channels, self.default_task().channels, self.allow_missing)
 
     def divided(self, cases: Sequence[Case]) -> dict[str, list[Case]]:
         if self.splits is None or not self.splits.is_file() or self.split.test == "all":

@@ -81,9 +81,10 @@ def _statistics(values: np.ndarray, bootstrap: int, seed: int) -> dict[str, floa
     numbers: Sequence[float | None] = (None,) * len(names)
     if known.size:
         picks = numpy_generator("bootstrap", seed, known.size).integers(known.size, size=(bootstrap, known.size))
-        std = known.std(ddof=1) if known.size > 1 else None
-        numbers = (known.mean(), std, *np.percentile(known, [50, 25, 75]), *np.percentile(known[picks].mean(axis=1), [2.5, 97.5]))
-    statistics = {name: None if x is None else float(x) for name, x in zip(names, numbers, strict=True)}
+        with np.errstate(invalid="ignore"):  # an infinite value leaves no std, nor a quantile between two of them
+            std = known.std(ddof=1) if known.size > 1 else None
+            numbers = (known.mean(), std, *np.percentile(known, [50, 25, 75]), *np.percentile(known[picks].mean(axis=1), [2.5, 97.5]))
+    statistics = {name: None if x is None or np.isnan(x) else float(x) for name, x in zip(names, numbers, strict=True)}
     return {**statistics, "n": int(known.size), "missing": int(values.size - known.size)}
 
 

@@ -146,6 +146,19 @@ def test_nan_is_left_out_and_counted_and_one_seed_has_no_std(tmp_path):
     assert "1 missing" in result.sheets()[0].rows[0][1]
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_values_are_compared_without_a_warning(tmp_path):
+    # lesionwise_hd95_mean of a case where nothing is matched; the second case is infinite on both sides, a tie
+    for name, first in (("a", 2.0), ("b", math.inf)):
+        for seed in (0, 1):
+            values = [first, math.inf, 1.0, 2.0, 3.0, 4.0, 5.0]
+            make_run(tmp_path, name, seed, rows=[row(f"c{n}", lesionwise_hd95_mean=value) for n, value in enumerate(values)])
+    result = compare(tmp_path, metrics=["lesionwise_hd95_mean"], baseline="a", out=tmp_path / "out")
+    assert [cell["mean"] for cell in result.cells] == [math.inf, math.inf]
+    test = only(result.tests)
+    assert (test["better"], test["wins"], test["ties"], test["losses"]) == ("lower", 0, 6, 1)
+
+
 def test_default_metrics_and_choices(tmp_path):
     rows = [
         row(case, region, member, dice=0.5, hd95_mm=4.0, hd95_pooled_vox=3.0, precision=0.1)

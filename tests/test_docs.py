@@ -114,7 +114,7 @@ def keys(node, prefix: str = "") -> set[str]:
 
 def test_keys_and_choices_in_the_text_exist():
     variants = [
-        [], ["debug=profile"], ["benchmark=brats2020", "model=supervised"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
+        [], ["metrics=brats2023"], ["debug=profile"], ["benchmark=brats2020", "model=supervised"], ["experiment=supervised/folder", "callbacks=[default,ema,early_stopping]", "logger=[csv,wandb]"],
         ["experiment=multi_rater/qubiq_kidney", "model/target=level_k"], ["experiment=multi_rater/simulated", "model/target=simple"],
         ["benchmark=brats2020", "model=supervised", "model/network=slab"], ["benchmark=brats2020", "model=supervised", "model/network=dynunet", "model/scheduler=warmup"],
         ["experiment=reciprocal_adversarial/toy2d"],

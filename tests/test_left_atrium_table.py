@@ -91,7 +91,7 @@ def test_the_table_is_printed(tmp_path):
         "dice",
         "jaccard",
         "hd95_pooled_vox",
-        "asd_vox",
+        "asd_directed_vox",
     ):
         assert text in printed.stdout
     table = (tmp_path / "out" / "comparison.csv").read_text()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from scipy import ndimage
 
 from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
@@ -30,12 +31,15 @@ from lightning_modules.metrics import (
     surface_metrics,
     volume_recall_rate,
 )
+from lightning_modules.metrics import lesions as lesions_module
 from lightning_modules.metrics import surface as surface_module
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS
 from lightning_modules.metrics.box import bounding_box
+from lightning_modules.metrics.lesions import components
 from lightning_modules.metrics.surface import surface
 
 BRATS = {"background": 0, "ncr": 1, "ed": 2, "et": 4}
+DISTANCES = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed")
 REGIONS = {"WT": ("ncr", "ed", "et"), "TC": ("ncr", "et"), "ET": ("et",)}
 
 
@@ -132,6 +136,7 @@ def test_surface_metrics_of_two_rows_by_hand():
             "hd95_pooled": 2 + 10 * 0.65,  # position 0.95 * 7 = 6.65 between 2 and 12
             "hd": 12,
             "asd": 14 / 8,
+            "asd_directed": 2 / 4,
             "surface_dice": 7 / 8,
         }
     )
@@ -146,18 +151,27 @@ def test_shifted_cube_has_its_shift_as_distance():
 
 def test_identical_masks_are_at_distance_zero():
     truth = blobs(0)[1] > 0
-    assert surface_metrics(truth, truth, (1, 1, 1)) == {"hd95": 0, "hd95_pooled": 0, "hd": 0, "asd": 0, "surface_dice": 1}
+    assert surface_metrics(truth, truth, (1, 1, 1)) == {**dict.fromkeys(DISTANCES, 0), "surface_dice": 1}
+
+
+def test_a_detached_false_voxel_counts_twice_as_much_in_the_directed_distance():
+    # medpy.metric.binary.asd(prediction, truth) and .assd
+    truth = mask((30, 30, 30), [(5, 10)] * 3)
+    prediction = truth | mask((30, 30, 30), [(20, 21), (7, 8), (7, 8)])
+    assert surface_metrics(prediction, truth, (1, 1, 1), ["asd", "asd_directed"]) == pytest.approx(
+        {"asd": 11 / 197, "asd_directed": 11 / 99}
+    )
+    assert surface_metrics(truth, prediction, (1, 1, 1), ["asd_directed"]) == {"asd_directed": 0}
 
 
 def test_empty_masks_follow_brats():
     none, one = np.zeros((240, 240, 155), bool), mask((240, 240, 155), [(3, 5)] * 3)
     assert grid_diagonal((240, 240, 155), (1, 1, 1)) == pytest.approx(373.13, abs=0.005)
-    names = ["hd95", "hd95_pooled", "hd", "asd"]
-    assert surface_metrics(none, none, (1, 1, 1)) == {**dict.fromkeys(names, 0), "surface_dice": 1}
+    assert surface_metrics(none, none, (1, 1, 1)) == {**dict.fromkeys(DISTANCES, 0), "surface_dice": 1}
     for pair in [(none, one), (one, none)]:
         found = surface_metrics(*pair, (1, 1, 1))
         assert found.pop("surface_dice") == 0
-        assert found == pytest.approx(dict.fromkeys(names, 373.13), abs=0.005)
+        assert found == pytest.approx(dict.fromkeys(DISTANCES, 373.13), abs=0.005)
         assert surface_metrics(*pair, (1, 1, 1), ["hd95"], empty=50.0) == {"hd95": 50}
 
 
@@ -175,7 +189,17 @@ def test_surface_distances_do_not_depend_on_method_crop_flip_or_memory_order(mon
     assert surface_metrics(np.asfortranarray(prediction), truth, spacing) == pytest.approx(expected, rel=1e-5)
     swapped = [m.transpose(2, 0, 1) for m in (prediction, truth)]
     assert surface_metrics(*swapped, (2.5, 0.7, 1.3)) == pytest.approx(expected, rel=1e-5)
-    assert surface_metrics(truth, prediction, spacing) == pytest.approx(expected, rel=1e-5)
+    symmetric = set(expected) - {"asd_directed"}
+    assert surface_metrics(truth, prediction, spacing, symmetric) == pytest.approx({name: expected[name] for name in symmetric}, rel=1e-5)
+
+
+def test_the_transform_is_exact_on_cubic_voxels(monkeypatch):
+    prediction, truth = (m > 0 for m in blobs(1))
+    expected = surface_distances(prediction, truth, (1.3, 1.3, 1.3))
+    monkeypatch.setattr(surface_module, "TREE_LIMIT", 0)
+    monkeypatch.setattr(surface_module, "SPARSE", math.inf)
+    for found, exact in zip(surface_distances(prediction, truth, (1.3, 1.3, 1.3)), expected, strict=True):
+        assert np.abs(found - exact).max() < 1e-12
 
 
 def test_large_dense_surfaces_use_the_transform_and_others_trees(monkeypatch):
@@ -221,6 +245,19 @@ def test_lesion_counts_by_hand():
     assert lesion_f1(prediction, truth) == pytest.approx(4 / 6)
     assert lesion_counts(prediction, truth, min_iou=0.5) == (1, 2, 2)  # 4/8 is reached, 1/13 is not
     assert lesion_counts(prediction, truth, min_iou=0.51) == (0, 3, 3)
+
+
+@pytest.mark.parametrize("few_runs", [0.1, 1e9])
+def test_components_are_those_of_scipy_in_the_same_order(monkeypatch, few_runs):
+    monkeypatch.setattr(lesions_module, "FEW_RUNS", few_runs)  # run by run, and not
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        noise = rng.random(rng.integers(1, 12, 2 + number % 2)) < rng.choice([0, 0.05, 0.2, 0.6, 1])
+        noise = noise.T if number % 3 else noise
+        labels, n = components(noise)
+        expected, same = ndimage.label(noise, np.ones((3,) * noise.ndim))
+        assert n == same
+        assert np.array_equal(labels, expected)
 
 
 def test_lesions_connect_over_corners():
@@ -418,7 +455,24 @@ def test_distance_of_an_empty_region_is_configurable(empty, expected):
 
 
 ALL = ["dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference", "vr70", "volume", "hd95", "hd95_pooled"]
-ALL += ["hd", "asd", "surface_dice", "lesion_dice", "lesion_f1", "ece", "brier", "q_dice", "q_dice_paper", "auroc", "ap", "error_auroc"]
+ALL += [
+    "hd",
+    "asd",
+    "asd_directed",
+    "surface_dice",
+    "lesion_dice",
+    "lesion_f1",
+    "brats2023",
+    "brats2026",
+    "brats2026_mets",
+    "ece",
+    "brier",
+    "q_dice",
+    "q_dice_paper",
+    "auroc",
+    "ap",
+    "error_auroc",
+]
 
 
 def full_prediction(labels, seed=0):
@@ -442,7 +496,7 @@ def test_ignored_voxels_count_nowhere():
     expected = metrics(cropped, truth[inside], brats_task(), (1, 1, 2), raters[(slice(None), *inside)])
     assert len(rows) == len(expected) == 4
     for row, other in zip(rows, expected, strict=True):
-        assert row == pytest.approx(other)
+        assert row == pytest.approx(other, nan_ok=True)
     nothing = CaseMetrics()(Prediction(labels=labels), torch.full_like(truth, -1), brats_task(), (1, 1, 1))
     assert [r["dice"] for r in nothing] == [1, 1, 1]
     assert all(math.isnan(r["specificity"]) for r in nothing)
@@ -457,8 +511,8 @@ def test_padding_changes_only_what_counts_background():
     padded = metrics(Prediction(labels=pad(labels, (3, 2, 1, 0, 4, 9))), pad(truth, (3, 2, 1, 0, 4, 9)), brats_task(), (1, 1, 2))
     flipped = metrics(Prediction(labels=labels.flip(0, 2)), truth.flip(0, 2), brats_task(), (1, 1, 2))
     for row, other, mirrored in zip(rows, padded, flipped, strict=True):
-        assert row == pytest.approx(other)
-        assert row == pytest.approx(mirrored)
+        assert row == pytest.approx(other, nan_ok=True)
+        assert row == pytest.approx(mirrored, nan_ok=True)
 
 
 def test_members_tables_and_what_is_missing():
@@ -533,7 +587,7 @@ def test_two_dimensional_and_one_voxel_thick_volumes_agree():
         thick = flat.map(lambda x, a=axis: x.unsqueeze(a + 1), lambda x, a=axis: x.unsqueeze(a + 1))
         rows = metrics(thick, truth.unsqueeze(axis), brats_task(unit="vox"), (1, 1, 1), raters.unsqueeze(axis + 1))
         for row, other in zip(rows, expected, strict=True):
-            assert row == pytest.approx(other)
+            assert row == pytest.approx(other, nan_ok=True)
     # in-plane surfaces: a disc's inner voxels are no surface, so a smaller disc inside it is at a distance
     disc, hole = torch.zeros(9, 9, 1, dtype=torch.int8), torch.zeros(9, 9, 1, dtype=torch.int8)
     disc[1:8, 1:8], hole[3:6, 3:6] = 1, 1
@@ -556,6 +610,12 @@ def test_mistakes_are_answered():
 def test_every_metric_name_yields_a_column():
     labels, truth = (torch.from_numpy(m) for m in blobs(8, (12, 12, 12)))
     columns = {"hd95": "hd95_mm", "hd95_pooled": "hd95_pooled_mm", "hd": "hd_mm", "asd": "asd_mm", "volume": "volume_ml"}
+    columns |= {
+        "asd_directed": "asd_directed_mm",
+        "brats2023": "num_tp",
+        "brats2026": "all_instance_tp",
+        "brats2026_mets": "large_instance_tp",
+    }
     columns["error_auroc"] = "auroc_entropy"
     for name in ALL:
         rows = CaseMetrics([name])(full_prediction(labels), truth, brats_task(), (1, 1, 1), raters=truth[None])

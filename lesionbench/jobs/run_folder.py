@@ -34,7 +34,7 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None}
+_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None}
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
@@ -46,6 +46,9 @@ _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever 
     "lightning_modules.schedules.plateau": {"cooldown": 0},
     "torch.optim.Adam": {"eps": 1e-8},
 }  # fmt: skip
+_GROWN = [  # lists of presets that came to hold more, and what they held: runs with either are the same
+    (["dice", "jaccard", "hd95_pooled", "asd_directed", "asd"], ["dice", "jaccard", "hd95_pooled", "asd"]),  # metrics=semi_supervised
+]
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FOLDER_VARIABLE = "LESIONBENCH_RUN_FOLDER"
 # what says which run it is, not what came of it; loggers open their files before training begins
@@ -71,11 +74,13 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def _as_earlier(node: Any) -> Any:
-    """A configuration (plain data) without the arguments that came later and are neutral."""
+    """A configuration (plain data) without what came later and is neutral."""
     if isinstance(node, dict):
         neutral = _NEUTRAL_ARGUMENTS.get(str(node.get("_target_")), {})
         return {k: _as_earlier(v) for k, v in node.items() if k not in neutral or v != neutral[k]}
-    return [_as_earlier(value) for value in node] if isinstance(node, list) else node
+    if isinstance(node, list):
+        return next((held for holds, held in _GROWN if node == holds), [_as_earlier(value) for value in node])
+    return node
 
 
 def variant_hash(cfg: DictConfig) -> str:

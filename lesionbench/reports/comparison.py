@@ -163,6 +163,7 @@ class Comparison:
         return [*([self.order] if self.order else []), *(f"Note: {note}" for note in self.notes), *excluded]
 
 
+@np.errstate(invalid="ignore")  # an infinite value, a distance where nothing was found, leaves no deviation
 def compare(
     runs: Path | str | Sequence[Path | str],
     group_by: str | Sequence[str] = ("experiment",),

@@ -175,7 +175,7 @@ def check_keys(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Non
 
 def lower_is_better(metric: str) -> bool:
     """Whether smaller values of a metric are the better ones."""
-    return metric.startswith(LOWER_IS_BETTER)
+    return metric.startswith(LOWER_IS_BETTER) or "_hd95" in metric or metric.endswith(("_fp", "_fn"))
 
 
 def value_text(value: Any) -> str:

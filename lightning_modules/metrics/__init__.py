@@ -3,6 +3,7 @@ the rows of all cases on all ranks, and `DatasetMetrics` that measures the voxel
 """
 
 from lightning_modules.metrics.agreement import q_dice, volume_recall_rate
+from lightning_modules.metrics.brats import brats2023, brats2026
 from lightning_modules.metrics.case_metrics import CaseMetrics
 from lightning_modules.metrics.dataset_metrics import DatasetMetrics
 from lightning_modules.metrics.lesions import lesion_counts, lesion_dice, lesion_f1
@@ -18,6 +19,8 @@ __all__ = [
     "PerCaseResults",
     "auroc",
     "average_precision",
+    "brats2023",
+    "brats2026",
     "brier_score",
     "calibration_error",
     "grid_diagonal",

@@ -1,6 +1,6 @@
 """One case in, result rows out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from lesionbench.score_counts import Ranking
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
 from lightning_modules.metrics.box import bounding_box
+from lightning_modules.metrics.brats import brats2023, brats2026
 from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.slices import slice_metrics
@@ -22,8 +23,9 @@ from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, su
 from lightning_modules.metrics.uncertainty import brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
-MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", "slices")
-DISTANCES = ("hd95", "hd95_pooled", "hd", "asd")
+BRATS = ("brats2023", "brats2026", "brats2026_mets")
+MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", *BRATS, "slices")
+DISTANCES = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed")
 SCORE_METRICS = ("auroc", "brain_auroc", "ap", "auprc", "dice_best")
 KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", *SCORE_METRICS, "error_auroc")
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
@@ -37,9 +39,10 @@ class CaseMetrics:
     Args:
         names: what to measure; a metric whose input a prediction lacks is left out for it.
             From `labels`: `dice`, `jaccard`, `sensitivity`, `precision`, `specificity`, `volume_difference`, `vr70` (1 where sensitivity is
-            at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd` (columns
-            end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `slices` (columns `slices_*`, see
-            `slice_metrics`).
+            at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd`,
+            `asd_directed` (columns end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `brats2023`,
+            `brats2026` and `brats2026_mets` (columns of the challenge's table, see `brats2023` and `brats2026`), `slices` (columns
+            `slices_*`, see `slice_metrics`).
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
             From `scores`, for finding each region: `auroc`, `brain_auroc` (inside the brain alone), `ap` (average precision), `auprc`
             (trapezoids), `dice_best` (the best Dice that a threshold reaches on this very case: an oracle's).
@@ -47,7 +50,9 @@ class CaseMetrics:
         empty_distance: surface distance when one of two masks is empty: `diagonal` of the whole grid, `nan`, or a number in the unit.
         surface_tolerance: for `surface_dice`, in the unit.
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
-        lesion_dilation: for `lesion_dice`, in voxels.
+        lesion_dilation: for `lesion_dice` and `brats2023`, in voxels.
+        lesion_min_volume: for `brats2023`, in mm^3: true lesions up to it do not count. A number, or one per region name (in capitals or not)
+            with one under `default` for the others.
         bins: for `ece`.
         slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
         space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
@@ -55,7 +60,7 @@ class CaseMetrics:
         thresholds: tried for the data-set-wise `dice_best`; None = all.
 
     Raises:
-        SuiteError: an unknown metric, `empty_distance` or `space`.
+        SuiteError: an unknown metric, `empty_distance` or `space`; `lesion_min_volume` without `default`.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class CaseMetrics:
         surface_tolerance: NotNegative = 1.0,
         lesion_min_iou: Share = 0.0,
         lesion_dilation: Whole = 0,
+        lesion_min_volume: NotNegative | Mapping[str, NotNegative] = 50.0,
         bins: Count = 15,
         slice_bounds: Sequence[Count] = (100,),
         space: str = "native",
@@ -85,6 +91,12 @@ class CaseMetrics:
         self.surface_tolerance = surface_tolerance
         self.lesion_min_iou = lesion_min_iou
         self.lesion_dilation = lesion_dilation
+        volumes = lesion_min_volume if isinstance(lesion_min_volume, Mapping) else {"default": lesion_min_volume}
+        self.lesion_min_volume = {region.lower(): float(volume) for region, volume in volumes.items()}
+        if "default" not in self.lesion_min_volume:
+            raise SuiteError(
+                f"metrics.lesion_min_volume={self.lesion_min_volume}: add `default`, the volume for regions that are not named"
+            )
         self.bins = bins
         if not slice_bounds or list(slice_bounds) != sorted(set(slice_bounds)) or slice_bounds[0] < 1:
             raise SuiteError(f"metrics.slice_bounds={list(slice_bounds)}: expected numbers of pixels, ascending")
@@ -146,9 +158,10 @@ class CaseMetrics:
     def _masks(self, part: Prediction, case: "_Truth") -> list[Values]:
         if part.labels is None:
             return []
-        return [self._mask(ours, theirs, case) for ours, theirs in zip(*case.cropped_masks(part.labels), strict=True)]
+        masks = zip(case.task.region_names, *case.cropped_masks(part.labels), strict=True)
+        return [self._mask(region, ours, theirs, case) for region, ours, theirs in masks]
 
-    def _mask(self, ours: np.ndarray, theirs: np.ndarray, case: "_Truth") -> Values:
+    def _mask(self, region: str, ours: np.ndarray, theirs: np.ndarray, case: "_Truth") -> Values:
         """Everything that compares two masks, in the order of `names`."""
         unit, found = case.task.unit, overlap_metrics(ours, theirs, case.voxels)
         surfaces = [n for n in self.names if n in SURFACE_METRICS]
@@ -171,6 +184,11 @@ class CaseMetrics:
                 values[name] = lesion_dice(ours, theirs, self.lesion_dilation)
             elif name == "lesion_f1":
                 values[name] = lesion_f1(ours, theirs, self.lesion_min_iou)
+            elif name == "brats2023":
+                smallest = self.lesion_min_volume.get(region.lower(), self.lesion_min_volume["default"])
+                values |= brats2023(ours, theirs, case.steps, self.lesion_dilation, smallest)
+            elif name in BRATS:
+                values |= brats2026(ours, theirs, case.steps, unit, metastases=name == "brats2026_mets")
             elif name == "slices":
                 values |= slice_metrics(ours, theirs, case.slice_axis, self.slice_bounds)
         return values

@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from lightning_modules.metrics.box import bounding_box
 
-SURFACE_METRICS = ("hd95", "hd95_pooled", "hd", "asd", "surface_dice")
+SURFACE_METRICS = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed", "surface_dice")
 TREE_LIMIT = 40_000
 SPARSE = 25
 """Trees grow with the surface, distance transforms with the box. Transforms are cheaper above `TREE_LIMIT` surface voxels (of both masks,
@@ -33,9 +33,10 @@ def surface_metrics(
 ) -> dict[str, float]:
     """Surface measures of two boolean masks of one shape, in the unit of `spacing`, >= 0.
 
-    - `hd95`: the larger of the two directed 95th percentiles (linear interpolation), as in the BraTS evaluation; `hd`: of the maxima.
+    - `hd95`: the larger of the two directed 95th percentiles (linear interpolation); `hd`: of the maxima.
     - `hd95_pooled`: the 95th percentile of both directions pooled, as in medpy's `hd95`.
     - `asd`: mean of both directions pooled (average symmetric surface distance).
+    - `asd_directed`: mean from the surface of `prediction` to that of `truth` alone, medpy's `asd(result, reference)`.
     - `surface_dice`: share of surface voxels, of both surfaces, within `tolerance` of the other one, in [0, 1] (Nikolov et al. 2018,
       arXiv:1809.04430, with surface voxels counted instead of surface area).
 
@@ -60,9 +61,15 @@ def surface_metrics(
         "hd95_pooled": lambda: np.percentile(both, 95),
         "hd": lambda: both.max(),
         "asd": lambda: both.mean(),
-        "surface_dice": lambda: np.mean(both <= tolerance * (1 + 1e-5)),  # the transform's distances are float32
+        "asd_directed": lambda: forth.mean(),
+        "surface_dice": lambda: within(both, tolerance).mean(),
     }
     return {name: float(measures[name]()) for name in names}
+
+
+def within(distances: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which distances are at most `tolerance`, a bool array of their shape."""
+    return distances <= tolerance * (1 + 1e-5)  # those of the transform are float32
 
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +83,45 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
         two arrays (number of surface voxels,), in the unit of `spacing`.
     """
     box = bounding_box(prediction | truth)
-    first, second = surface(prediction[box]), surface(truth[box])
+    return _between(surface(prediction[box]), surface(truth[box]), spacing)
+
+
+def surface_hd95_by_area(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+    """HD95 of the package `surface-distance` (Nikolov et al. 2018), in the unit of `spacing`: surface elements lie between voxels, distances
+    go from element to element, and each percentile is the distance within which 95 % of the area of a surface lies; the larger of the two.
+
+    Args:
+        prediction, truth: boolean masks (X, Y, Z) or (X, Y) of one shape, neither empty.
+        spacing: voxel size along each axis.
+    """
+    from monai.metrics.utils import get_code_to_measure_table
+
+    box = bounding_box(prediction | truth)
+    areas, kernel = (table.numpy() for table in get_code_to_measure_table(tuple(spacing)))
+    codes = [_corner_codes(mask[box], kernel.reshape((2,) * mask.ndim)) for mask in (prediction, truth)]
+    first, second = ((code > 0) & (code < len(areas) - 1) for code in codes)
+    shared = first & second
+    percentiles = []
+    for code, own, distances in zip(codes, (first, second), _between(first, second, spacing), strict=True):
+        area = areas[np.concatenate([code[shared], code[own & ~shared]])].astype(float)
+        order = np.lexsort((area, distances))
+        share = np.cumsum(area[order]) / area[order].sum()
+        percentiles.append(distances[order][min(np.searchsorted(share, 0.95), len(order) - 1)])
+    return float(max(percentiles))
+
+
+def _corner_codes(mask: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Which of the voxels around each voxel corner are in a mask (n, ...), as one number: the sum of their `kernel` entries (n + 1, ...)."""
+    padded = np.pad(mask, 1)
+    codes = np.zeros([n + 1 for n in mask.shape], np.int64)
+    for place in np.ndindex(kernel.shape):
+        codes += int(kernel[place]) * padded[tuple(slice(i, i + n) for i, n in zip(place, codes.shape, strict=True))]
+    return codes
+
+
+def _between(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of every point of `first` to the nearest of `second`, and the other way around: the common points first, then the others, in
+    the order of the array."""
     shared = first & second
     ours, theirs = first ^ shared, second ^ shared
     counts = [np.count_nonzero(m) for m in (ours, theirs)]
@@ -114,4 +159,9 @@ def _points(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 def _by_transform(start: np.ndarray, end: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     from edt import edt
 
-    return edt(~end, anisotropy=tuple(spacing), order="C")[start].astype(float)
+    distances = edt(~end, anisotropy=tuple(spacing), order="C")[start].astype(float)
+    if len(set(spacing)) > 1:
+        return distances
+    return spacing[0] * np.sqrt(
+        np.rint((distances / spacing[0]) ** 2)
+    )  # squares are whole numbers of voxels: undoes the rounding to float32
