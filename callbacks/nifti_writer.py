@@ -34,8 +34,8 @@ class NiftiWriter(CaseCallback):
         labels, probabilities, uncertainty, members: which maps to write.
         on_test: also write the predictions of test cases; those of an earlier test of the run are replaced.
         overwrite: let prediction replace files.
-        format: ending of the files of `job=predict`, one of `geometry.WRITTEN`; None = as the case's first image (`.nii.gz` for those
-            that are not written).
+        format: ending of the files of `job=predict`, one of `geometry.WRITTEN`; None = as the case's first image (`.nii.gz` for all
+            but NRRD and MetaImage).
 
     Raises:
         SuiteError: an unknown format, or prediction would replace a file; raised before any inference where the data module can tell the cases.
@@ -121,8 +121,8 @@ class NiftiWriter(CaseCallback):
 
 
 def _answering(ending: str) -> str:
-    """The format in which an image of this ending is answered."""
-    return {".nhdr": ".nrrd", ".mhd": ".mha"}.get(ending, ending if ending in WRITTEN else DEFAULT)
+    """The format in which an image of this ending is answered; NIfTI always compressed."""
+    return {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}.get(ending, DEFAULT)
 
 
 def _float(values: torch.Tensor) -> np.ndarray:

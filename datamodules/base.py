@@ -203,7 +203,12 @@ class CaseDataModule(pl.LightningDataModule):
             splits, more = {name: [c.id for c in parts[name]] for name in ("train", "val", "test")}, []
         except SuiteError as error:
             splits, more = {}, [Finding("error", "data.split", None, "these cases cannot be split", str(error))]
-        options: dict[str, Any] = {"allow_missing": self.allow_missing, "progress": progress, "header": self.preprocessing.header}
+        options: dict[str, Any] = {
+            "allow_missing": self.allow_missing,
+            "progress": progress,
+            "header": self.preprocessing.header,
+            "grid": self.preprocessing.grid,
+        }
         return more + check_cases(cases, self.task, splits=splits, **options)
 
     def prepare_data(self) -> None:
@@ -230,7 +235,11 @@ class CaseDataModule(pl.LightningDataModule):
         left_out = self.not_made()
         cases = [case for case in self.predict_cases or () if case.id not in left_out]
         if self.check:
-            options: dict[str, Any] = {"allow_missing": self.allow_missing, "header": self.preprocessing.header}
+            options: dict[str, Any] = {
+                "allow_missing": self.allow_missing,
+                "header": self.preprocessing.header,
+                "grid": self.preprocessing.grid,
+            }
             for finding in check_cases(cases, self.task, splits={"predict": [c.id for c in cases]}, **options):
                 if finding.level == ERROR:
                     left_out.setdefault(
@@ -262,7 +271,7 @@ class CaseDataModule(pl.LightningDataModule):
         marker = (
             self.cache_root
             / "checked"
-            / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing, self.preprocessing.header):016x}.json"
+            / f"{key(stamps, self.task.to_dict(), vars(self.split), self.allow_missing, self.preprocessing.header, self.preprocessing.grid):016x}.json"
         )
         if marker.exists():
             self.doubts = json.loads(marker.read_text()).get("doubts", "")

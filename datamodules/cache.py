@@ -113,7 +113,7 @@ class CaseCache:
     def folder(self) -> Path:
         """`<root>/<key>`: the key stands for all that changes what is stored."""
         settings = {k: v for k, v in self.settings.to_dict().items() if k not in ("normalize", "allow_missing")}
-        for name, neutral in (("crop_size", None), ("header", "auto")):
+        for name, neutral in (("crop_size", None), ("header", "auto"), ("grid", "same")):
             if settings[name] == neutral:
                 del settings[name]  # entries from before there was such a thing stay good
         stored = {

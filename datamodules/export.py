@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from datamodules.base import CaseDataModule
-from datamodules.preprocessing import check_channels, geometry_of, read_label
+from datamodules.preprocessing import Preprocessing, check_channels, geometry_of, read_label
 from datamodules.readers.nnunet_files import SPLITS
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
@@ -54,7 +54,7 @@ def export_nnunet(data: CaseDataModule, out: Path, tell: Callable[[str], None] =
         check_channels(case, task, replace(data.preprocessing, allow_missing=False))
     folds = _folds(data, cases)
     for number, case in enumerate(cases, start=1):
-        _write_case(case, task, data.preprocessing.header, out)
+        _write_case(case, task, data.preprocessing, out)
         if number * 10 // len(cases) > (number - 1) * 10 // len(cases):
             tell(f"{number} of {len(cases)} cases written to {out}")
     _write(out / SPLITS, folds)
@@ -93,7 +93,7 @@ def _folds(data: CaseDataModule, cases: Sequence[Case]) -> list[dict[str, list[s
     return folds
 
 
-def _write_case(case: Case, task: Task, header: str, out: Path) -> None:
+def _write_case(case: Case, task: Task, settings: Preprocessing, out: Path) -> None:
     folder = out / ("imagesTr" if case.label is not None else "imagesTs")
     for number, channel in enumerate(task.channels):
         source, target = case.images[channel], folder / f"{case.id}_{number:04d}{ENDING}"
@@ -101,12 +101,12 @@ def _write_case(case: Case, task: Task, header: str, out: Path) -> None:
             with whole(target) as temporary:
                 shutil.copyfile(source, temporary)
         else:
-            array, affine, _ = read_volume(source, header=header)
+            array, affine, _ = read_volume(source, header=settings.header)
             own = read_header(source)
             write_volume(target, array, None if own else affine, own)
     if case.label is not None:
-        geometry = geometry_of(case, task, header)
-        labels = read_label(case, case.label, task, geometry, header)
+        geometry = geometry_of(case, task, settings.header)
+        labels = read_label(case, case.label, task, geometry, settings)
         labels = np.where(labels == IGNORE, len(task.classes), labels).astype(np.uint8)
         write_native(out / "labelsTr" / f"{case.id}{ENDING}", labels, geometry)
 

@@ -95,5 +95,10 @@ class Images(CaseDataModule):
     def findings(self, cases: Any = None, progress: bool = True) -> list:
         from datamodules.integrity import check_cases
 
-        options: dict[str, Any] = {"allow_missing": self.allow_missing, "progress": progress, "header": self.preprocessing.header}
+        options: dict[str, Any] = {
+            "allow_missing": self.allow_missing,
+            "progress": progress,
+            "header": self.preprocessing.header,
+            "grid": self.preprocessing.grid,
+        }
         return check_cases(self.predict_cases, self.task, splits={"predict": self.predict_ids()}, **options)

@@ -28,8 +28,10 @@ CONSTANT = "constant image: export it again, or leave the channel out (data.prep
 NO_CHANNEL = "missing channel: add the file, narrow task.channels, or set data.preprocessing.allow_missing=true"
 NO_LABEL = "missing label: add it, or take the case out of training, validation and test"
 SHAPE = "shape differs from the case's first image: resample to one grid"
-ORIENTATION = "orientation differs from the case's first image: reorient to one grid"
-AFFINE = "affine differs from the case's first image: resample to one grid, or repair the header"
+ORIENTATION = (
+    "orientation differs from the case's first image: reorient to one grid, or take the first one's (data.preprocessing.grid=first)"
+)
+AFFINE = "affine differs from the case's first image: resample to one grid, repair the header, or take the first one's (data.preprocessing.grid=first)"
 SINGULAR = "affine is not a voxel-to-world matrix: repair the header"
 NOT_INTEGER = "label holds values that are not integers: export it without interpolation, and without a scale factor (scl_slope 1)"
 UNKNOWN_VALUE = "label holds values of no class: correct it, or declare them (data=folder: data.classes or data.ignore)"
@@ -75,6 +77,7 @@ def check_cases(
     workers: int = 0,
     progress: bool = True,
     header: str = "auto",
+    grid: str = "same",
 ) -> list[Finding]:
     """Reads every file of every case in full and returns all findings, in the order of the cases, then those between cases.
 
@@ -87,11 +90,12 @@ def check_cases(
         workers: threads that read files; 0 reads in the calling one.
         progress: draw a progress bar if the terminal is interactive.
         header: see `geometry.read_volume`; with another one than `auto` two voxel sizes in a header are no finding.
+        grid: with `first` headers that put the voxels of a case elsewhere are warned of and no errors (see `Preprocessing`).
     """
     labeled = {c.id for c in cases} if splits is None else {i for s, ids in splits.items() if s not in UNLABELED_SPLITS for i in ids}
 
     def check(case: Case) -> _Report:
-        return _check_case(case, task, allow_missing, header, needs_label=case.id in labeled)
+        return _check_case(case, task, allow_missing, header, grid, needs_label=case.id in labeled)
 
     if workers:
         with ThreadPoolExecutor(workers) as pool:
@@ -134,7 +138,7 @@ def _shown(reports: Iterable[_Report], total: int, progress: bool) -> Iterator[_
     return iter(track(reports, "Checking cases", total, console=console, transient=True, disable=not (progress and console.is_terminal)))
 
 
-def _check_case(case: Case, task: Task, allow_missing: bool, header: str, needs_label: bool) -> _Report:
+def _check_case(case: Case, task: Task, allow_missing: bool, header: str, grid: str, needs_label: bool) -> _Report:
     report = _Report()
     missing = [c for c in task.channels if c not in case.images]
     if missing and (not allow_missing or len(missing) == len(task.channels)):
@@ -143,17 +147,17 @@ def _check_case(case: Case, task: Task, allow_missing: bool, header: str, needs_
         report.findings.append(Finding(ERROR, case.id, None, NO_LABEL))
     for channel in (c for c in task.channels if c in case.images):
         path = case.images[channel]
-        array = _read(case, path, report, header)
+        array = _read(case, path, report, header, grid)
         if array is not None:
             _check_image(case, channel, path, array, report)
     for path in [*([case.label] if case.label else []), *case.raters]:
-        array = _read(case, path, report, header)
+        array = _read(case, path, report, header, grid)
         if array is not None:
             report.findings += [Finding(level, case.id, path, message, value) for level, message, value in _label_faults(array, task)]
     return report
 
 
-def _read(case: Case, path: Path, report: _Report, header: str) -> np.ndarray | None:
+def _read(case: Case, path: Path, report: _Report, header: str, grid: str) -> np.ndarray | None:
     """The volume, if its content can be judged; reports an unreadable file, NaN and what differs from the case's grid."""
     try:
         array, affine, shape = read_volume(path, header=header)
@@ -172,7 +176,8 @@ def _read(case: Case, path: Path, report: _Report, header: str) -> np.ndarray | 
     if not finite:
         bad = int((~np.isfinite(array)).sum()) if array.dtype.kind == "f" else array.size
         faults.append((NOT_FINITE, f"{bad} of {array.size} voxels"))
-    report.findings += [Finding(ERROR, case.id, path, message, value) for message, value in faults]
+    accepted = (ORIENTATION, AFFINE) if grid == "first" else ()
+    report.findings += [Finding(WARNING if message in accepted else ERROR, case.id, path, message, value) for message, value in faults]
     if header == "auto" and (doubt := header_doubt(path)):
         report.findings.append(Finding(WARNING, case.id, path, TWO_HEADERS, doubt))
     return array if finite else None

@@ -21,6 +21,7 @@ from lesionbench.task import Task
 CROPS = ("foreground", "label", "center", "none")
 NORMALIZATIONS = ("zscore", "zscore_all", "minmax", "percentile", "dataset", "ct", "histogram", "none")
 INTERPOLATIONS = ("linear", "nearest")
+GRIDS = ("same", "first")
 CT_PERCENTILES = (0.5, 99.5)
 LANDMARK_PERCENTILES = (1, *range(10, 100, 10), 99)
 Stats = dict[str, list]
@@ -53,9 +54,11 @@ class Preprocessing:
         allow_missing: accept cases without some of the channels; these are 0 and False in `channel_mask`.
         interpolation: of the image where it is resampled: `linear`, or `nearest` (labels always are).
         header: what of a NIfTI header says where the voxels lie: `auto`, `sform`, `qform` or `pixdim` (see `geometry.read_volume`).
+        grid: `same` = files of a case whose headers put their voxels elsewhere than the first image's are refused; `first` = the first
+            image's grid counts for all, voxel by voxel, whatever the others say. Shapes are the same in either case.
 
     Raises:
-        SuiteError: an unknown crop, normalization, interpolation or header, a spacing, size, margin or clip that makes no sense, both a spacing and a
+        SuiteError: an unknown crop, normalization, interpolation, header or grid, a spacing, size, margin or clip that makes no sense, both a spacing and a
             size, a size of the crop without `center` or the other way round.
     """
 
@@ -70,6 +73,7 @@ class Preprocessing:
     allow_missing: bool = False
     interpolation: str = "linear"
     header: str = "auto"
+    grid: str = "same"
 
     def __post_init__(self) -> None:
         for name in ("spacing", "percentiles", "clip"):
@@ -91,6 +95,8 @@ class Preprocessing:
             raise unknown("crop", self.crop, CROPS)
         if self.normalize not in NORMALIZATIONS:
             raise unknown("normalization", self.normalize, NORMALIZATIONS)
+        if self.grid not in GRIDS:
+            raise unknown("grid (data.preprocessing.grid)", self.grid, GRIDS)
         if self.header not in HEADERS:
             raise unknown("header (data.preprocessing.header)", self.header, HEADERS)
         if self.interpolation not in INTERPOLATIONS:
@@ -161,7 +167,7 @@ def preprocess(case: Case, task: Task, settings: Preprocessing, with_label: bool
     body = foreground(image, settings.background)
 
     def whole(path: Path) -> np.ndarray:
-        label = geometry.to_canonical(read_label(case, path, task, geometry, settings.header))
+        label = geometry.to_canonical(read_label(case, path, task, geometry, settings))
         return resample(torch.from_numpy(np.ascontiguousarray(label))[None], geometry.resampled, discrete=True)[0].numpy()
 
     if settings.crop == "foreground":
@@ -203,14 +209,14 @@ def check_channels(case: Case, task: Task, settings: Preprocessing) -> None:
         )
 
 
-def read_label(case: Case, path: Path, task: Task, geometry: Geometry, header: str = "auto") -> np.ndarray:
+def read_label(case: Case, path: Path, task: Task, geometry: Geometry, settings: Preprocessing) -> np.ndarray:
     """A label map of the case on its native grid: class indices (X, Y, Z), int8, -1 = ignore.
 
     Raises:
         SuiteError: unreadable, on another grid than the images, or with an unknown value; names case, file and value.
     """
-    values, affine, shape = read_volume(path, header=header)
-    _check_grid(case, path, affine, shape, geometry)
+    values, affine, shape = read_volume(path, header=settings.header)
+    _check_grid(case, path, affine, shape, geometry, settings)
     try:
         return task.from_disk(values)
     except SuiteError as error:
@@ -383,7 +389,7 @@ def _read_images(case: Case, task: Task, settings: Preprocessing) -> tuple[np.nd
         array, affine, shape = read_volume(path, header=settings.header)
         if geometry is None:
             geometry = _geometry(case, path, affine, shape)
-        _check_grid(case, path, affine, shape, geometry)
+        _check_grid(case, path, affine, shape, geometry, settings)
         volumes.append(_compact(case, path, geometry.to_canonical(array)))
     geometry = replace(geometry, resampled=resampled_shape(geometry, settings))
     whole_bounds = all(bound.is_integer() and abs(bound) < 2**15 for bound in settings.clip or ())
@@ -408,14 +414,16 @@ def _geometry(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int]) 
     return Geometry.of(affine, shape, read_header(path), ending_of(path))
 
 
-def _check_grid(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int], geometry: Geometry) -> None:
+def _check_grid(case: Case, path: Path, affine: np.ndarray, shape: Sequence[int], geometry: Geometry, settings: Preprocessing) -> None:
     if tuple(shape) != geometry.shape:
         raise SuiteError(f"case {case.id}: {path} has shape {tuple(shape)}, the first image has {geometry.shape}; bring both to one grid")
     apart = displacement(np.asarray(geometry.affine), affine, geometry.shape)
-    if not apart <= TOLERANCE:
+    if not apart <= TOLERANCE and settings.grid == "same":
         codes = ["".join(aff2axcodes(a)) for a in (affine, np.asarray(geometry.affine))]
         why = f"has axes {codes[0]}, the first image {codes[1]}" if codes[0] != codes[1] else "lies elsewhere than the first image"
-        raise SuiteError(f"case {case.id}: {path} {why} (up to {apart:.3g} voxels apart); bring both to one grid")
+        raise SuiteError(
+            f"case {case.id}: {path} {why} (up to {apart:.3g} voxels apart); bring both to one grid, or, after a look at both, take the first one's: data.preprocessing.grid=first"
+        )
 
 
 def _compact(case: Case, path: Path, array: np.ndarray) -> np.ndarray:

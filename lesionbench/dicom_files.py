@@ -1,6 +1,8 @@
 """DICOM series as volumes, read by SimpleITK (GDCM); what is no complete, evenly spaced stack of slices is refused by name."""
 
-from collections.abc import Sequence
+import locale
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +24,28 @@ class _Slice:
     size: tuple[str, ...]
 
 
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Inside, GDCM does not warn of every file that is no DICOM; and the locale of the process, which it sets to C, comes back
+    (`findings/simpleitk_dicom_locale.sh`): Python would read text files as ASCII from then on.
+    """
+    import SimpleITK as sitk
+
+    before, known = locale.setlocale(locale.LC_ALL), sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.GlobalWarningDisplayOff()
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(known)
+        locale.setlocale(locale.LC_ALL, before)
+
+
 def series_in(folder: Path) -> list[str]:
     """The UIDs of the DICOM series whose files lie in this very folder."""
     import SimpleITK as sitk
 
-    known = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.GlobalWarningDisplayOff()  # GDCM warns of every file that is no DICOM
-    try:
+    with _contained():
         return list(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(known)
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -46,13 +60,13 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     found = series_in(folder)
     if len(found) != 1:
         raise SuiteError(f"{folder}: holds {len(found) or 'no'} DICOM series; a folder of its own for each is needed")
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])
     try:
-        slices = [_slice(Path(name)) for name in names]
-        spacing = _distance(folder, slices)
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames([str(s.path) for s in _ordered(slices)])
-        image = reader.Execute()
+        with _contained():
+            slices = [_slice(Path(name)) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])]
+            spacing = _distance(folder, slices)
+            reader = sitk.ImageSeriesReader()
+            reader.SetFileNames([str(s.path) for s in _ordered(slices)])
+            image = reader.Execute()
     except RuntimeError as error:
         raise SuiteError(f"{folder}: the DICOM series cannot be read ({str(error).strip().splitlines()[-1]})") from None
     if image.GetNumberOfComponentsPerPixel() != 1:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_modules.networks.contract import Output
 from lightning_modules.segmentation import SegmentationMethod
 
 
@@ -18,17 +17,17 @@ class TrainingMemory:
     Attributes:
         weights: weights and gradients.
         optimizer: state of the optimizers, such as the two moments of Adam.
-        activations: what one forward pass of a batch keeps for the backward pass, in 32 bits.
+        activations: what one forward pass of a batch keeps for the backward pass, in 32 bits; None where that cannot be counted from shapes.
     """
 
     weights: int
     optimizer: int
-    activations: int
+    activations: int | None
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.optimizer + self.activations
+        """All of it, as far as it is known."""
+        return self.weights + self.optimizer + (self.activations or 0)
 
 
 def training_memory(method: SegmentationMethod, shape: tuple[int, ...]) -> TrainingMemory:
@@ -54,8 +53,10 @@ def _optimizer_state(method: SegmentationMethod) -> int:
     return int(total)
 
 
-def _activations(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Bytes that autograd keeps of one training pass, each storage once; weights are no part of it."""
+def _activations(network: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Bytes that autograd keeps of one training pass, each storage once; weights are no part of it. None of a network that does more than
+    shapes can tell, such as making tensors of its own.
+    """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shapes = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
     own = {t.untyped_storage()._cdata for t in shapes.values()}
@@ -71,10 +72,11 @@ def _activations(network: nn.Module, shape: tuple[int, ...]) -> int:
     network.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            output: Output = functional_call(network, shapes, (torch.empty(shape, device="meta"),))
+            functional_call(network, shapes, (torch.empty(shape, device="meta"),))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
     finally:
         network.train(was_training)
-    del output
     return sum(size for _, size in kept.values())
 
 

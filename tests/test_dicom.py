@@ -1,5 +1,6 @@
 """DICOM series as input of job=predict: the grid that ITK reads, the same masks as for NIfTI, and what is no even stack is refused by name."""
 
+import locale
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,23 @@ PLAIN = np.eye(3)
 TURN = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
 SAGITTAL = np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]])
 VALUES = np.arange(5 * 6 * 4, dtype=np.int16).reshape(5, 6, 4)
+
+
+@pytest.fixture(autouse=True)
+def own_locale():
+    """SimpleITK sets the process's locale to C when it writes DICOM, as the helper below does."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
+def test_reading_leaves_the_locale_of_the_process_as_it_is(tmp_path):
+    before = locale.setlocale(locale.LC_ALL)
+    folder = save_series(tmp_path / "series", scan())
+    locale.setlocale(locale.LC_ALL, before)
+    series_in(folder)
+    read_series(folder)
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def save_series(

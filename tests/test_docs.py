@@ -30,6 +30,7 @@ from lightning_modules.segmentation import SegmentationMethod
 from tests import harness
 from tests.fake_data import LPS, fake_case
 from tests.harness import composed
+from tests.test_nnunet_data import write_decathlon, write_nnunet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,6 +76,7 @@ def first(override: Override) -> object:
     return next(iter(override.sweep_string_iterator())) if override.is_discrete_sweep() else override.value().start
 
 
+DESCRIBED = {"datamodules.NNUNet": write_nnunet, "datamodules.Decathlon": write_decathlon}  # whose tasks are in their folders
 CALLS = sorted({tuple(c) for page in PAGES for c in commands(page)})
 
 
@@ -82,6 +84,8 @@ CALLS = sorted({tuple(c) for page in PAGES for c in commands(page)})
 def test_command_composes_and_builds(call, tmp_path):
     cfg = composed(*overrides(list(call)))
     cfg.run_folder = str(tmp_path)
+    if cfg.data._target_ in DESCRIBED:
+        cfg.data.root = str(DESCRIBED[cfg.data._target_](tmp_path / "described"))
     assert cfg.job in JOBS
     assert OmegaConf.to_container(cfg, resolve=True)
     if cfg.job not in ("fit", "test"):

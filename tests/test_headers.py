@@ -224,3 +224,30 @@ def test_a_form_that_is_not_there_is_named(tmp_path):
         read_volume(path, header="sform")
     with pytest.raises(SuiteError, match=r"Unknown header \(data\.preprocessing\.header\) 'sfrom'; did you mean 'sform'"):
         Preprocessing(header="sfrom")
+
+
+@pytest.mark.parametrize(
+    "other", [turned(0) + np.array([[0, 0, 0, 5.0], *[[0.0] * 4] * 3]), turned(0) * [1, 1, -1, 1]], ids=["moved", "mirrored"]
+)
+def test_the_first_images_grid_may_count_for_all(tmp_path, other):
+    """An origin 5 mm off, or an axis the other way round: refused, and after a look taken voxel by voxel."""
+    values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
+    first = save(tmp_path / "t1.nii.gz", values, sform=turned(0))
+    second, label = (
+        save(tmp_path / "t2.nii.gz", values[::-1].copy(), sform=other),
+        save(tmp_path / "label.nii.gz", (values % 2).astype(np.uint8), sform=other),
+    )
+    task, case = Task(("t1", "t2"), {"background": 0, "lesion": 1}), Case("a", {"t1": first, "t2": second}, label)
+
+    def levels(grid):
+        found = integrity.check_cases([case], task, progress=False, grid=grid)
+        return {f.level for f in found if f.message in (integrity.AFFINE, integrity.ORIENTATION)}
+
+    with pytest.raises(SuiteError, match=r"t2\.nii\.gz .* data\.preprocessing\.grid=first"):
+        preprocess(case, task, Preprocessing(crop="none"))
+    taken = preprocess(case, task, Preprocessing(crop="none", grid="first"))
+    np.testing.assert_array_equal(taken.image[1], taken.image[0][::-1])
+    np.testing.assert_array_equal(taken.label, taken.image[0] % 2)
+    assert (levels("same"), levels("first")) == ({integrity.ERROR}, {integrity.WARNING})
+    with pytest.raises(SuiteError, match=r"Unknown grid \(data\.preprocessing\.grid\) 'frist'; did you mean 'first'"):
+        Preprocessing(grid="frist")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from datamodules.acdc import ACDC
 from datamodules.brats import BraTS
 from datamodules.planning import Fingerprint, fingerprint, plan
 from lesionbench.errors import SuiteError
@@ -122,11 +123,14 @@ def test_random_fingerprints_get_nnunets_plan(nnunet):
         assert fields(plan(found, gib)) == nnunet(found, gib), (base, shapes[0], gib)
 
 
-def test_real_cases_get_nnunets_plan(nnunet, real_data):
-    data = BraTS(real_data / "brats18", layout="2018")
-    found = fingerprint(data.cases(), data.task)
-    assert fields(plan(found)) == nnunet(found, 8)
-    assert plan(found).patch == (128, 128, 128)
+def test_real_cases_get_nnunets_plan(nnunet, real_data, tmp_path):
+    tumors = BraTS(real_data / "brats18", layout="2018")
+    hearts = ACDC(real_data / "acdc", files="h5", unit="vox", named_split=None, cache=tmp_path / "cache")
+    hearts.materialize()
+    for data in (tumors, hearts):
+        found = fingerprint(data.cases(), data.task)
+        assert fields(plan(found)) == nnunet(found, 8)
+    assert plan(fingerprint(tumors.cases(), tumors.task)).patch == (128, 128, 128)
 
 
 def test_a_fingerprint_by_hand(tmp_path):

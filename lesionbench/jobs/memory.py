@@ -36,9 +36,10 @@ def say_memory(cfg: DictConfig, method: Any, data: Any, device: Any) -> None:
     widths = [f"model.network.{name}" for name in WIDTHS if name in cfg.model.get("network", {})]
     fewer = ["data.batch_size (with accumulate)"] if batch > 1 else []
     half = [] if str(cfg.trainer.get("precision", "")).startswith("bf16") else ["precision=bf16-mixed"]
+    kept = "" if found.activations is None else f", {_gib(found.activations)} for a batch of {batch} in 32 bits"
     say(
         f"training {type(method.network).__name__} takes at least {_gib(found.total)} of memory: {_gib(found.weights)} for weights and "
-        f"gradients, {_gib(found.optimizer)} for the optimizer, {_gib(found.activations)} for a batch of {batch} in 32 bits{enough}. "
+        f"gradients, {_gib(found.optimizer)} for the optimizer{kept}{enough}. "
         f"Less of it: {', '.join(['patch', *fewer, *widths, *half])}"
     )
 

@@ -36,7 +36,7 @@ _INCIDENTAL = (
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
 _NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None}
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
-    "datamodules.Preprocessing": {"crop_size": None, "header": "auto"},
+    "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
     "lightning_modules.inferers.Window": {"starts": "even"},
     "lightning_modules.networks.swin_unetr": {"shift": True},
