@@ -1,6 +1,5 @@
 """DICOM series as volumes, read by SimpleITK (GDCM); what is no complete, evenly spaced stack of slices is refused by name."""
 
-import locale
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,26 +24,23 @@ class _Slice:
 
 
 @contextmanager
-def _contained() -> Iterator[None]:
-    """Inside, GDCM does not warn of every file that is no DICOM; and the locale of the process, which it sets to C, comes back
-    (`findings/simpleitk_dicom_locale.sh`): Python would read text files as ASCII from then on.
-    """
+def _quiet() -> Iterator[None]:
+    """Inside, GDCM does not warn of every file that is no DICOM."""
     import SimpleITK as sitk
 
-    before, known = locale.setlocale(locale.LC_ALL), sitk.ProcessObject.GetGlobalWarningDisplay()
+    known = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.GlobalWarningDisplayOff()
     try:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(known)
-        locale.setlocale(locale.LC_ALL, before)
 
 
 def series_in(folder: Path) -> list[str]:
     """The UIDs of the DICOM series whose files lie in this very folder."""
     import SimpleITK as sitk
 
-    with _contained():
+    with _quiet():
         return list(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
 
 
@@ -61,7 +57,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(found) != 1:
         raise SuiteError(f"{folder}: holds {len(found) or 'no'} DICOM series; a folder of its own for each is needed")
     try:
-        with _contained():
+        with _quiet():
             slices = [_slice(Path(name)) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])]
             spacing = _distance(folder, slices)
             reader = sitk.ImageSeriesReader()

@@ -23,7 +23,7 @@ VALUES = np.arange(5 * 6 * 4, dtype=np.int16).reshape(5, 6, 4)
 
 @pytest.fixture(autouse=True)
 def own_locale():
-    """SimpleITK sets the process's locale to C when it writes DICOM, as the helper below does."""
+    """SimpleITK sets the process's locale to C when it writes DICOM with a position (`findings/simpleitk_dicom_locale.sh`), as the helper does."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
