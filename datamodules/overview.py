@@ -10,7 +10,7 @@ from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
 from lesionbench.task import Task
 
-SHOWN = 4  # different shapes, voxel sizes or sites that are listed one by one
+SHOWN = 4  # different shapes or voxel sizes that are listed one by one
 
 
 def overview(cases: Sequence[Case], task: Task, header: str = "auto") -> str:
@@ -44,7 +44,7 @@ def overview(cases: Sequence[Case], task: Task, header: str = "auto") -> str:
     sites = Counter(case.site for case in cases if case.site)
     with_label = f"{labeled} with a label" + (f", {rated} with raters" if rated else "") + f", {len(cases) - labeled - rated} without"
     lines = [f"{len(cases)} case(s) of {len({case.patient for case in cases})} patient(s): {with_label}"]
-    lines += [f"sites: {_listed(sites, str)}"] if sites else []
+    lines += [f"sites: {', '.join(f'{site} ({count})' for site, count in sites.most_common())}"] if sites else []
     lines.append(f"shape: {_listed(shapes, lambda s: ' x '.join(map(str, s)))}")
     lines.append(f"voxel size, mm: {_listed(sizes, lambda s: ' x '.join(f'{v:g}' for v in s))}")
     for name, counts in voxels.items():
