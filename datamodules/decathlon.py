@@ -11,7 +11,7 @@ from lesionbench.task import Task
 
 
 class Decathlon(CaseDataModule):
-    """`TaskXX_Name` of the Decathlon: `dataset.json`, `imagesTr`, `labelsTr` (Antonelli et al., Nature Communications 13, 2022).
+    """A folder `Task01_Name` of the Decathlon: `dataset.json`, `imagesTr`, `labelsTr` (Antonelli et al., Nature Communications 13, 2022).
 
     Where there are several channels, each is written to a file of its own beside the cache, once.
 

@@ -13,7 +13,7 @@ from lesionbench.task import Task
 
 
 class NNUNet(CaseDataModule):
-    """`DatasetXXX_Name` of nnU-Net version 2: `dataset.json`, `imagesTr`, `labelsTr` (Isensee et al., Nature Methods 2021).
+    """A folder `Dataset001_Name` of nnU-Net version 2: `dataset.json`, `imagesTr`, `labelsTr` (Isensee et al., Nature Methods 2021).
 
     Where `splits_final.json` lies beside it (nnU-Net keeps it with the preprocessed data), `split.fold` counts its folds: what nnU-Net
     validates on is tested, and `split.val` of the rest, from the end of its list, validates. Otherwise `split` divides as everywhere.

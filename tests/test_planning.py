@@ -1,10 +1,6 @@
-"""Plans by nnU-Net's rules: hand cases, nnU-Net's own plans where it is installed, and an experiment that trains."""
+"""Plans by nnU-Net's rules: hand cases, nnU-Net's own plans as recorded, and an experiment that trains."""
 
-import contextlib
-import importlib
-import io
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from datamodules.planning import Fingerprint, fingerprint, plan
 from lesionbench.errors import SuiteError
 from tests.fake_data import write_fake_brats, write_fake_folder
 from tests.harness import run
+from tests.nnunet_official import FIELDS, RECORDED, drawn, planned
 
 
 def of(spacing, shape, cases=10, channels=("t1",), classes=2):
@@ -61,75 +58,28 @@ def test_more_memory_means_larger_patches_and_then_larger_batches():
         plan(large, 1e-6)
 
 
-@pytest.fixture
-def nnunet(tmp_path, monkeypatch):
-    """(fingerprint, GiB) -> nnU-Net's own plan as (spacing, patch, batch, strides, kernels, features), in the suite's axes."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name / "Dataset001_X" / "imagesTr").mkdir(parents=True)
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    home = "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner"
-    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
-    with contextlib.redirect_stdout(io.StringIO()):
-        planner = importlib.import_module(home)
-    reader = importlib.import_module("nnunetv2.imageio.simpleitk_reader_writer").SimpleITKIO
-    for name in ("raw", "preprocessed"):
-        monkeypatch.setattr(planner, f"nnUNet_{name}", str(tmp_path / name), raising=False)
-
-    def planned(found: Fingerprint, gib: float):
-        channels = {str(n): name for n, name in enumerate(found.channels)}
-        labels = {"background": 0} | {f"c{n}": n for n in range(1, found.classes)}
-        described = {"channel_names": channels, "labels": labels, "numTraining": len(found.shapes), "file_ending": ".nii.gz"}
-        (tmp_path / "raw" / "Dataset001_X" / "dataset.json").write_text(json.dumps(described))
-        told = {
-            "spacings": found.spacings[:, ::-1].tolist(),
-            "shapes_after_crop": found.shapes[:, ::-1].tolist(),
-            "median_relative_size_after_cropping": found.shrinks,
-            "foreground_intensity_properties_per_channel": {n: {} for n in channels},
-        }
-        (tmp_path / "preprocessed" / "Dataset001_X" / "dataset_fingerprint.json").write_text(json.dumps(told))
-        with contextlib.redirect_stdout(io.StringIO()):
-            theirs = planner.ExperimentPlanner(1, gpu_memory_target_in_gb=gib)
-            theirs.dataset = {f"case{n}": SimpleNamespace() for n in range(len(found.shapes))}
-            theirs.determine_reader_writer = lambda: reader
-            theirs.plan_experiment()
-        chosen, order = theirs.plans["configurations"]["3d_fullres"], theirs.plans["transpose_forward"]
-        back = [order.index(axis) for axis in range(3)][::-1]
-        network = chosen["architecture"]["arch_kwargs"]
-
-        def ours(values):
-            return tuple(values[a] for a in back)
-
-        return (
-            pytest.approx(ours(chosen["spacing"])), ours(chosen["patch_size"]), chosen["batch_size"],
-            tuple(map(ours, network["strides"])), tuple(map(ours, network["kernel_sizes"])), tuple(network["features_per_stage"]),
-        )  # fmt: skip
-
-    return planned
-
-
 def fields(made):
-    return made.spacing, made.patch, made.batch_size, made.strides, made.kernels, made.features
+    return json.loads(json.dumps({name: getattr(made, name) for name in FIELDS}))
 
 
-def test_random_fingerprints_get_nnunets_plan(nnunet):
-    rng = np.random.default_rng(1)
-    for _ in range(12):
-        count = int(rng.integers(2, 40))
-        base = rng.uniform(0.4, 2, 3) * np.array([1, 1, rng.choice([1, 1, 2, 4, 6])])[rng.permutation(3)]
-        shapes = rng.integers(20, 300, 3) * np.ones((count, 1), int) + rng.integers(-5, 6, (count, 3))
-        channels = tuple(f"c{n}" for n in range(rng.integers(1, 5)))
-        found = Fingerprint(base * rng.uniform(0.9, 1.1, (count, 1)), shapes, 1.0, channels, int(rng.integers(2, 6)))
-        gib = float(rng.choice([4, 8, 11, 24]))
-        assert fields(plan(found, gib)) == nnunet(found, gib), (base, shapes[0], gib)
+def same(ours, theirs):
+    return ours == {**theirs, "spacing": pytest.approx(theirs["spacing"])}
 
 
-def test_real_cases_get_nnunets_plan(nnunet, real_data, tmp_path):
+@pytest.mark.parametrize("theirs", json.loads(RECORDED.read_text()), ids=lambda row: str(row["seed"]))
+def test_random_fingerprints_get_the_plan_that_nnunet_made(theirs):
+    found, gib = drawn(theirs["seed"])
+    assert same({"seed": theirs["seed"], **fields(plan(found, gib))}, theirs), (found.shapes[0], gib)
+
+
+def test_real_cases_get_nnunets_plan(real_data, tmp_path):
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
     tumors = BraTS(real_data / "brats18", layout="2018")
     hearts = ACDC(real_data / "acdc", files="h5", unit="vox", named_split=None, cache=tmp_path / "cache")
     hearts.materialize()
     for data in (tumors, hearts):
         found = fingerprint(data.cases(), data.task)
-        assert fields(plan(found)) == nnunet(found, 8)
+        assert same(fields(plan(found)), planned(found, 8))
     assert plan(fingerprint(tumors.cases(), tumors.task)).patch == (128, 128, 128)
 
 
