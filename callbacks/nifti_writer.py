@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from callbacks.case_callback import CaseCallback
+from lesionbench import dicom_segmentation
 from lesionbench.batch import Batch
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import WRITTEN, write_native
@@ -18,7 +19,7 @@ from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.results import write_rows
 from lesionbench.task import Task
 
-DEFAULT = ".nii.gz"
+DEFAULT, SEGMENTATION = ".nii.gz", ".dcm"
 
 
 class NiftiWriter(CaseCallback):
@@ -29,6 +30,8 @@ class NiftiWriter(CaseCallback):
     On request also `<case>_prob_<region>.nii.gz` and `<case>_uncertainty_<name>.nii.gz` (float32), and `<case>_<member>.nii.gz`.
     Anomaly scores, where the method has them, go to `<case>_score.nii.gz`; case-level results of all cases to `table.csv`.
 
+    Where predicted images are DICOM series, labels are also written as the DICOM segmentation `<case>.dcm` (see `dicom_segmentation`).
+
     Args:
         folder: run folder; files go to `<folder>/predictions`.
         labels, probabilities, uncertainty, members: which maps to write.
@@ -36,9 +39,11 @@ class NiftiWriter(CaseCallback):
         overwrite: let prediction replace files.
         format: ending of the files of `job=predict`, one of `geometry.WRITTEN`; None = as the case's first image (`.nii.gz` for all
             but NRRD and MetaImage).
+        dicom: DICOM segmentations too: None = where the input is DICOM and highdicom is installed.
 
     Raises:
         SuiteError: an unknown format, or prediction would replace a file; raised before any inference where the data module can tell the cases.
+            With `dicom=True` also an input that is no DICOM, and highdicom that is not there.
     """
 
     def __init__(
@@ -51,10 +56,13 @@ class NiftiWriter(CaseCallback):
         on_test: bool = False,
         overwrite: bool = False,
         format: str | None = None,
+        dicom: bool | None = None,
     ) -> None:
         if format is not None and format not in WRITTEN:
             raise unknown("writer.format", str(format), WRITTEN)
-        self.format = format
+        if dicom and not dicom_segmentation.can_write():
+            raise SuiteError(f"writer.dicom=true needs highdicom: {dicom_segmentation.how_to_install()}")
+        self.format, self.dicom = format, dicom
         self.folder = Path(folder) / "predictions"
         self.labels, self.probabilities, self.uncertainty, self.members = labels, probabilities, uncertainty, members
         self.stages = ("test", "predict") if on_test else ("predict",)
@@ -64,12 +72,23 @@ class NiftiWriter(CaseCallback):
         """Looks, before anything is prepared or predicted, for files that `job=predict` would replace.
 
         Raises:
-            SuiteError: names the first file in the way.
+            SuiteError: names the first file in the way; or `dicom=True` and a case that is no DICOM series.
         """
+        if self.dicom:
+            for case in data.predict_ids():
+                series = data.series_of(case) if hasattr(data, "series_of") else None
+                if series is None:
+                    raise SuiteError(f"writer.dicom=true: case {case} is no DICOM series; leave it out, or give input=<folder of series>")
+                missing = dicom_segmentation.lacking(series)
+                if missing:
+                    raise SuiteError(
+                        f"writer.dicom=true: {series}: files without {', '.join(missing)}, which a segmentation refers to; writer.dicom=false"
+                    )
         if not self.overwrite:
             suffixes = ["", "_score", *(f"_prob_{r}" for r in method.task.region_names)]
             endings = [self.format] if self.format else WRITTEN
             files = [self._path(case, suffix, e) for case in data.predict_ids() for suffix in suffixes for e in endings]
+            files += [self._path(case, "", SEGMENTATION) for case in data.predict_ids() if self._series(data, case) is not None]
             self._refuse([*files, self.folder / "table.csv"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -87,10 +106,15 @@ class NiftiWriter(CaseCallback):
             prediction = replace(prediction, members={})
         ending = DEFAULT if method.trainer.testing else self.format or _answering(result.geometry.ending)
         files = {self._path(result.case, suffix, ending): array for suffix, array in self._arrays(prediction, method.task)}
+        segmentation, series = self._path(result.case, "", SEGMENTATION), self._series(method.trainer.datamodule, result.case)
         if not (self.overwrite or method.trainer.testing):
-            self._refuse(files)
+            self._refuse(files if series is None else [*files, segmentation])
         for path, array in files.items():
             write_native(path, array, result.geometry)
+        if series is not None and self.labels and prediction.labels is not None:
+            dicom_segmentation.write_segmentation(
+                segmentation, prediction.labels.cpu().numpy(), method.task, series, made_by=type(method).__name__
+            )
         who = {"case": result.case, "patient": result.patient, "site": result.site, "region": ""}
         self.collected += [{**who, "member": name, **part.table} for name, part in prediction.flat() if part.table]
 
@@ -105,6 +129,13 @@ class NiftiWriter(CaseCallback):
                 yield from ((f"{member}_uncertainty_{n}", _float(u)) for n, u in part.uncertainty.items())
             if part.scores is not None:
                 yield f"{member}_score", _float(part.scores)
+
+    def _series(self, data: Any, case: str) -> Path | None:
+        """The DICOM series that a case's segmentation refers to, if one is to be written."""
+        if self.dicom is False or not hasattr(data, "series_of") or not dicom_segmentation.can_write():
+            return None
+        series = data.series_of(case)
+        return None if series is None or dicom_segmentation.lacking(series) else series
 
     def _path(self, case: str, suffix: str, ending: str) -> Path:
         return self.folder / f"{case}{suffix}{ending}".replace("/", "_")

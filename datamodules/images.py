@@ -84,6 +84,10 @@ class Images(CaseDataModule):
     def _converted(self, case: Case, channel: str) -> Path:
         return Path(self._temporary.name) / "series" / f"{case.id}_{channel}.nii.gz"
 
+    def series_of(self, case: str) -> Path | None:
+        """The folder of the DICOM series on whose grid a case lies, that of its first channel; None where its images are files."""
+        return next((next(iter(known.images.values())) for known in self.series if known.id == case), None)
+
     def find_cases(self) -> list[Case]:
         if self.series:
             return [replace(case, images={c: self._converted(case, c) for c in case.images}) for case in self.series]

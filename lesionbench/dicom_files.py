@@ -44,6 +44,14 @@ def series_in(folder: Path) -> list[str]:
         return list(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
 
 
+def series_files(folder: Path) -> list[Path]:
+    """The files of the one series in a folder that `read_series` accepts, in the order of its slices."""
+    import SimpleITK as sitk
+
+    with _quiet():
+        return [s.path for s in _ordered([_slice(Path(name)) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))])]
+
+
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The one series in a folder: array (X, Y, slices) in the units of its rescaling, and the voxel-to-world matrix (RAS), 4 x 4, in mm.
 

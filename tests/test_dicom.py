@@ -129,7 +129,13 @@ def test_predictions_of_series_are_those_of_the_volumes(tmp_path):
             save_series(
                 tmp_path / "series" / f"case_{n:02d}" / channel, sitk.ReadImage(str(source / "images" / f"case_{n:02d}_{channel}.nii.gz"))
             )
-    predict = ["job=predict", f"ckpt={folder / 'checkpoints' / 'last.ckpt'}", "trust=[tests]", "writer.probabilities=true"]
+    predict = [
+        "job=predict",
+        f"ckpt={folder / 'checkpoints' / 'last.ckpt'}",
+        "trust=[tests]",
+        "writer.probabilities=true",
+        "writer.dicom=false",
+    ]
     run(*predict, f"input={tmp_path / 'series'}", f"out={tmp_path / 'of_series'}")
     run(*predict, f"input={source / 'images'}", f"out={tmp_path / 'of_nifti'}")
     written = sorted((tmp_path / "of_series" / "predictions").iterdir())
@@ -153,7 +159,13 @@ def test_a_broken_series_is_left_out_where_the_rest_goes_on(tmp_path, capsys):
         for channel in ("t1", "flair"):
             save_series(tmp_path / "series" / name / channel, sitk.ReadImage(str(source / "images" / f"case_00_{channel}.nii.gz")))
     (tmp_path / "series" / "torn" / "flair" / "004.dcm").unlink()
-    predict = ["job=predict", f"ckpt={folder / 'checkpoints' / 'last.ckpt'}", "trust=[tests]", f"input={tmp_path / 'series'}"]
+    predict = [
+        "job=predict",
+        f"ckpt={folder / 'checkpoints' / 'last.ckpt'}",
+        "trust=[tests]",
+        f"input={tmp_path / 'series'}",
+        "writer.dicom=false",
+    ]
     with pytest.raises(SuiteError, match=r"torn/flair: 003\.dcm and 005\.dcm lie .* is a slice missing"):
         run(*predict, f"out={tmp_path / 'stops'}")
     with pytest.raises(SuiteError, match=r"1 of 2 case\(s\) were left out \(on_error=skip\):\n  torn: .*is a slice missing"):

@@ -6,6 +6,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lesionbench import dicom_segmentation
 from lesionbench.errors import SuiteError
 from lesionbench.jobs.assembled import Assembled, quiet
 from lesionbench.jobs.console import say
@@ -29,7 +30,7 @@ def predict(cfg: DictConfig) -> None:
     run = Assembled(cfg, method=method, data=data, callbacks=[progress_bar()])
     run.configure_inference(cfg)
     if cfg.input:
-        say(_found(data))
+        say(_found(data, segmentations=cfg.writer.dicom is not False))
     for callback in run.trainer.callbacks:
         if hasattr(callback, "refuse_existing"):
             callback.refuse_existing(run.method, run.data)
@@ -49,14 +50,21 @@ def predict(cfg: DictConfig) -> None:
         raise SuiteError(f"{len(left_out)} of {wanted} case(s) were left out (on_error=skip):\n{reasons}")
 
 
-def _found(data: Any) -> str:
-    """What of the files under `input` will be predicted, and what of them is not used."""
+def _found(data: Any, segmentations: bool) -> str:
+    """What of the files under `input` will be predicted, what of them is not used, and which series get no DICOM segmentation."""
     lines = [
         f"{len(data.predict_cases)} case(s) found under {data.root}: {', '.join(data.predict_ids()[:5])}{', ...' if len(data.predict_cases) > 5 else ''}"
     ]
     if data.unused:
         names = ", ".join(str(path.relative_to(data.root)) for path in data.unused[:5])
         lines.append(f"not used, {len(data.unused)} file(s): {names}{', ...' if len(data.unused) > 5 else ''}")
+    if segmentations and data.series and not dicom_segmentation.can_write():
+        lines.append(f"masks of the series are written as NIfTI alone; for DICOM segmentations too: {dicom_segmentation.how_to_install()}")
+    elif segmentations:
+        for case in data.series:
+            missing = dicom_segmentation.lacking(data.series_of(case.id))
+            if missing:
+                lines.append(f"{case.id}: no DICOM segmentation, since files of its series have no {', no '.join(missing)}")
     return "\n".join(lines)
 
 
