@@ -81,6 +81,7 @@ class Method(pl.LightningModule):
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
         self.accumulate, self.clip, self.seed, self.monitor = accumulate, clip, seed, monitor
         self.metrics = metrics or CaseMetrics()
+        self.metrics.check(task)
         self.validation_metrics = CaseMetrics(names=list(validation_metrics))
         self.test_results, self.val_results = PerCaseResults(), PerCaseResults()
         self.dataset_results = DatasetMetrics(self.metrics.dataset, self.metrics.thresholds)

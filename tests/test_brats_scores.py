@@ -14,10 +14,10 @@ from lesionbench.prediction import Prediction
 from lesionbench.reports.runs import lower_is_better
 from lesionbench.results import summarize
 from lesionbench.task import Task
-from lightning_modules.metrics import CaseMetrics, brats2023, brats2026
+from lightning_modules.metrics import CaseMetrics, brats2023, brats2026, tissue_lesions
 from lightning_modules.metrics.surface import surface_hd95_by_area
 from tests.brats_official import SEEDS, TASKS, official_rows, random_case, recorded_rows, values_of
-from tests.harness import shared
+from tests.harness import run, shared
 
 ADDED = {"lesionwise_nsd_mean_mm", "lesionwise_hd95_mean_mm"}
 
@@ -216,11 +216,14 @@ def test_lesion_wise_scores_of_2023():
     assert list(brats2023(none, truth, (1, 1, 1)).values()) == [0, 374, 0, 0, 1, 0, 374]
 
 
+TREATED = {"background": 0, "netc": 1, "snfh": 2, "et": 3, "rc": 4}
+
+
 def test_presets_of_2023_and_2024_set_dilation_and_volume_by_region():
     truth = torch.zeros(30, 30, 30, dtype=torch.int64)
     truth[2:7, 2:7, 2:5] = 3  # 75 voxels
     truth[20:24, 20:22, 20:22] = 3  # 16
-    task = Task(("t1",), {"background": 0, "ncr": 1, "ed": 2, "et": 3}, {"WT": ("ncr", "ed", "et"), "et": ("et",)})
+    task = Task(("t1",), TREATED, {"WT": ("netc", "snfh", "et"), "et": ("et",)})
     nothing = Prediction(labels=torch.zeros_like(truth))
     missed = {name: [row["num_fn"] for row in preset(name)(nothing, truth, task, (1, 1, 1))] for name in ("brats2023", "brats2024")}
     assert missed == {"brats2023": [1, 1], "brats2024": [1, 2]}
@@ -234,6 +237,90 @@ def test_presets_of_2023_and_2024_set_dilation_and_volume_by_region():
     assert counts == [0, 1]
     with pytest.raises(SuiteError, match="add `default`"):
         CaseMetrics(["brats2023"], lesion_min_volume={"ET": 10})
+
+
+def joined_one_by_one(tissues: dict[str, np.ndarray], dilation: int) -> dict[str, np.ndarray]:
+    """What the published evaluation of 2024 does with every pair of lesions, on the whole grid and one pair after the other."""
+    structure = ndimage.generate_binary_structure(3, 2)
+
+    def grown(mask: np.ndarray, steps: int) -> np.ndarray:
+        return ndimage.binary_dilation(mask, structure, iterations=steps) if steps else mask
+
+    def joined(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
+        of: dict[int, int] = {}
+        for a in range(1, lesions.max() + 1):
+            for b in range(others.max(), 0, -1):
+                if (grown(lesions == a, 1) & (others == b)).any():
+                    of[a] = b  # the smallest comes last
+        answer = lesions + others.max()
+        answer[lesions == 0] = 0
+        for a, b in of.items():
+            answer[lesions == a] = b
+        for number, value in enumerate(sorted(set(answer[answer > 0])), start=1):
+            answer = np.where(answer == value, -number, answer)
+        return -answer
+
+    first = {name: ndimage.label(grown(mask, dilation), np.ones((3, 3, 3)))[0] * mask for name, mask in tissues.items()}
+    netc, snfh, et, rc = (first[name] for name in ("netc", "snfh", "et", "rc"))
+    return {
+        "netc": joined(joined(netc, et), rc),
+        "et": joined(joined(et, netc), rc),
+        "rc": joined(joined(rc, et), netc),
+        "snfh": joined(joined(joined(snfh, et), rc), netc),
+    }
+
+
+def test_lesions_of_a_tissue_that_touch_one_of_another_are_one():
+    netc = box_mask((40, 9, 9), ((2, 6), (2, 6), (2, 6)), ((20, 24), (2, 6), (2, 6)), ((34, 38), (2, 6), (2, 6)))
+    et = box_mask((40, 9, 9), ((6, 20), (2, 6), (2, 6)))  # between the first two
+    rc = box_mask((40, 9, 9), ((28, 34), (2, 6), (2, 6)))  # touches the third alone
+    nothing = np.zeros_like(netc)
+    found = tissue_lesions({"netc": netc, "snfh": nothing, "et": et, "rc": rc})
+    assert [int(lesions.max()) for lesions in found.values()] == [2, 1, 1, 0]  # netc, et, rc, snfh
+    first, second, third = (found["netc"][x, 3, 3] for x in (3, 21, 35))
+    assert first == second != third
+    assert tissue_lesions({"netc": netc, "snfh": nothing, "et": nothing, "rc": rc})["netc"].max() == 3
+
+    truth = torch.from_numpy(netc * 1 + et * 3 + rc * 4)
+    task = Task(("t1",), TREATED, {"WT": ("netc", "snfh", "et"), "NETC": ("netc",), "ET": ("et",), "RC": ("rc",)})
+    missing = torch.zeros_like(truth)
+    missing[20:24, 2:6, 2:6] = 1  # a half of the joined lesion is found, the third not
+    counts = {
+        name: {row["region"]: (row["num_tp"], row["num_fn"]) for row in preset(name)(Prediction(labels=missing), truth, task, (1, 1, 1))}
+        for name in ("brats2023", "brats2024")
+    }
+    assert (counts["brats2023"]["NETC"], counts["brats2024"]["NETC"]) == ((1, 2), (1, 1))
+    assert counts["brats2023"]["WT"] == counts["brats2024"]["WT"]
+    row = preset("brats2024")(Prediction(labels=missing), truth, task, (1, 1, 1))[1]
+    assert row["lesionwise_score_dice"] == pytest.approx((2 * 64 / (128 + 64) + 0) / 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lesions_are_joined_as_one_by_one(seed):
+    random = np.random.default_rng(seed)
+    labels = np.zeros((22, 19, 17), int)
+    for _ in range(30):
+        low = [int(random.integers(0, n - 1)) for n in labels.shape]
+        labels[tuple(slice(a, a + int(random.integers(1, 5))) for a in low)] = random.integers(1, 5)
+    labels[random.random(labels.shape) < 0.3] = 0
+    tissues = {name: labels == value for name, value in (("netc", 1), ("snfh", 2), ("et", 3), ("rc", 4))}
+    for dilation in (0, 1):  # with 3 all lesions of so small a grid are one
+        expected, found = joined_one_by_one(tissues, dilation), tissue_lesions(tissues, dilation)
+        assert list(found) == list(expected)
+        for name, lesions in found.items():
+            np.testing.assert_array_equal(
+                np.unique(np.stack([lesions, expected[name]]).reshape(2, -1), axis=1)[0], range(lesions.max() + 1)
+            )
+            assert lesions.max() == expected[name].max()
+
+
+def test_data_without_the_tissues_of_2024_are_refused_by_name(tmp_path):
+    with pytest.raises(SuiteError, match=r"brats2024 joins lesions across the classes netc, et, rc, snfh, the task has no netc, rc, snfh"):
+        preset("brats2024").check(Task(("t1",), {"background": 0, "ncr": 1, "ed": 2, "et": 3}))
+    preset("brats2023").check(Task(("t1",), {"background": 0, "ncr": 1, "ed": 2, "et": 3}))
+    with pytest.raises(SuiteError, match="brats2024 joins lesions across"):  # before anything is made or cached
+        run("benchmark=brats2021", "model=supervised", "metrics=brats2024", f"data.root={tmp_path}", f"runs={tmp_path / 'runs'}")
+    assert not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------- around

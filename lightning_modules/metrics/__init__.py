@@ -3,7 +3,7 @@ the rows of all cases on all ranks, and `DatasetMetrics` that measures the voxel
 """
 
 from lightning_modules.metrics.agreement import q_dice, volume_recall_rate
-from lightning_modules.metrics.brats import brats2023, brats2026
+from lightning_modules.metrics.brats import brats2023, brats2026, tissue_lesions
 from lightning_modules.metrics.case_metrics import CaseMetrics
 from lightning_modules.metrics.dataset_metrics import DatasetMetrics
 from lightning_modules.metrics.lesions import lesion_counts, lesion_dice, lesion_f1
@@ -33,5 +33,6 @@ __all__ = [
     "slice_metrics",
     "surface_distances",
     "surface_metrics",
+    "tissue_lesions",
     "volume_recall_rate",
 ]

@@ -1,24 +1,32 @@
 """Lesion-wise evaluation of the BraTS challenges, number for number and with its oddities; docs/metrics.md tells them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from lightning_modules.metrics.lesions import components, joined_lesions, overlaps
+from lightning_modules.metrics.lesions import components, joined_lesions, lesions_across_tissues, overlaps
 from lightning_modules.metrics.surface import surface_distances, surface_hd95_by_area, within
 
 PENALTY_2023, PENALTY_2026 = 374.0, 373.0
 MIN_DICE = 1e-6  # of a match
+JOINED_BY = {"netc": ("et", "rc"), "et": ("netc", "rc"), "rc": ("et", "netc"), "snfh": ("et", "rc", "netc")}  # tissues of 2024, in turn
 LARGE, DETECTED = 20.0, 0.1  # metastases: volume in mm^3 from which a lesion is large, Dice from which one is found
 SCORES = ("dsc", "nsd", "hd95")
 
 Values = dict[str, float]
 
 
-def brats2023(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], dilation: int = 3, min_volume: float = 50.0) -> Values:
+def brats2023(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    dilation: int = 3,
+    min_volume: float = 50.0,
+    lesions: np.ndarray | None = None,
+) -> Values:
     """Lesion-wise scores of BraTS 2023 (Moawad et al., arXiv:2306.00838; settings and penalties from the challenge's announcement, Synapse
     syn51156910, and its published evaluation, github.com/rachitsaluja/BraTS-2023-Metrics), for one region of one case.
 
@@ -31,12 +39,13 @@ def brats2023(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float
         spacing: voxel size along each axis, in mm.
         dilation: in voxels, by faces and edges: 3 for glioma (adult, Africa, pediatric), 1 for meningioma and metastases.
         min_volume: in mm^3: 50, for metastases 2.
+        lesions: numbers 1..n of the true lesions, where others than those that touch once dilated are one (see `tissue_lesions`).
 
     Returns:
         `lesionwise_score_dice` (1 without lesions), `lesionwise_score_hd95` (mm, weighted by surface area; 0 without lesions), the counts
         `num_tp`, `num_fp`, `num_fn`, and for the whole masks `legacy_dice` and `legacy_hd95` (both empty: 1 and 0; one: 0 and 374).
     """
-    pairs, false = joined_lesions(prediction, truth, dilation)
+    pairs, false = joined_lesions(prediction, truth if lesions is None else lesions, dilation)
     pairs = [(lesion, found) for lesion, found in pairs if np.count_nonzero(lesion) * np.prod(spacing) > min_volume]
     scores = np.array([_dice_and_hd95(found, lesion, spacing) for lesion, found in pairs] + [(0.0, PENALTY_2023)] * false).reshape(-1, 2)
     hit = sum(bool(found.any()) for _, found in pairs)
@@ -47,6 +56,17 @@ def brats2023(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float
         **{"num_tp": float(hit), "num_fp": float(false), "num_fn": float(len(pairs) - hit)},
         **{"legacy_dice": whole[0], "legacy_hd95": whole[1]},
     }
+
+
+def tissue_lesions(tissues: Mapping[str, np.ndarray], dilation: int = 3) -> dict[str, np.ndarray]:
+    """True lesions of the four tissues of BraTS 2024, glioma after treatment, as its published evaluation tells them apart
+    (github.com/rachitsaluja/BraTS-2024-Metrics, metrics_GLI.py as of commit 0ee5855): lesions of a tissue that touch one lesion of another
+    tissue are one, see `lesions_across_tissues`. Lesions of the whole tumor and of its core are those of 2023.
+
+    Args:
+        tissues: masks of `netc`, `snfh`, `et` and `rc` on the whole grid, axes in the order of the file.
+    """
+    return lesions_across_tissues(tissues, JOINED_BY, dilation)
 
 
 def _dice_and_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:

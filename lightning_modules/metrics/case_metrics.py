@@ -15,7 +15,7 @@ from lesionbench.score_counts import Ranking
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
 from lightning_modules.metrics.box import bounding_box
-from lightning_modules.metrics.brats import brats2023, brats2026
+from lightning_modules.metrics.brats import JOINED_BY, brats2023, brats2026, tissue_lesions
 from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.slices import slice_metrics
@@ -23,7 +23,7 @@ from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, su
 from lightning_modules.metrics.uncertainty import brier_score, calibration_error
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
-BRATS = ("brats2023", "brats2026", "brats2026_mets")
+BRATS = ("brats2023", "brats2024", "brats2026", "brats2026_mets")
 MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", *BRATS, "slices")
 DISTANCES = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed")
 SCORE_METRICS = ("auroc", "brain_auroc", "ap", "auprc", "dice_best")
@@ -41,8 +41,8 @@ class CaseMetrics:
             From `labels`: `dice`, `jaccard`, `sensitivity`, `precision`, `specificity`, `volume_difference`, `vr70` (1 where sensitivity is
             at least 0.7), `volume` (columns `volume_*` and `truth_volume_*`, ml or voxels), `hd95`, `hd95_pooled`, `hd`, `asd`,
             `asd_directed` (columns end in the task's unit, `_mm` or `_vox`), `surface_dice`, `lesion_dice`, `lesion_f1`, `brats2023`,
-            `brats2026` and `brats2026_mets` (columns of the challenge's table, see `brats2023` and `brats2026`), `slices` (columns
-            `slices_*`, see `slice_metrics`).
+            `brats2024`, `brats2026` and `brats2026_mets` (columns of the challenge's table, see `brats2023`, `tissue_lesions` and
+            `brats2026`), `slices` (columns `slices_*`, see `slice_metrics`).
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
             From `scores`, for finding each region: `auroc`, `brain_auroc` (inside the brain alone), `ap` (average precision), `auprc`
             (trapezoids), `dice_best` (the best Dice that a threshold reaches on this very case: an oracle's).
@@ -50,8 +50,8 @@ class CaseMetrics:
         empty_distance: surface distance when one of two masks is empty: `diagonal` of the whole grid, `nan`, or a number in the unit.
         surface_tolerance: for `surface_dice`, in the unit.
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
-        lesion_dilation: for `lesion_dice` and `brats2023`, in voxels.
-        lesion_min_volume: for `brats2023`, in mm^3: true lesions up to it do not count. A number, or one per region name (in capitals or not)
+        lesion_dilation: for `lesion_dice`, `brats2023` and `brats2024`, in voxels.
+        lesion_min_volume: for `brats2023` and `brats2024`, in mm^3: true lesions up to it do not count. A number, or one per region name (in capitals or not)
             with one under `default` for the others.
         bins: for `ece`.
         slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
@@ -101,6 +101,19 @@ class CaseMetrics:
         if not slice_bounds or list(slice_bounds) != sorted(set(slice_bounds)) or slice_bounds[0] < 1:
             raise SuiteError(f"metrics.slice_bounds={list(slice_bounds)}: expected numbers of pixels, ascending")
         self.slice_bounds = tuple(slice_bounds)
+
+    def check(self, task: Task) -> None:
+        """Refuses a task that lacks what a metric is about, before anything is measured.
+
+        Raises:
+            SuiteError: `brats2024` and a task without the tissues across which it joins lesions.
+        """
+        lacking = [tissue for tissue in JOINED_BY if tissue not in task.classes]
+        if "brats2024" in self.names and lacking:
+            raise SuiteError(
+                f"metrics.names: brats2024 joins lesions across the classes {', '.join(JOINED_BY)}, the task has no {', '.join(lacking)}; "
+                "for other data than glioma after treatment: metrics=brats2023, with metrics.lesion_min_volume=20 for the volumes of 2024"
+            )
 
     def columns(self, unit: str) -> list[str]:
         """Names of the values that a region may have, in a task with this unit of length; of those that only the case tells, patterns of
@@ -158,11 +171,18 @@ class CaseMetrics:
     def _masks(self, part: Prediction, case: "_Truth") -> list[Values]:
         if part.labels is None:
             return []
-        masks = zip(case.task.region_names, *case.cropped_masks(part.labels), strict=True)
-        return [self._mask(region, ours, theirs, case) for region, ours, theirs in masks]
+        ours, theirs, box = case.cropped_masks(part.labels)
+        lesions: dict[tuple[str, ...], np.ndarray] = {}  # of regions that are one tissue
+        if "brats2024" in self.names:
+            lesions = {(tissue,): numbers[box] for tissue, numbers in case.tissue_lesions(self.lesion_dilation).items()}
+        regions = case.task.regions.items()
+        return [
+            self._mask(region, *masks, case, lesions.get(tuple(classes)))
+            for (region, classes), *masks in zip(regions, ours, theirs, strict=True)
+        ]
 
-    def _mask(self, region: str, ours: np.ndarray, theirs: np.ndarray, case: "_Truth") -> Values:
-        """Everything that compares two masks, in the order of `names`."""
+    def _mask(self, region: str, ours: np.ndarray, theirs: np.ndarray, case: "_Truth", lesions: np.ndarray | None) -> Values:
+        """Everything that compares two masks, in the order of `names`; `lesions` as of `brats2023`, for `brats2024`."""
         unit, found = case.task.unit, overlap_metrics(ours, theirs, case.voxels)
         surfaces = [n for n in self.names if n in SURFACE_METRICS]
         if surfaces:
@@ -184,9 +204,9 @@ class CaseMetrics:
                 values[name] = lesion_dice(ours, theirs, self.lesion_dilation)
             elif name == "lesion_f1":
                 values[name] = lesion_f1(ours, theirs, self.lesion_min_iou)
-            elif name == "brats2023":
+            elif name in ("brats2023", "brats2024"):
                 smallest = self.lesion_min_volume.get(region.lower(), self.lesion_min_volume["default"])
-                values |= brats2023(ours, theirs, case.steps, self.lesion_dilation, smallest)
+                values |= brats2023(ours, theirs, case.steps, self.lesion_dilation, smallest, lesions if name == "brats2024" else None)
             elif name in BRATS:
                 values |= brats2026(ours, theirs, case.steps, unit, metastases=name == "brats2026_mets")
             elif name == "slices":
@@ -257,6 +277,7 @@ class _Truth:
         ignored = self.truth == IGNORE
         self.voxels = ignored.size - int(np.count_nonzero(ignored))
         self.ignored = ignored if self.voxels < ignored.size else None
+        self._lesions: dict[int, dict[str, np.ndarray]] = {}  # of every member the same
 
     def fit(self, maps: torch.Tensor) -> np.ndarray:
         """Maps (C, X, Y, Z) as an array without axes of length one."""
@@ -265,14 +286,22 @@ class _Truth:
         maps = maps.detach().cpu()
         return (maps.float() if maps.is_floating_point() else maps).reshape(len(maps), *self.shape).numpy()
 
-    def cropped_masks(self, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Region masks (R, *box) of `labels` and of the truth, on the box that holds the foreground of both; False where ignored."""
+    def tissue_lesions(self, dilation: int) -> dict[str, np.ndarray]:
+        """Numbers of the true lesions of each tissue on the whole grid, see `tissue_lesions`."""
+        if dilation not in self._lesions:
+            tissues = {tissue: self.truth == self.task.class_names.index(tissue) for tissue in JOINED_BY}
+            self._lesions[dilation] = tissue_lesions(tissues, dilation)
+        return self._lesions[dilation]
+
+    def cropped_masks(self, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, tuple[slice, ...]]:
+        """Region masks (R, *box) of `labels` and of the truth, False where ignored; and the box, which holds the foreground of both."""
         ours = self.fit(labels[None])[0]
         if self.ignored is not None:
             ours = np.where(self.ignored, IGNORE, ours)
         whole = self.task.region_matrix[:, 0].any()  # a region that holds background reaches everywhere
         box = (slice(None),) * ours.ndim if whole else bounding_box((ours > 0) | (self.truth > 0))
-        return tuple(self.task.region_masks(torch.from_numpy(np.ascontiguousarray(x[box]))).numpy() for x in (ours, self.truth))
+        masks = [self.task.region_masks(torch.from_numpy(np.ascontiguousarray(x[box]))).numpy() for x in (ours, self.truth)]
+        return masks[0], masks[1], box
 
     @cached_property
     def selected(self) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Lesion-wise measures: every connected component counts as one lesion, however large. Components touch by face, edge or corner."""
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -114,7 +115,9 @@ def joined_lesions(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0)
     """Every true lesion with the predicted lesions that reach into it, and the number of predicted lesions that reach into none.
 
     Args:
-        prediction, truth: boolean masks of one shape.
+        prediction: boolean mask.
+        truth: boolean mask of the same shape, whose lesions that touch once dilated are one; or integers, the numbers 1..n of lesions as they
+            are to be told apart.
         dilation: see `lesion_dice`.
 
     Returns:
@@ -122,10 +125,10 @@ def joined_lesions(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0)
     """
     if not (prediction.any() or truth.any()):
         return [], 0
-    box = bounding_box(prediction | truth)
+    box = bounding_box(prediction | (truth > 0))
     found, n_found = components(np.pad(prediction[box], dilation))  # the padding lets lesions grow as on the whole grid
     truth = np.pad(truth[box], dilation)
-    lesions = components(_dilated(truth, dilation))[0] * truth
+    lesions = components(_dilated(truth, dilation))[0] * truth if truth.dtype == bool else truth
     found_boxes, reached, pairs = ndimage.find_objects(found), np.zeros(n_found + 1, bool), []
     for index, tight in enumerate(ndimage.find_objects(lesions), start=1):
         window = tuple(slice(max(s.start - dilation, 0), s.stop + dilation) for s in tight)
@@ -136,6 +139,47 @@ def joined_lesions(prediction: np.ndarray, truth: np.ndarray, dilation: int = 0)
         both = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in around)
         pairs.append((lesions[both] == index, np.isin(found[both], partners)))
     return pairs, n_found - int(np.count_nonzero(reached))
+
+
+def lesions_across_tissues(
+    tissues: Mapping[str, np.ndarray], neighbors: Mapping[str, Sequence[str]], dilation: int
+) -> dict[str, np.ndarray]:
+    """Lesions of tissues where lesions of one tissue that touch the same lesion of another are one.
+
+    At first, lesions that touch once dilated are one. Then each tissue is joined by its neighbors in turn: a lesion that touches some of the
+    neighbor's goes by the first of these, in the order of their first voxels once dilated. Neighbors are taken as they were at first.
+
+    Args:
+        tissues: boolean masks of one shape, the whole grid.
+        neighbors: tissue -> the tissues that join its lesions, in turn.
+        dilation: in voxels, by faces and edges.
+
+    Returns:
+        the numbers of the lesions, 1..n and 0 elsewhere, by tissue.
+    """
+    grid = next(iter(tissues.values())).shape
+    inside = bounding_box(np.logical_or.reduce(list(tissues.values())))
+    box = tuple(slice(max(s.start - dilation, 0), min(s.stop + dilation, size)) for s, size in zip(inside, grid, strict=True))
+    first = {name: components(_dilated(mask[box], dilation))[0] * mask[box] for name, mask in tissues.items()}
+    joined = {}
+    for name, others in neighbors.items():
+        lesions = first[name]
+        for other in others:
+            lesions = _joined_by(lesions, first[other])
+        joined[name] = np.zeros(grid, np.int32)
+        joined[name][box] = lesions
+    return joined
+
+
+def _joined_by(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Lesions numbered anew: those whose smallest number of touching `others` is the same are one."""
+    count = int(others.max(initial=0))
+    groups = [0]  # of every lesion: the number of the other one, or one of its own behind all of these
+    for number, tight in enumerate(ndimage.find_objects(lesions), start=1):
+        window = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in tight)
+        touched = others[window][_dilated(lesions[window] == number, 1)]
+        groups.append(int(touched[touched > 0].min(initial=count + number)))
+    return np.unique(groups, return_inverse=True)[1].astype(np.int32)[lesions]
 
 
 def _dilated(mask: np.ndarray, steps: int) -> np.ndarray:
