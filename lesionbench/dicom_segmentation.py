@@ -86,10 +86,10 @@ def write_segmentation(path: Path, labels: np.ndarray, task: Task, series: Path,
         segments.append(segment)
     sources = [pydicom.dcmread(file) for file in series_files(series)]
     distance = float(np.linalg.norm(np.subtract(sources[1].ImagePositionPatient, sources[0].ImagePositionPatient)))
-    for source in sources:  # what programs that remove names may have removed, and what ITK reads without
-        source.setdefault("PatientID", "")
-        source.setdefault("PixelSpacing", [1, 1])
-        source.setdefault("SliceThickness", distance)
+    for source in sources:  # what programs that remove names may have removed or emptied, and what ITK reads without
+        for name, value in {"PatientID": "", "PixelSpacing": [1, 1], "SliceThickness": distance}.items():
+            if not source.get(name):
+                setattr(source, name, value)
         source.SpacingBetweenSlices = distance
     segmentation = hd.seg.Segmentation(
         source_images=sources,

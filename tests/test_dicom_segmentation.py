@@ -128,12 +128,21 @@ def stripped(series, *names):
 
 
 def test_what_a_series_lacks(tmp_path, capsys):
-    bare = stripped(save_series(tmp_path / "bare", scan()), "PatientID", "SliceThickness")
+    bare = stripped(save_series(tmp_path / "bare", scan()), "PatientID", "SliceThickness", "PixelSpacing")
     assert dicom_segmentation.lacking(bare) == []
     measures = pydicom.dcmread(
         write_segmentation(tmp_path / "bare.dcm", VALUES * 0 + 1, TASK, bare, "Supervised")
     ).SharedFunctionalGroupsSequence[0]
     assert (measures.PixelMeasuresSequence[0].SliceThickness, measures.PixelMeasuresSequence[0].SpacingBetweenSlices) == (4, 4)
+    emptied = save_series(tmp_path / "emptied", scan())
+    for path in emptied.iterdir():
+        file = pydicom.dcmread(path)
+        file.PatientID = file.SliceThickness = file.PixelSpacing = None
+        file.save_as(path)
+    shared = pydicom.dcmread(
+        write_segmentation(tmp_path / "e.dcm", VALUES * 0 + 1, TASK, emptied, "Supervised")
+    ).SharedFunctionalGroupsSequence[0]
+    assert list(shared.PixelMeasuresSequence[0].PixelSpacing) == list(measures.PixelMeasuresSequence[0].PixelSpacing) == [1, 1]
     nowhere = stripped(save_series(tmp_path / "series" / "a", scan()), "FrameOfReferenceUID")
     assert dicom_segmentation.lacking(nowhere) == ["FrameOfReferenceUID"]
     one = save_series(tmp_path / "one", scan())
