@@ -48,6 +48,7 @@ class Policy(TypedDict, total=False):
     name: str
     share: Share
     weights: Mapping[str, NotNegative]
+    jitter: Whole
 
 
 class Stream(TypedDict, total=False):
