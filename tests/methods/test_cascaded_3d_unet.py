@@ -312,6 +312,14 @@ def test_a_checkpoint_carries_the_patients_of_its_forerunners(trained):
     assert len(fit["patients"]) == 4
 
 
+def test_what_a_checkpoint_carries_is_refused_like_the_rest_of_it(trained, tmp_path):
+    changed = torch.load(artefact(trained, "fit"), weights_only=True)
+    changed["lesionbench"]["model"]["forerunners"]["tc"]["method"]["forerunners"]["wt"]["method"]["network"] = {"_target_": "os.getcwd"}
+    torch.save(changed, tmp_path / "changed.ckpt")
+    with pytest.raises(SuiteError, match=r"changed\.ckpt: would build 'os\.getcwd'"):
+        load_method(tmp_path / "changed.ckpt")
+
+
 # maps of training cases
 
 
