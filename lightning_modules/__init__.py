@@ -24,6 +24,7 @@ from lightning_modules.semi_supervised.pseudo_label import PseudoLabel
 from lightning_modules.semi_supervised.temporal_ensembling import TemporalEnsembling
 from lightning_modules.semi_supervised.ua_mt import UAMT
 from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarialTraining
+from lightning_modules.supervised.dints_topology_search import DiNTSTopologySearch
 from lightning_modules.supervised.modality_pairing import ModalityPairing
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.spin import SPiN
@@ -40,6 +41,7 @@ __all__ = [
     "CopyPaste",
     "CoraNet",
     "CrossPseudoSupervision",
+    "DiNTSTopologySearch",
     "Ensemble",
     "EntropyMinimization",
     "FlairThreshold",
