@@ -253,7 +253,7 @@ def brute_force(log_probabilities: torch.Tensor, children: Children) -> list[int
     return chosen
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 5, 8, 10, 11])  # in the last four the likeliest last block is not that of the likeliest sequence
 def test_the_likeliest_feasible_sequence_by_brute_force(seed):
     children = Children(2)
     log_probabilities = children.log_probabilities(drawn((3, 4), seed, scale=2.0))
