@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import pytorch_lightning as pl
@@ -29,7 +29,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import read_volume, volume_file
 from lesionbench.keyed import key
 from lesionbench.maps import MapStore
-from lesionbench.ranges import BelowOne, Count, NotNegative, Share, Whole
+from lesionbench.ranges import ASCENDING, BelowOne, Count, NotNegative, Share, Whole
 from lesionbench.task import Task
 
 CASE_SETS = ("train", "labeled", "unlabeled")
@@ -56,6 +56,7 @@ class Stream(TypedDict, total=False):
     """One stream of training batches."""
 
     cases: Literal["train", "labeled", "unlabeled"]
+    share: Annotated[Sequence[Share], ASCENDING]
     batch_size: Count
     sampling: Policy
 
@@ -73,9 +74,10 @@ class CaseDataModule(pl.LightningDataModule):
         batch_size: samples per process and batch of a stream that does not say its own.
         samples_per_epoch: an epoch, in samples of the first stream over all processes.
         augmentation: TorchIO transform applied to training samples, or a list of them.
-        streams: name -> `{cases: train|labeled|unlabeled, batch_size: n, sampling: {...}}`. One stream arrives bare, several as a mapping;
-            one that is null is left out.
-            Batches of `unlabeled` cases carry no label at all.
+        streams: name -> `{cases: train|labeled|unlabeled, share: [a, b], batch_size: n, sampling: {...}}`. One stream arrives bare, several as
+            a mapping; one that is null is left out. Batches of `unlabeled` cases carry no label at all. `share` takes of the patients of
+            these cases, in an order that belongs to `split.seed`, those from the share a to the share b (0 <= a < b <= 1): [0, 0.5] and
+            [0.5, 1] are two halves.
         extra_maps: per-case map -> `nearest` or `linear`, loaded, cropped and augmented with the image from `maps`.
         check: run the integrity check once per set of files before training.
         cache: folder of the preprocessed cases; default `<root>/.cache`.
@@ -138,6 +140,9 @@ class CaseDataModule(pl.LightningDataModule):
         for name, spec in self.streams.items():
             if spec.get("cases", "train") not in CASE_SETS:
                 raise unknown(f"data.streams.{name}.cases", spec["cases"], CASE_SETS)
+            ends = tuple(spec.get("share", (0, 1)))
+            if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+                raise SuiteError(f"data.streams.{name}.share={list(ends)}: expected [a, b] with 0 <= a < b <= 1, such as [0, 0.5]")
             if "sampling" in spec:
                 spec["sampling"] = Sampling(**spec["sampling"])
         self.extra_maps, self.check = dict(extra_maps or {}), check
@@ -222,7 +227,10 @@ class CaseDataModule(pl.LightningDataModule):
         if not cases:
             raise SuiteError(f"{self.root}: no cases found")
         if self.predict_cases is None:
-            self.divided(cases)  # too few cases: said now, not after the caching
+            parts = self.divided(cases)  # too few cases: said now, not after the caching
+            for name, spec in self.streams.items():
+                if "share" in spec and spec.get("cases", "train") != "unlabeled":  # whom others may join
+                    self._stream_cases(name, spec, parts)
         if self.check:
             self._check_once(cases)
         self.store.prepare(cases, workers=self.num_workers)
@@ -310,10 +318,28 @@ class CaseDataModule(pl.LightningDataModule):
         self._divide()
         if stage in (None, "fit"):
             for name, spec in self.streams.items():
-                which = spec.get("cases", "train")
-                if not self.parts[which]:
-                    why = f"labeled={self.split.labeled}" if self.split.test != "all" else "test=all"
-                    raise SuiteError(f"stream '{name}' has no cases: data.split.{why} leaves {which} empty")
+                self._stream_cases(name, spec, self.parts)
+
+    def _stream_cases(self, name: str, spec: Mapping[str, Any], parts: Mapping[str, Sequence[Case]]) -> Sequence[Case]:
+        """The cases that a stream draws on.
+
+        Raises:
+            SuiteError: there are none.
+        """
+        which = spec.get("cases", "train")
+        found = parts[which]
+        if not found:
+            why = f"labeled={self.split.labeled}" if self.split.test != "all" else "test=all"
+            raise SuiteError(f"stream '{name}' has no cases: data.split.{why} leaves {which} empty")
+        if "share" not in spec:
+            return found
+        chosen = self.split.share(found, *spec["share"])
+        if not chosen:
+            count = len({case.patient for case in found})
+            raise SuiteError(
+                f"stream '{name}' has no cases: data.streams.{name}.share={list(spec['share'])} of {count} {which} patient(s) is none; widen it"
+            )
+        return chosen
 
     def _divide(self) -> None:
         if self.parts:
@@ -368,7 +394,7 @@ class CaseDataModule(pl.LightningDataModule):
         batch_size = spec.get("batch_size", self.batch_size)
         samples = TrainingSamples(
             name,
-            self.parts[which],
+            self._stream_cases(name, spec, self.parts),
             self.store,
             self.task,
             self.preprocessing,

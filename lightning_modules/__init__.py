@@ -26,6 +26,7 @@ from lightning_modules.semi_supervised.temporal_ensembling import TemporalEnsemb
 from lightning_modules.semi_supervised.ua_mt import UAMT
 from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarialTraining
 from lightning_modules.supervised.cascaded_3d_unet import CascadedUNet3D
+from lightning_modules.supervised.dints_topology_search import DiNTSTopologySearch
 from lightning_modules.supervised.modality_pairing import ModalityPairing
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.residual_unet_localization import LocalizedUNet
@@ -45,6 +46,7 @@ __all__ = [
     "CopyPaste",
     "CoraNet",
     "CrossPseudoSupervision",
+    "DiNTSTopologySearch",
     "Ensemble",
     "EntropyMinimization",
     "FlairThreshold",

@@ -119,9 +119,14 @@ def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNe
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
 
 
-def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[NotNegative]]) -> LambdaLR:
-    """Piecewise constant: `stairs` are (share of all iterations, factor on the learning rate from there on), in order."""
-    return _per_iteration(optimizer, total_iterations, 0, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1])
+def steps(
+    optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[NotNegative]], warmup_iterations: NotNegative = 0
+) -> LambdaLR:
+    """Piecewise constant after a linear warm-up: `stairs` are (share of the iterations after it, factor on the learning rate from there on),
+    in order."""
+    return _per_iteration(
+        optimizer, total_iterations, warmup_iterations, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1]
+    )
 
 
 def step_decay(optimizer: Optimizer, total_iterations: int, epochs: Count, every: Count = 3, factor: Positive = 0.7) -> LambdaLR:

@@ -1,5 +1,6 @@
 """Toy methods go through fit, kill, resume, test, predict and compare without any change to the frame."""
 
+import json
 import signal
 from functools import partial
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from lesionbench.errors import SuiteError
+from lesionbench.jobs.run_folder import RunFolder
+from lesionbench.jobs.stages import _stage_config
 from tests.fake_data import write_fake_folder
-from tests.harness import SMALL, assert_same, rows, run, run_folders, run_killed, weights
+from tests.harness import SMALL, assert_same, composed, rows, run, run_folders, run_killed, weights
 
 TOYS = {
     "branches": ["model._target_=tests.toys.Branches"],
@@ -120,6 +124,29 @@ def test_two_stage_procedure_killed_in_its_first_stage_ends_the_same(folder, tmp
     assert rows(whole) == rows(resumed)
 
 
+WITH_CONTENTS = STAGES.replace("FromStage", "FromContents").replace("artefact:second", "contents:second")
+
+
+def test_contents_of_an_artefact_stand_in_the_configuration(folder, tmp_path):
+    common = [*SMALL, f"data.root={folder[0]}", "epochs=1", "+first=null"]
+    run(*common, f"runs={tmp_path / 'path'}", STAGES)
+    run(*common, f"runs={tmp_path / 'contents'}", WITH_CONTENTS)  # which the rehearsal of the last stage, before there are any, lets pass
+    by_path, by_contents = (run_folders(tmp_path / n)[0] for n in ("path", "contents"))
+    assert rows(by_path) == rows(by_contents)
+    cfg = composed(*common, f"runs={tmp_path / 'contents'}", WITH_CONTENTS)
+    filled, _ = _stage_config(cfg, cfg.stages[2], RunFolder(by_contents))
+    assert filled.model.found == json.loads((by_contents / "second" / "threshold.json").read_text())
+
+
+def test_what_cannot_stand_in_the_configuration_is_named_with_stage_and_file(folder, tmp_path):
+    with pytest.raises(SuiteError, match=r"stages\.test asks for contents:first, but \S*best\.ckpt cannot be read as JSON"):
+        run(*SMALL, f"data.root={folder[0]}", f"runs={tmp_path}", "epochs=1", WITH_CONTENTS.replace("contents:second", "contents:first"), "+first=null")  # fmt: skip
+    (found,) = run_folders(tmp_path)
+    (found / "first" / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(SuiteError, match=r"contents:first, but \S*best\.ckpt cannot be read as JSON \(.*No such file"):
+        run(*SMALL, f"data.root={folder[0]}", f"runs={tmp_path}", "epochs=1", WITH_CONTENTS.replace("contents:second", "contents:first"), "+first=null", "resume=true")  # fmt: skip
+
+
 def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
     common = [*SMALL, f"data.root={folder[0]}", "epochs=1"]
     for name, more in {
@@ -145,8 +172,6 @@ def test_ensemble_of_members_that_preprocess_differently(folder, tmp_path):
 
 
 def test_missing_stream_is_an_error_before_training(folder, tmp_path):
-    from lesionbench.errors import SuiteError
-
     with pytest.raises(SuiteError, match="needs the streams"):
         run(*SMALL, f"data.root={folder[0]}", f"runs={tmp_path}", "model._target_=tests.toys.Teacher")
 

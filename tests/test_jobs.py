@@ -564,6 +564,10 @@ REFUSED = {
     "by a process of the run": ([*NO_MOMENTUM, "trainer=ddp_sim"], "Nesterov momentum requires"),
     "by a stage that is a function": (["stages=[{name:threshold,run:call,function:tests.toys.refuse}]"], "cannot be computed"),
     "a stage that is not there": (["stages=[{name:fit,run:fit,override:{init_from:'artefact:none'}}]"], "no earlier stage has that name"),
+    "contents of none": (
+        ["stages=[{name:fit,run:fit,override:{init_from:'contents:none'}}]"],
+        "fit asks for contents:none, but no earlier",
+    ),
 }
 
 

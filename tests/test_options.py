@@ -269,6 +269,7 @@ CLASSIFIER = [
             "equalize",
         ),
         (["augmentation=nnunet", "+augmentation.mask.mask=brain"], "Unknown map (mask of the augmentation) 'brain'; did you mean 'brain_mask'"),
+        (["data.streams={default:{share:[0,1.5]}}"], "data.streams"),
         (["data.streams={default:{sampling:{name:forground}}}"], "sampling policy (data.sampling.name) 'forground'"),
         (["job=test", "ckpt=[a.ckpt,b.ckpt]", "ensemble.staple_margin=wide"], "ensemble.staple_margin=wide: lightning_modules.Ensemble expects a whole number"),
         (["job=test", "ckpt=[a.ckpt,b.ckpt]", "ensemble.weights=[1,-1]"], "ensemble.weights=[1, -1]: lightning_modules.Ensemble expects a list"),

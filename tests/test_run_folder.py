@@ -52,6 +52,7 @@ def experiment():
     [
         (["experiment=supervised/folder"], "model.inferer", "starts", "clamped"),
         (["experiment=supervised/folder", "model/network=swin_unetr"], "model.network", "shift", False),
+        (["experiment=supervised/folder", "model/scheduler=steps"], "model.scheduler", "warmup_iterations", 5),
         (["experiment=umm/ibsr", "sweep=umm_rows", "row=swin_unetr"], "model.branches.v", "shift", False),
     ],
 )

@@ -1,5 +1,6 @@
 """Training samples are cut from the right place, whole, aligned, and depend on (seed, stream, epoch, position) alone."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +320,46 @@ def test_unlabeled_batches_know_no_answer(root, store):
         assert len(batch["unlabeled"]["image"]) == 3
         assert set(batch["labeled"]["case"]) <= {c.id for c in data.parts["labeled"]}
         assert set(batch["unlabeled"]["case"]) <= {c.id for c in data.parts["unlabeled"]}
+
+
+def test_streams_draw_on_shares_of_the_patients(tmp_path):
+    root = write_fake_folder(tmp_path, 12, shape=SHAPE)
+    (root / "attributes.csv").write_text("case,patient\n" + "".join(f"case_{n:02d},p{n // 2}\n" for n in range(12)))
+
+    def of(seed: int = 0, **shares) -> dict[str, set[str]]:
+        streams = {name: {"cases": "train", "share": share} for name, share in shares.items()}
+        data = module(root, split=Split(seed=seed, test=0, val=0), streams=streams, samples_per_epoch=24)
+        loaders = data.train_dataloader()
+        loaders = loaders.iterables if len(shares) > 1 else {next(iter(shares)): loaders}
+        drawn = {name: {case for batch in loader for case in batch["case"]} for name, loader in loaders.items()}
+        assert drawn == {name: {case.id for case in loader.dataset.cases} for name, loader in loaders.items()}
+        return drawn
+
+    everyone = {f"case_{n:02d}" for n in range(12)}
+    halves = of(net=[0, 0.5], arch=[0.5, 1])
+    assert halves["net"] | halves["arch"] == everyone
+    assert not halves["net"] & halves["arch"]
+    assert {len(h) for h in halves.values()} == {6}
+    for half in halves.values():  # no patient is torn apart
+        assert {f"case_{n:02d}" for case in half for n in (int(case[-2:]) // 2 * 2, int(case[-2:]) // 2 * 2 + 1)} == half
+    assert of(net=[0, 0.5])["net"] == halves["net"]  # whoever else draws
+    assert of(other=[0, 0.5], seed=0)["other"] == halves["net"]  # whatever it is called
+    assert len({frozenset(of(net=[0, 0.5], seed=seed)["net"]) for seed in range(6)}) > 1
+    thirds = of(a=[0, 0.3], b=[0.3, 0.55], c=[0.55, 1])
+    assert sorted(case for third in thirds.values() for case in third) == sorted(everyone)
+
+
+@pytest.mark.parametrize("share", [[0, 1.5], [-0.1, 0.5], [0.5, 0.5], [0.7, 0.2], [0.5], []])
+def test_a_share_out_of_range_is_named(share, tmp_path):
+    with pytest.raises(SuiteError, match=rf"data\.streams\.net\.share={re.escape(str(share))}: expected \[a, b\]"):
+        Folder(tmp_path, channels=["t1"], streams={"net": {"share": share}})
+
+
+def test_a_share_of_nobody_is_named_before_anything_is_cached(tmp_path):
+    root = write_fake_folder(tmp_path / "data", 5, shape=SHAPE)
+    with pytest.raises(SuiteError, match=r"stream 'net' has no cases: data\.streams\.net\.share=\[0, 0\.1\] of 2 train patient"):
+        module(root, split=Split(test=2, val=1), streams={"net": {"share": [0, 0.1]}}, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_unlabeled_samples_do_not_look_at_the_label(tmp_path):

@@ -71,6 +71,14 @@ def test_constant():
     assert rates(schedules.constant, 4, total_iterations=3) == [1, 1, 1, 1]
 
 
+def test_steps_after_a_warmup():
+    stairs = [[0.5, 0.5], [0.75, 0.25]]
+    assert rates(schedules.steps, 5, total_iterations=4, stairs=stairs) == [1, 1, 0.5, 0.25, 0.25]
+    assert rates(schedules.steps, 6, total_iterations=6, stairs=stairs, warmup_iterations=2) == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 0.5, 0.25]
+    )
+
+
 @pytest.mark.parametrize(("total", "count"), [(0, 0), (5, 5), (5, -1), (5, 20)])
 def test_a_warmup_that_leaves_nothing_is_an_error(total, count):
     with pytest.raises(SuiteError, match=f"total_iterations={total}"):

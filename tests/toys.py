@@ -221,6 +221,15 @@ class FromStage(Brightness):
         super().__init__(task, threshold=json.loads(Path(found).read_text())["threshold"], **options)
 
 
+class FromContents(Brightness):
+    """The same with what stands in the file."""
+
+    def __init__(self, task, found, **options):
+        if not isinstance(found, dict):
+            raise SuiteError(f"model.found={found}: expected a mapping with `threshold`")
+        super().__init__(task, threshold=found["threshold"], **options)
+
+
 class Ensemble(Method):
     """Mean of methods that each preprocess the raw case in their own way; meets on the native grid."""
 

@@ -146,7 +146,9 @@ def fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint), get_args(hint)
     if hint in (Any, object, Parameter.empty) or (isinstance(value, dict) and "_target_" in value):
         return True
-    if isinstance(value, str) and (value.startswith("artefact:") or value == "???"):  # filled in by a stage, or still missing
+    if isinstance(value, str) and (
+        value.startswith(("artefact:", "contents:")) or value == "???"
+    ):  # filled in by a stage, or still missing
         return True
     if kind is Annotated:
         return fits(value, inner[0]) and all(r.holds(value) for r in inner[1:] if isinstance(r, Rule))

@@ -46,6 +46,7 @@ _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever 
         **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],
     },
     "lightning_modules.schedules.plateau": {"cooldown": 0},
+    "lightning_modules.schedules.steps": {"warmup_iterations": 0},
     "torch.optim.Adam": {"eps": 1e-8},
 }  # fmt: skip
 _GROWN = [  # lists of presets that came to hold more, and what they held: runs with either are the same

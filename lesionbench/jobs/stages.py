@@ -162,7 +162,7 @@ def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
         else:
             parts.configure_inference(cfg)
     except Exception as error:
-        if "artefact:" not in str(error):
+        if not any(promise in str(error) for promise in ("artefact:", "contents:")):
             raise
 
 
@@ -183,8 +183,15 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
 
 
 def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tuple[DictConfig, DictConfig]:
-    """The configuration of one stage and the stage itself: `override` put in, `artefact:<stage>` replaced by what that stage left."""
+    """The configuration of one stage and the stage itself: `override` put in, `artefact:<stage>` replaced by the path of what that stage
+    left, `contents:<stage>` by what stands in it."""
     cfg = _overridden(cfg, stage)
+
+    def left(promise: str, name: str) -> str:
+        done = folder.stage_done(name)
+        if done is None:
+            raise SuiteError(f"stages.{stage.name} asks for {promise}, but no earlier stage has that name")
+        return done["artefact"]
 
     def filled(node: Any) -> Any:
         if isinstance(node, dict):
@@ -192,10 +199,9 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
         if isinstance(node, list):
             return [filled(v) for v in node]
         if isinstance(node, str) and node.startswith("artefact:"):
-            done = folder.stage_done(node.removeprefix("artefact:"))
-            if done is None:
-                raise SuiteError(f"stages.{stage.name} asks for {node}, but no earlier stage has that name")
-            return done["artefact"]
+            return left(node, node.removeprefix("artefact:"))
+        if isinstance(node, str) and node.startswith("contents:"):
+            return _contents(Path(left(node, node.removeprefix("contents:"))), f"stages.{stage.name} asks for {node}")
         return node
 
     cfg.run_folder = str(folder.path if stage.name in ("fit", "test") else folder.path / stage.name)
@@ -206,6 +212,16 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
     values = OmegaConf.to_container(cfg, resolve=True)
     values.pop("rounds", None)  # stages by name, to which `stages` may refer
     return OmegaConf.create(filled(values)), OmegaConf.create(filled(OmegaConf.to_container(stage)))
+
+
+def _contents(path: Path, asked: str) -> Any:
+    """The plain data in the JSON file that a stage left."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SuiteError(
+            f"{asked}, but {path} cannot be read as JSON ({error}); only what a stage leaves as a JSON file can be asked for so"
+        ) from None
 
 
 def _overridden(cfg: DictConfig, stage: DictConfig) -> DictConfig:

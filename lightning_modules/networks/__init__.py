@@ -40,6 +40,8 @@ from lightning_modules.networks.swin import swin_unet
 _MONAI = {  # name -> the module that makes it
     "attention_unet": "monai_unets",
     "basic_unet": "monai_unets",
+    "dints": "monai_dints",
+    "dints_search": "monai_dints",
     "dynunet": "monai_dynunet",
     "nnunet": "monai_dynunet",
     "segresnet": "monai_segresnet",
