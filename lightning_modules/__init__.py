@@ -28,6 +28,7 @@ from lightning_modules.supervised.modality_pairing import ModalityPairing
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
+from lightning_modules.supervised.two_phase_omt import TwoPhaseOMT
 from lightning_modules.supervised.umm import UMM
 
 __all__ = [
@@ -59,5 +60,6 @@ __all__ = [
     "Stochastic",
     "Supervised",
     "TemporalEnsembling",
+    "TwoPhaseOMT",
     "VirtualAdversarialTraining",
 ]
