@@ -21,8 +21,8 @@ from lesionbench.results import write_json
 from lesionbench.task import IGNORE, Task
 from lesionbench.written import whole
 
-# values at the vertices (3, n0, n1, n2) float32, (start, stop) of the box along each axis of the volume, shape of the volume
-Map = tuple[np.ndarray, tuple[tuple[int, int], ...], tuple[int, ...]]
+# places of the vertices (3, n0, n1, n2), (start, stop) of the box along each axis of the volume, shape of the volume, density of the vertices
+Map = tuple[np.ndarray, tuple[tuple[int, int], ...], tuple[int, ...], np.ndarray]
 CUBE = "cube"  # attribute of a case that is a cube already
 
 
@@ -74,7 +74,7 @@ class CubeStore:
             warp: the map.
             row: what the conversion did to the case.
         """
-        nodes, box, shape = warp
+        nodes, box, shape, density = warp
         for channel, values in zip(task.channels, image, strict=True):
             write_volume(self.folder / "images" / f"{file_name(case)}_{channel}.nii.gz", values.astype(np.float32), np.eye(4))
         on_disk = task.to_disk(label)
@@ -82,12 +82,13 @@ class CubeStore:
             on_disk = np.where(label == IGNORE, task.ignore[0], on_disk)
         write_volume(self.folder / "labels" / f"{file_name(case)}.nii.gz", on_disk, np.eye(4))
         with whole(self._map(case)) as temporary, temporary.open("wb") as file:
-            np.savez(file, f=nodes, box=np.array(box), shape=np.array(shape), row=np.array(json.dumps(row)))
+            np.savez(file, f=nodes, box=np.array(box), shape=np.array(shape), density=density, row=np.array(json.dumps(row)))
 
     def read(self, case: str) -> Map:
         """The map of a case."""
         with np.load(self._map(case)) as arrays:
-            return arrays["f"], tuple((int(a), int(b)) for a, b in arrays["box"]), tuple(int(n) for n in arrays["shape"])
+            box, shape = (tuple(map(int, pair)) for pair in arrays["box"]), map(int, arrays["shape"])
+            return arrays["f"], tuple(box), tuple(shape), arrays["density"]
 
     def finish(self, parts: Mapping[str, Sequence[Case]], origin: Mapping[str, Any]) -> None:
         """Writes the tables and the split of cases by part, and marks the store as complete."""

@@ -71,19 +71,18 @@ class Transport:
         """
         box = bounding_box(brain.cpu().numpy())
         inside = tuple(slice(a, b) for a, b in box)
-        shape = tuple(min(self.grid, b - a + 1) for a, b in box)
-        if self.backend == "resize":
-            shape = (2, 2, 2)
-            places = mesh_of(shape).vertices
-        else:
+        shape = (2, 2, 2) if self.backend == "resize" else tuple(min(self.grid, b - a + 1) for a, b in box)
+        vertices, places = np.ones(shape), mesh_of(shape).vertices
+        if self.backend != "resize":
             masks = [None if m is None else m[inside].cpu().numpy() for m in (brain, tumor)]
             density = self.density(gray[inside].double().cpu().numpy(), masks[0], masks[1])
+            vertices = at_vertices(density, shape)
             if self.backend == "knothe":
                 places = rearranged(averaged(density, tuple(n - 1 for n in shape))).reshape(-1, 3)
             else:
-                places = mesh_of(shape).transport(at_vertices(density, shape), self.iterations, self.steps)
-        nodes = torch.from_numpy(np.ascontiguousarray(places.T, dtype=np.float32)).reshape(3, *shape)
-        return Warp(nodes.to(gray.device), box, tuple(brain.shape))
+                places = mesh_of(shape).transport(vertices, self.iterations, self.steps)
+        nodes = torch.from_numpy(np.ascontiguousarray(places.T, dtype=np.float32)).reshape(3, *shape).to(gray.device)
+        return Warp(nodes, box, tuple(brain.shape), torch.from_numpy(vertices.astype(np.float32)).to(gray.device))
 
 
 @lru_cache(maxsize=4)

@@ -89,13 +89,12 @@ class Mesh:
 
     def laplacian(self, f: np.ndarray, mu: np.ndarray) -> csr_matrix:
         """L(f) (n, n)."""
-        normals = _normals(self._corners(f))
-        scaled = normals / (36 * mu)
-        values = np.concatenate([(normals[i] * scaled[j]).sum(axis=0) for i, j in combinations(range(4), 2)])
+        n = normals(self._corners(f))
+        scaled = n / (36 * mu)
+        values = np.concatenate([(n[i] * scaled[j]).sum(axis=0) for i, j in combinations(range(4), 2)])
         data = np.bincount(self._slots, weights=np.concatenate([values, values]), minlength=len(self._columns))
         data[self._diagonal] = -np.add.reduceat(data, self._starts[:-1])  # constants are stretched by nothing
-        n = len(self.vertices)
-        return csr_matrix((data, self._columns, self._starts), shape=(n, n))
+        return csr_matrix((data, self._columns, self._starts), shape=(len(self.vertices),) * 2)
 
     def minimize(self, f: np.ndarray, mu: np.ndarray, iterations: int) -> np.ndarray:
         """VSEM: L(f) is built and its linear systems solved for the free coordinates, over and over (eq. 5), until the energy stalls.
@@ -162,7 +161,7 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
 
 
-def _normals(corners: np.ndarray) -> np.ndarray:
+def normals(corners: np.ndarray) -> np.ndarray:
     """Inward normals (4, 3, t) of the face opposite of each corner of tetrahedra (4, 3, t), as long as twice its area."""
     a, b, c = corners[1:] - corners[0]
     rest = np.stack([_cross(b, c), _cross(c, a), _cross(a, b)])

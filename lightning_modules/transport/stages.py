@@ -59,22 +59,24 @@ def _store(store: CubeStore, batch: Batch, method: TwoPhaseOMT, truth: bool) -> 
     image, psi = method.pull(batch, warp)
     cube = warp.pull_labels(label, psi)
     row = conversion(task, label, cube, warp, batch["brain_mask"][0, 0])
-    store.write(batch["case"][0], task, image.cpu().numpy(), cube.cpu().numpy(), (warp.nodes.cpu().numpy(), warp.box, warp.shape), row)
+    store.write(batch["case"][0], task, image.cpu().numpy(), cube.cpu().numpy(), (warp.nodes.cpu().numpy(), warp.box, warp.shape, warp.density.cpu().numpy()), row)
 
 
 def conversion(task: Task, label: torch.Tensor, cube: torch.Tensor, warp: Warp, brain: torch.Tensor) -> dict[str, float]:
-    """What a map does to a case, for each region: its share of the brain and of the cube (Table 2 of the paper), and the conversion loss
-    1 - 2 |A and B| / (|A| + |B|) between its voxels and those that come back from the cube (Table 1), 0 where there are none.
+    """What a map does to a case, for each region: its share of the brain, of the mass and of the cube (Table 2 of the paper), and the conversion
+    loss 1 - 2 |A and B| / (|A| + |B|) between its voxels and those that come back from the cube (Table 1), 0 where there are none.
 
     Args:
         label, cube: class indices on the volume and in the cube.
         brain: mask on the volume.
     """
     back = warp.push(cube[None])[0] * brain
+    volumes = [task.region_masks(m) for m in (label, cube, back)]
     row = {}
-    for name, before, there, after in zip(task.regions, *(task.region_masks(m) for m in (label, cube, back)), strict=True):
+    for name, mass, before, there, after in zip(task.regions, warp.mass(volumes[0]), *volumes, strict=True):
         total = int(before.sum() + after.sum())
         row[f"{name}_brain"] = int(before.sum()) / max(int(brain.sum()), 1)
+        row[f"{name}_mass"] = float(mass)
         row[f"{name}_cube"] = float(there.double().mean())
         row[f"{name}_loss"] = 1 - 2 * int((before & after).sum()) / total if total else 0.0
     return row

@@ -34,6 +34,7 @@ class Warp:
         nodes: f at the vertices (3, n0, n1, n2) float32, whose first and last lie on the faces of the box.
         box: (start, stop) along each axis of the volume (X, Y, Z).
         shape: of the volume.
+        density: at the vertices (n0, n1, n2), on any scale: what f preserves the mass of.
 
     Raises:
         SuiteError: a tetrahedron is turned over or flat: f cannot be inverted.
@@ -42,6 +43,7 @@ class Warp:
     nodes: torch.Tensor
     box: Box
     shape: tuple[int, ...]
+    density: torch.Tensor
 
     def __post_init__(self) -> None:
         self._cells = [n - 1 for n in self.nodes.shape[1:]]
@@ -58,20 +60,28 @@ class Warp:
 
     def _pieces(self) -> torch.Tensor:
         """The affine map (t, 3, 4) of every tetrahedron; its number is 6 * cell + order."""
-        lines = [torch.arange(n, device=self.nodes.device) for n in self._cells]
-        cells = torch.stack(torch.meshgrid(*lines, indexing="ij")).flatten(1)
+        cells = self._corners(())
+        origin = torch.stack([c / n for c, n in zip(cells, self._cells, strict=True)], dim=1)[..., None]
         maps = []
         for order in ORDERS:
-            corner, matrix = cells.clone(), self.nodes.new_empty(cells.shape[1], 3, 3)
-            first = before = self.nodes[(slice(None), *corner)].T
-            for axis in order:
-                corner[axis] += 1
-                after = self.nodes[(slice(None), *corner)].T
+            matrix = self.nodes.new_empty(cells.shape[1], 3, 3)
+            path = [self.nodes[(slice(None), *self._corners(order[:steps]))].T for steps in range(4)]
+            for axis, before, after in zip(order, path, path[1:], strict=False):
                 matrix[:, :, axis] = (after - before) * self._cells[axis]
-                before = after
-            origin = torch.stack([c / n for c, n in zip(cells, self._cells, strict=True)], dim=1)[..., None]
-            maps.append(torch.cat([matrix, first[..., None] - matrix @ origin], dim=2))
+            maps.append(torch.cat([matrix, path[0][..., None] - matrix @ origin], dim=2))
         return torch.stack(maps, dim=1).flatten(0, 1)
+
+    def _corners(self, axes: Sequence[int]) -> torch.Tensor:
+        """Indices (3, cells) of the corner of every cell that lies a step along each of these axes from its lowest."""
+        lines = [torch.arange(n, device=self.nodes.device) + (axis in axes) for axis, n in enumerate(self._cells)]
+        return torch.stack(torch.meshgrid(*lines, indexing="ij")).flatten(1)
+
+    def mass(self, masks: torch.Tensor) -> torch.Tensor:
+        """Shares (R,) of the mass in masks (R, X, Y, Z), which is that of the tetrahedra that hold their voxels (eq. 1a)."""
+        paths = [[self.density[tuple(self._corners(order[:steps]))] for steps in range(4)] for order in ORDERS]
+        means = torch.stack([torch.stack(path).double().mean(dim=0) for path in paths], dim=1).flatten()
+        density = means[self._tetrahedra(_centers(self.sides, self.nodes))]
+        return (masks[(slice(None), *self.inside)].flatten(1) * density).sum(dim=1) / density.sum()
 
     @property
     def sides(self) -> tuple[int, ...]:
