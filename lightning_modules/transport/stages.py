@@ -59,7 +59,14 @@ def _store(store: CubeStore, batch: Batch, method: TwoPhaseOMT, truth: bool) -> 
     image, psi = method.pull(batch, warp)
     cube = warp.pull_labels(label, psi)
     row = conversion(task, label, cube, warp, batch["brain_mask"][0, 0])
-    store.write(batch["case"][0], task, image.cpu().numpy(), cube.cpu().numpy(), (warp.nodes.cpu().numpy(), warp.box, warp.shape, warp.density.cpu().numpy()), row)
+    store.write(
+        batch["case"][0],
+        task,
+        image.cpu().numpy(),
+        cube.cpu().numpy(),
+        (warp.nodes.cpu().numpy(), warp.box, warp.shape, warp.density.cpu().numpy()),
+        row,
+    )
 
 
 def conversion(task: Task, label: torch.Tensor, cube: torch.Tensor, warp: Warp, brain: torch.Tensor) -> dict[str, float]:

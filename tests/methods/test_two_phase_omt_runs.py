@@ -172,7 +172,9 @@ def test_a_full_disk_leaves_whole_cases(data, tmp_path, monkeypatch):
     with pytest.raises(SuiteError, match="has not finished"):
         Cubes(folder / "cubes0")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "conversion", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))  # the third case is mapped, two are not again
+        patch.setattr(
+            stages, "conversion", lambda *_: (_ for _ in ()).throw(ZeroDivisionError)
+        )  # the third case is mapped, two are not again
         with pytest.raises(ZeroDivisionError):
             run(*common, "resume=true")
 
