@@ -87,8 +87,8 @@ class CubeStore:
     def read(self, case: str) -> Map:
         """The map of a case."""
         with np.load(self._map(case)) as arrays:
-            box, shape = (tuple(map(int, pair)) for pair in arrays["box"]), map(int, arrays["shape"])
-            return arrays["f"], tuple(box), tuple(shape), arrays["density"]
+            box = tuple((int(start), int(stop)) for start, stop in arrays["box"])
+            return arrays["f"], box, tuple(map(int, arrays["shape"])), arrays["density"]
 
     def finish(self, parts: Mapping[str, Sequence[Case]], origin: Mapping[str, Any]) -> None:
         """Writes the tables and the split of cases by part, and marks the store as complete."""

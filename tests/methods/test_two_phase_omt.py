@@ -154,7 +154,7 @@ def test_cost_by_hand():
     mesh = Mesh((2, 2, 2))
     mass = mesh.vertex_masses(np.ones((2, 2, 2)))
     assert mesh.cost(mesh.vertices, mass) == 0
-    assert mesh.cost(mesh.vertices + [0.1, 0.2, 0], mass) == pytest.approx(0.05)
+    assert mesh.cost(mesh.vertices + np.array([0.1, 0.2, 0]), mass) == pytest.approx(0.05)
 
 
 # the Knothe-Rosenblatt rearrangement
@@ -360,7 +360,7 @@ def test_conversion_by_hand():
 def test_a_map_that_turns_over_is_refused():
     nodes = np.moveaxis(Mesh((3, 3, 3)).vertices.reshape(3, 3, 3, 3), -1, 0).astype(np.float32)
     nodes[:, 1, 1, 1] = 1.0
-    with pytest.raises(SuiteError, match="turns .* tetrahedra over"):
+    with pytest.raises(SuiteError, match=r"turns .* tetrahedra over"):
         Warp(torch.from_numpy(nodes), ((0, 4),) * 3, (4,) * 3, torch.ones(3, 3, 3))
 
 
