@@ -9,6 +9,7 @@ python benchmarks/omt_conversion.py cases <csv>
 
 import csv
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning_modules.transport.density import Transport
 from lightning_modules.transport.stages import conversion
 
 SHAPE, SIZE = (144, 176, 140), (128, 128, 128)  # about the box of a brain at 1 mm
-DATA = Path("/tmp/lesionbench-omt-conversion")
+DATA = Path(tempfile.gettempdir()) / "lesionbench-omt-conversion"
 LIMIT = 3.0
 
 
