@@ -5,6 +5,7 @@ from datamodules.atlas import Atlas
 from datamodules.base import CaseDataModule
 from datamodules.bids import BIDS
 from datamodules.brats import BraTS
+from datamodules.cubes import Cubes
 from datamodules.decathlon import Decathlon
 from datamodules.folder import Folder
 from datamodules.ibsr import IBSR
@@ -36,6 +37,7 @@ __all__ = [
     "BraTS",
     "CaseDataModule",
     "ContextToy",
+    "Cubes",
     "Decathlon",
     "Ellipses",
     "Folder",

@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _PARTS = (
     "lesionbench.target.", "lightning_modules.inferers.", "lightning_modules.losses.gated_consistency.", "lightning_modules.metrics.case_metrics.",
     "lightning_modules.postprocessing.", "lightning_modules.ramps.", "lightning_modules.raters.rater_targets.",
-    "lightning_modules.semi_supervised.certainty_masks.",
+    "lightning_modules.semi_supervised.certainty_masks.", "lightning_modules.transport.density.",
 )  # fmt: skip
 # ... and functions that make networks and schedules
 _MAKERS = ("lightning_modules.networks.", "lightning_modules.schedules.")

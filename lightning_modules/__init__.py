@@ -32,6 +32,7 @@ from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdvers
 from lightning_modules.supervised.residual_unet_localization import LocalizedUNet
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
+from lightning_modules.supervised.two_phase_omt import TwoPhaseOMT
 from lightning_modules.supervised.umm import UMM
 
 __all__ = [
@@ -67,5 +68,6 @@ __all__ = [
     "Stochastic",
     "Supervised",
     "TemporalEnsembling",
+    "TwoPhaseOMT",
     "VirtualAdversarialTraining",
 ]

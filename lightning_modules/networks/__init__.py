@@ -26,6 +26,7 @@ from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
 from lightning_modules.networks.noisy import NoisyInput
+from lightning_modules.networks.one_per_output import OnePerOutput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
 from lightning_modules.networks.residual_unet import ResidualUNet
@@ -68,6 +69,7 @@ __all__ = [
     "MultiHeadVNet",
     "SegNet",
     "NoisyInput",
+    "OnePerOutput",
     "PackUNet",
     "PairedUNet",
     "PixelCritic",
