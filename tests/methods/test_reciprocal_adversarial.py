@@ -775,7 +775,7 @@ def test_confidence_map_is_written_and_measured(folder, tmp_path):
     (found,) = run_folders(tmp_path)
     regional = [r for r in rows(found) if r["region"]]
     assert all({"auroc_critic", "auroc_entropy"} <= set(r) for r in regional)
-    assert all(float(r["nesting_violations"]) >= 0 for r in rows(found) if not r["region"])
+    assert all(math.isfinite(float(r["nesting_violations"])) for r in rows(found) if not r["region"])
     with (found / "metrics.csv").open() as file:
         curves = {r["name"]: float(r["value"]) for r in csv.DictReader(file)}
     assert 0.05 < curves["train/image_sd"] < 0.5  # brain voxels of images in [0, 1]
@@ -786,8 +786,8 @@ def test_confidence_map_is_written_and_measured(folder, tmp_path):
     mask, confidence = (nib.load(out / "predictions" / f"case_00{s}.nii.gz") for s in ("", "_uncertainty_critic"))
     assert mask.shape == confidence.shape
     values = confidence.get_fdata()
-    assert values.min() >= 0
-    assert values.max() <= 1
+    assert values.std() > 0  # one less than the answer, which is not the same everywhere
+    assert values.max() < 1
 
 
 def test_nesting_violations_by_hand():
