@@ -3,7 +3,7 @@
     python benchmarks/networks.py [--names nnunet swin_unetr ...] [--rounds 3] [--device cuda --precision bf16 --compile] [--out networks.csv]
 
 A patch of 64^3 voxels, two in a batch, four channels, three outputs, one thread on a CPU. A step is forward pass, backward pass and an update of
-SGD. Every step is made by a process of its own, after one that warms up; all networks take their turn in every round, and medians are compared.
+SGD, and its time on a CPU is that of the processor, which other jobs do not lengthen much. Every step is made by a process of its own, after one that warms up; all networks take their turn in every round, and medians are compared.
 Memory is what the process holds at most beyond what it held before the network was made (on a GPU, what torch has allocated at most).
 `per multiply-add` is the time of a step through its multiply-adds, against that of `nnunet`. `NAME:OPTION=VALUE` changes an option of a network.
 """
@@ -91,6 +91,7 @@ def step(name: str, device: str, precision: str, compiled: bool, pipe: Any) -> N
     try:
         torch.set_num_threads(1)
         torch.manual_seed(0)
+        clock = time.perf_counter if device == "cuda" else time.process_time  # of one thread
         with torch.device("meta"):
             network(name)  # what has to be imported is no memory of the network
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -99,7 +100,7 @@ def step(name: str, device: str, precision: str, compiled: bool, pipe: Any) -> N
         forward = torch.compile(made) if compiled else made
         image = torch.randn(BATCH, CHANNELS, SIDE, SIDE, SIDE, device=device)
         for _ in range(2):
-            start = time.perf_counter()
+            start = clock()
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                 loss = sum(maps.float().square().mean() for maps in logits(forward(image)))
             loss.backward()
@@ -107,7 +108,7 @@ def step(name: str, device: str, precision: str, compiled: bool, pipe: Any) -> N
             optimizer.zero_grad()
             if device == "cuda":
                 torch.cuda.synchronize()
-            took = time.perf_counter() - start
+            took = clock() - start
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         pipe.send((took, peak))
     except Exception as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.ranges import NotNegative, Share
+from lesionbench.ranges import NotNegative, Share, Whole
 
 Box = tuple[tuple[int, int], ...]
 
@@ -16,15 +16,18 @@ class Sampling:
     """Args:
     name: `uniform`; `foreground` (with probability `share` the patch is centred on a random voxel of a random foreground class that the
         case has, as nnU-Net does with 0.33); `per_class` (a class is drawn by `weights`, then one of its voxels); `positive_slice` (for
-        slices and slabs: with probability `share` a slice that holds foreground, else one that holds none).
+        slices and slabs: with probability `share` a slice that holds foreground, else one that holds none); `lesion_center` (the patch is
+        centered on the box around all foreground, moved by up to `jitter` voxels along each axis; a case without any is a uniform draw).
     share: probability of a foreground draw.
     weights: class name -> relative weight, for `per_class`; classes that a case lacks drop out; `background` is a uniform draw. Without
         weights all foreground classes weigh the same.
+    jitter: largest move along each axis, in voxels, for `lesion_center`; every whole number up to it is as likely.
     """
 
     name: str = "foreground"
     share: Share = 0.33
     weights: Mapping[str, NotNegative] = field(default_factory=dict)
+    jitter: Whole = 0
 
     def __post_init__(self) -> None:
         if self.name not in _POLICIES:
@@ -111,9 +114,22 @@ def _positive_slice(
     return centre
 
 
+def _lesion_center(
+    policy: Sampling, rng: np.random.Generator, shape: Sequence[int], foreground: Mapping[int, np.ndarray], *_: object
+) -> np.ndarray | None:
+    voxels = [v for c, v in sorted(foreground.items()) if c > 0 and len(v)]
+    if not voxels:
+        return None
+    found = np.concatenate(voxels)  # one of every slice that holds the class is among them, so that the box is exact
+    middle = (found.min(axis=0).astype(int) + found.max(axis=0) + 1) // 2
+    moved = middle + rng.integers(-policy.jitter, policy.jitter + 1, size=len(middle))
+    return np.clip(moved, 0, np.asarray(shape) - 1)
+
+
 _POLICIES: dict[str, Callable[..., np.ndarray | None]] = {
     "uniform": _uniform,
     "foreground": _foreground,
     "per_class": _per_class,
     "positive_slice": _positive_slice,
+    "lesion_center": _lesion_center,
 }

@@ -26,6 +26,9 @@ class Split:
             With `file` the order is that of its list.
         file: JSON file with lists of case ids under `train`, `val`, `test`; replaces everything above but `labeled`.
         train: None, or the number of training patients to keep (the first in seeded order).
+        inner_folds: None, or the number of parts of the training patients, of which part `inner_fold` is left out: it is in no part of the
+            division. A network trained so can predict these training cases without having seen them.
+        inner_fold: which part is left out, from 0.
     """
 
     seed: Whole = 0
@@ -36,6 +39,8 @@ class Split:
     labeled: Whole | None = None
     file: str | None = None
     train: Count | None = None
+    inner_folds: AtLeastTwo | None = None
+    inner_fold: Whole = 0
 
     def divide(self, cases: Sequence[Case], published: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Case]]:
         """Cases -> `train`, `val`, `test`, and `labeled` + `unlabeled` (together `train`); case order is kept within the seeded patient order.
@@ -61,6 +66,8 @@ class Split:
                 raise SuiteError(f"data.split.{name}={count}: a number of patients from 0, or null for all")
         if self.train is not None:
             parts["train"] = parts["train"][: int(self.train)]
+        if self.inner_folds is not None:
+            parts["train"] = self._without_inner_fold(parts["train"])
         keep = len(parts["train"]) if self.labeled is None else int(self.labeled)
         if keep > len(parts["train"]):
             raise SuiteError(f"data.split.labeled={keep}, but there are only {len(parts['train'])} training patients")
@@ -90,6 +97,15 @@ class Split:
                 f"too few cases: {n} patient(s) leave none to train on after {len(test)} for test and {len(val)} for validation (data.split)"
             )
         return {"train": train, "val": val, "test": test}
+
+    def _without_inner_fold(self, patients: list[str]) -> list[str]:
+        folds, fold = self.inner_folds or 1, self.inner_fold
+        if not 0 <= fold < folds or not 2 <= folds <= len(patients):
+            raise SuiteError(
+                f"data.split.inner_fold={fold} of data.split.inner_folds={folds} with {len(patients)} training patients: "
+                "need 0 <= inner_fold < inner_folds <= training patients, and 2 folds at least"
+            )
+        return [patient for place, patient in enumerate(patients) if place % folds != fold]
 
     def _published(self, lists: Mapping[str, Sequence[str]], there: Mapping[str, list[Case]]) -> dict[str, list[str]]:
         parts = {part: [p for p in lists.get(part, ()) if p in there] for part in ("train", "val", "test")}

@@ -4,6 +4,7 @@ from lightning_modules.anomaly.autoencoder import Autoencoder
 from lightning_modules.anomaly.blur_residual import BlurResidual
 from lightning_modules.anomaly.flair_threshold import FlairThreshold
 from lightning_modules.base import Method
+from lightning_modules.cascade import Cascade
 from lightning_modules.evaluation.ensemble import Ensemble
 from lightning_modules.evaluation.missing_modalities import MissingModalities
 from lightning_modules.evaluation.robustness import Robustness
@@ -24,8 +25,10 @@ from lightning_modules.semi_supervised.pseudo_label import PseudoLabel
 from lightning_modules.semi_supervised.temporal_ensembling import TemporalEnsembling
 from lightning_modules.semi_supervised.ua_mt import UAMT
 from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarialTraining
+from lightning_modules.supervised.cascaded_3d_unet import CascadedUNet3D
 from lightning_modules.supervised.modality_pairing import ModalityPairing
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
+from lightning_modules.supervised.residual_unet_localization import LocalizedUNet
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
 from lightning_modules.supervised.umm import UMM
@@ -36,6 +39,8 @@ __all__ = [
     "UMM",
     "Autoencoder",
     "BlurResidual",
+    "Cascade",
+    "CascadedUNet3D",
     "CoLearning",
     "CopyPaste",
     "CoraNet",
@@ -44,6 +49,7 @@ __all__ = [
     "EntropyMinimization",
     "FlairThreshold",
     "Habitats",
+    "LocalizedUNet",
     "MeanTeacher",
     "Method",
     "MissingModalities",

@@ -20,7 +20,7 @@ from lesionbench.ranges import Count, Positive, Whole
 from lesionbench.raters import majority
 from lesionbench.task import Task
 from lightning_modules.freezing import freeze, rest
-from lightning_modules.inferers import Inferer, Mirrored, Predictor
+from lightning_modules.inferers import Inferer, Mirrored, Predictor, counted
 from lightning_modules.metrics import CaseMetrics, DatasetMetrics, PerCaseResults
 from lightning_modules.postprocessing import PostProcessing
 from lightning_modules.ramps import batches
@@ -147,9 +147,10 @@ class Method(pl.LightningModule):
             predictor: maps of one view, see `inferers`.
             channels: those that the predictor gets.
         """
-        outside = batch.get("outside")
+        image, outside = batch["image"][:, channels], batch.get("outside")
+        predictor = counted(predictor, self.inferer.passes(image.shape[2:], self.task.slice_axis))
         beyond = {} if outside is None or not outside.any() else {"outside": outside[:, channels]}
-        return self.inferer(batch["image"][:, channels], predictor, self.task.slice_axis, **beyond)
+        return self.inferer(image, predictor, self.task.slice_axis, **beyond)
 
     def mirror(self, axes: Sequence[int]) -> None:
         """From now on predicts with test-time mirroring along these axes (see `inferers.Mirrored`)."""

@@ -5,8 +5,9 @@ whole volume (B, K, X, Y, Z), every map blended in the same pass. Which inferer 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from typing import Protocol
 
 import torch
@@ -31,6 +32,32 @@ class Inferer(Protocol):
         self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]: ...
 
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        """How often the predictor is called for a case of this shape (X, Y, Z)."""
+        ...
+
+
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+def watch(say: Callable[[int, int], None] | None) -> None:
+    """From now on calls `say(done, all)` after every pass of a predictor over a part of a case (see `Method.infer`); None ends it."""
+    _watcher.set(say)
+
+
+def counted(predictor: Predictor, passes: int) -> Predictor:
+    """A predictor that tells who watches, if somebody does, how many of so many passes are done."""
+    say, done = _watcher.get(), count(1)
+    if say is None:
+        return predictor
+
+    def told(view: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = predictor(view)
+        say(next(done), passes)
+        return maps
+
+    return told
+
 
 class Whole:
     """The whole volume in one forward pass, padded at the far end to a multiple of `divisor`; None = what the network needs."""
@@ -42,6 +69,9 @@ class Whole:
         self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         return padded(image, self.divisor, predictor, outside=outside)
+
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        return 1
 
 
 class Window:
@@ -92,6 +122,9 @@ class Window:
         crop = (..., *(slice(n, n + s) for n, s in zip(near, shape, strict=True)))
         return {name: maps.div_(norm)[crop] for name, maps in total.items()}
 
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        return sum(1 for _ in self._batches([max(s, p) for s, p in zip(shape, self.patch, strict=True)]))
+
     def _weight(self) -> torch.Tensor:
         if self.blending == "constant":
             return torch.ones(self.patch)
@@ -103,9 +136,9 @@ class Window:
         starts = []
         for size, p in zip(shape, self.patch, strict=True):
             step = max(int(p * (1 - self.overlap)), 1)
-            count = -(-(size - p) // step) + 1
+            number = -(-(size - p) // step) + 1
             even = self.starts == "even"
-            starts.append([round(i * (size - p) / max(count - 1, 1)) if even else min(i * step, size - p) for i in range(count)])
+            starts.append([round(i * (size - p) / max(number - 1, 1)) if even else min(i * step, size - p) for i in range(number)])
         boxes = [tuple(slice(s, s + p) for s, p in zip(corner, self.patch, strict=True)) for corner in product(*starts)]
         yield from (boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch))
 
@@ -131,6 +164,9 @@ class SliceWise:
             for i in range(0, len(views), size)
         ]
         return {name: from_slices(torch.cat([p[name] for p in parts]), axis, image.shape[0]) for name in parts[0]}
+
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        return -(-shape[axis] // self.batch)
 
 
 class SlabWise(SliceWise):
@@ -206,6 +242,10 @@ class Transformed:
                 back = move.back(maps.float(), axis)
                 total[name] = total[name].add_(back) if name in total else back
         return {name: maps.div_(len(moves)) for name, maps in total.items()}
+
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        moved = (move(torch.empty(1, 1, *shape, device="meta"), axis).shape[2:] for move in self.group(axis))
+        return sum(self.inferer.passes(turned, axis) for turned in moved)
 
 
 class Mirrored(Transformed):

@@ -175,7 +175,7 @@ def _told(value: Any) -> str:
 
 def page_with(text: str, name: str, claims: Mapping[str, Any]) -> str:
     """A page's text with its section "Settings" made from the claims, before "Departures"."""
-    section = f"## Settings\n\n{settings(claims).replace('{name}', name)}\n"
+    section = "## Settings\n\n" + settings(claims).replace("{name}", name) + "\n"
     without = re.sub(r"^## Settings\n.*?(?=^## )", "", text, flags=re.M | re.S)
     before, mark, after = without.partition("## Departures\n")
     return before + section + mark + after

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lesionbench.jobs.command_line import CONF, quoted
 from lesionbench.jobs.composition import complete
@@ -51,8 +52,16 @@ def shared(*overrides: str) -> DictConfig:
 
 def run(*overrides: str) -> float | None:
     """One job, in this process."""
+    return run_composed(composed(*overrides))
+
+
+def run_composed(cfg: DictConfig, **changes: Any) -> float | None:
+    """The job of a configuration of `composed`, which stays as it is, with other values of keys that choose nothing of a group."""
     os.environ.pop("LESIONBENCH_RUN_FOLDER", None)
-    return run_job(composed(*overrides))
+    cfg = cfg.copy()
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value)
+    return run_job(cfg)
 
 
 def run_killed(*overrides: str) -> int:

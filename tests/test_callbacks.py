@@ -1,8 +1,10 @@
 import csv
+import io
 import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,11 +16,15 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from callbacks import BestAndLast, CaseTable, Cost, CurvesLogger, LineProgress, NanGuard, NiftiWriter, NonFiniteLoss, progress_bar
+from callbacks.progress import CaseBar
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.results import read_rows
 from lesionbench.task import Task
+from lightning_modules import Supervised
+from lightning_modules.inferers import Mirrored, SlabWise, SliceWise, Transformed, Whole, Window
+from lightning_modules.losses import DiceCE
 from lightning_modules.metrics import DatasetMetrics
 
 TASK = Task(("flair",), {"background": 0, "ed": 2, "et": 4}, {"WT": ("ed", "et"), "ET": ("et",)})
@@ -619,6 +625,88 @@ def test_line_progress_of_a_resumed_run_counts_this_process_alone(tmp_path, caps
     first, second = capsys.readouterr().out.strip().splitlines()
     assert first.endswith("0.5 it/s  ETA 0:00:15")
     assert second.endswith("0.5 it/s  ETA 0:00:00")
+
+
+def predicting(bar: pl.callbacks.ProgressBar, seconds: list[float], inferer: Any = None) -> None:
+    """Two cases of 40^3 in windows of 8^3, 125 passes each, through a network that takes so long for a window of the first and of the second case."""
+
+    class Slow(Supervised):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            return batch
+
+        def predict_maps(self, view):
+            clock[0] += seconds[len(cases)]
+            return super().predict_maps(view)
+
+        def predict_step(self, batch, batch_idx):
+            self.predict_case(batch)
+            cases.append(batch_idx)
+
+    cases: list[int] = []
+    task = Task(("t1",), {"background": 0, "lesion": 1})
+    method = Slow(
+        task,
+        network=lambda in_channels, out_channels: torch.nn.Conv3d(1, 2, 1),
+        loss=DiceCE(),
+        inferer=inferer or Window((8, 8, 8), overlap=0),
+    )
+    batches = [
+        {"image": torch.zeros(1, 1, 40, 40, 40), "case": [f"case_{n}"], "geometry": [Geometry.of(np.eye(4), (40, 40, 40))]}
+        for n in range(2)
+    ]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    pl.Trainer(accelerator="cpu", logger=False, callbacks=[bar], enable_checkpointing=False, enable_model_summary=False).predict(
+        method, loader
+    )
+
+
+clock = [0.0]
+
+
+def test_a_long_case_tells_every_tenth_of_its_passes(capsys, monkeypatch):
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: clock[0])
+    predicting(LineProgress(), [1.0, 0.01])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("predict")]
+    assert lines[0] == "predict  case_0  13 of 125 passes (10 %)  ETA 0:01:52"
+    assert [line.split("(")[1].split()[0] for line in lines[:-1]] == [str(n) for n in (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)]
+    assert lines[-1] == "predict  2 cases  126.3 s"  # the second case, of 1.25 s, has none
+
+    predicting(LineProgress(), [1.0, 0.01], Mirrored(Window((8, 8, 8), overlap=0), [0]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("predict  case_0  25 of 250 passes (10 %)") for line in lines)
+
+
+def test_the_bar_of_a_terminal_shows_the_passes_of_a_case(monkeypatch):
+    told: list[tuple[int, int]] = []
+
+    class Bar(CaseBar):
+        def _passed(self, done, passes):
+            super()._passed(done, passes)
+            told.append((done, passes))
+            shown.add(str(self.progress.tasks[-1].total))
+
+    shown: set[str] = set()
+    bar = Bar(console_kwargs={"force_terminal": True, "file": io.StringIO()})
+    predicting(bar, [0.0, 0.0])
+    assert told == [(n + 1, 125) for n in range(125)] * 2
+    assert shown == {"125"}
+
+
+def test_passes_are_counted_before_they_are_made():
+    image = torch.zeros(1, 1, 20, 11, 7)
+    inferers = [
+        Window((8, 8, 8), 0.5, batch=3),
+        Window((8, 8, 8), 0.5, starts="clamped"),
+        Whole(4),
+        SliceWise(4, batch=3),
+        SlabWise(3, batch=2),
+    ]
+    for inferer in [*inferers, *(Transformed(inferer, "flips") for inferer in inferers), Transformed(inferers[0], "dihedral")]:
+        for axis in range(3):
+            made = []
+            middle = (..., 1) if isinstance(getattr(inferer, "inferer", inferer), SlabWise) else ...
+            inferer(image, lambda view, made=made, middle=middle: made.append(view) or {"x": view[middle]}, axis)
+            assert len(made) == inferer.passes(image.shape[2:], axis)
 
 
 def test_progress_bar_suits_the_terminal(monkeypatch):

@@ -16,7 +16,7 @@ from lesionbench.checkpoint import build_method
 from lesionbench.jobs.arguments import check_arguments
 from lesionbench.jobs.command_line import CONF, options, runs_of
 from tests.fake_data import WRITERS
-from tests.harness import rows, run, run_folders, shared
+from tests.harness import composed, rows, run_composed, run_folders, shared
 
 COMBINATIONS = sorted({f"experiment={e}" for e in options("experiment") if e != "none"}.union(*(runs_of(m) for m in options("model"))))
 HUGE = {"experiment=cmm_net_3d/brats2021"}  # 5.8 GB of weights, gradients and moments
@@ -114,14 +114,15 @@ def check_tiny(combination, roots, tmp_path, cfg, *more):
         "threads=1",
         *more,
     ]
-    run(*common)
+    tiny = composed(*common)
+    run_composed(tiny)
     (folder,) = run_folders(tmp_path)
     assert rows(folder)
     if model not in ("", "supervised") and benchmark != "benchmark=blobs":
         return  # a prediction is of the method or of the data: this method predicts on blobs, these data under `supervised`
     checkpoint = next((p for p in (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.exists()), None)
     fits = any(stage.run == "fit" for stage in cfg.stages)
-    run("job=predict", *common, *([f"ckpt={checkpoint}"] if fits else []), f"out={tmp_path / 'out'}")
+    run_composed(tiny, job="predict", out=str(tmp_path / "out"), **({"ckpt": str(checkpoint)} if fits else {}))
     assert list((tmp_path / "out" / "predictions").glob("*.nii.gz"))
 
 
@@ -148,7 +149,7 @@ def test_what_had_an_experiment_file_once_is_still_run():
     for benchmark in options("benchmark"):
         one = f"benchmark={benchmark} model=supervised" in COMBINATIONS
         assert one or f"experiment=supervised/{benchmark}" in COMBINATIONS or benchmark == "none"
-    assert len(COMBINATIONS) <= 141
+    assert len(COMBINATIONS) <= 146
 
 
 def test_every_model_that_needs_unlabeled_cases_runs_where_labels_are_few():

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
 from datamodules.readers.brats_files import brats_task
@@ -13,7 +14,7 @@ from lightning_modules.losses import DiceCE
 from lightning_modules.memory import training_memory
 from lightning_modules.optimizers import Ranger
 from lightning_modules.supervised.supervised import Supervised
-from tests.harness import run
+from tests.harness import run, shared
 
 SHAPE = (2, 4, 6, 5, 4)
 VOXELS = 2 * 6 * 5 * 4
@@ -96,3 +97,18 @@ def test_a_large_network_says_what_it_takes_before_anything_is_cached(tmp_path, 
     assert "Less of it: patch, data.batch_size (with accumulate), model.network.features, precision=bf16-mixed" in large
     monkeypatch.setattr(memory, "_capacity", lambda device: 2**20)
     assert "cpu has 0.0 GiB, which is too little" in said()
+
+
+@pytest.mark.parametrize("name", ["paired_unet", "unet_plus_plus", "swin_unetr"])
+def test_no_network_keeps_more_for_a_voxel_than_is_reckoned_with(name):
+    """The greediest of `benchmarks/networks.py`; what cannot be large is not counted."""
+    cfg = shared(f"model/network={name}", "patch=[64,64,64]")
+    more = {"channels": ["t1", "t1ce", "t2", "flair"]} if name == "paired_unet" else {}
+    network = instantiate(cfg.model.network, _convert_="all")
+    with torch.device("meta"):
+        whole = Supervised(
+            brats_task("2021"), network=partial(network, **more), loss=DiceCE(), inferer=Whole(), optimizer=partial(torch.optim.SGD, lr=1)
+        )
+    found = training_memory(whole, (1, 4, 64, 64, 64)).activations
+    assert found is not None
+    assert memory.PER_VOXEL / 8 < found / 64**3 < memory.PER_VOXEL

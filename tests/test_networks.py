@@ -223,6 +223,25 @@ def test_dynunet_is_monai_s_with_heads_at_their_own_resolution():
     torch.testing.assert_close(ours.eval()(image), theirs.eval()(image))
 
 
+def test_dynunet_starts_from_he_s_normal_weights():
+    """Of convolutions that a leaky ReLU of slope 0.01 follows: variance 2 / (1 + 0.01^2) / inputs of a value; biases are 0."""
+    torch.manual_seed(0)
+    network = tiny("dynunet", features=(16, 32, 32, 32))
+    weight = network.downsamples[0].conv2.conv.weight
+    assert weight.square().mean().item() == pytest.approx(2 / (1 + 0.01**2) / (32 * 9), rel=0.05)
+    assert (weight.abs() > math.sqrt(6 / (32 * 9))).any()  # a uniform draw of that variance ends here
+    assert not any(p.any() for name, p in network.named_parameters() if name.endswith("conv.bias"))
+
+
+def test_nnunet_has_heads_on_all_but_the_two_lowest_levels():
+    """Of six levels four: the logits and three more."""
+    with torch.device("meta"):
+        network = networks.nnunet(4, 3, image_size=128, deep_supervision=True)
+        out = network(torch.empty(1, 4, 128, 128, 128))
+    assert network.filters == [32, 64, 128, 256, 320, 320]
+    assert [tuple(x.shape[2:]) for x in (out["logits"], *out["deep"])] == [(side,) * 3 for side in (128, 64, 32, 16)]
+
+
 def test_dynunet_anisotropic_strides_set_the_divisor():
     network = tiny("dynunet", 3, kernels=[3, [3, 3, 1], 3, 3], strides=[1, [2, 2, 1], 2, [2, 1, 1]], deep_supervision=False)
     assert network.divisor == (8, 4, 2)

@@ -89,6 +89,23 @@ def test_fewer_training_patients_are_the_first_ones():
     assert ids(few["test"]) == ids(whole["test"])
 
 
+def test_inner_folds_divide_the_training_patients_and_leave_the_other_parts_alone():
+    whole = Split(seed=2, test=4, val=3).divide(cases())
+    left_out = []
+    for fold in range(3):
+        parts = Split(seed=2, test=4, val=3, inner_folds=3, inner_fold=fold).divide(cases())
+        assert (parts["test"], parts["val"]) == (whole["test"], whole["val"])
+        assert parts["labeled"] == parts["train"]
+        left_out.append(patients(whole["train"]) - patients(parts["train"]))
+        assert patients(parts["train"]) < patients(whole["train"])
+    assert sorted(map(len, left_out)) == [4, 4, 5]
+    assert set.union(*left_out) == patients(whole["train"])
+    with pytest.raises(SuiteError, match=r"inner_fold=3 of data\.split\.inner_folds=3"):
+        Split(inner_folds=3, inner_fold=3).divide(cases())
+    with pytest.raises(SuiteError, match="with 14 training patients"):
+        Split(inner_folds=15).divide(cases())
+
+
 def test_all_cases_can_be_tested_where_nothing_is_trained():
     parts = Split(test="all", val=3, folds=5).divide(cases())
     assert {c.id for c in parts["test"]} == {c.id for c in cases()}
@@ -280,7 +297,22 @@ def test_positive_slice_is_uniform_within_the_slice():
     assert {box[2] for box in boxes} == {(3, 4)}
 
 
-@pytest.mark.parametrize("name", ["uniform", "foreground", "per_class", "positive_slice"])
+def test_lesion_center_is_the_middle_of_the_box_and_moves_as_far_as_asked():
+    shape, lesion = (40, 30, 20), {1: np.array([[10, 12, 7], [20, 13, 8]], np.int16), 2: np.array([[15, 20, 9]], np.int16)}
+    still = {Sampling("lesion_center").box(numpy_generator(n), shape, (16, 8, 6), lesion, CLASSES, 2) for n in range(20)}
+    assert still == {((7, 23), (12, 20), (5, 11))}  # around the middle (15, 16, 8) of voxels 10..20, 12..20 and 7..9
+    moved = [Sampling("lesion_center", jitter=2).box(numpy_generator(n), shape, (16, 8, 6), lesion, CLASSES, 2) for n in range(400)]
+    counts = Counter(box[0][0] for box in moved)
+    assert set(counts) == {5, 6, 7, 8, 9}
+    assert min(counts.values()) > 40  # of 80 expected
+    assert {box[1][0] for box in moved} == {10, 11, 12, 13, 14}
+    corner = Sampling("lesion_center").box(numpy_generator(0), shape, (16, 8, 6), {1: np.array([[0, 29, 19]], np.int16)}, CLASSES, 2)
+    assert corner == ((0, 16), (22, 30), (14, 20))
+    nowhere = {Sampling("lesion_center").box(numpy_generator(n), shape, (16, 8, 6), {}, CLASSES, 2) for n in range(20)}
+    assert len(nowhere) > 10
+
+
+@pytest.mark.parametrize("name", ["uniform", "foreground", "per_class", "positive_slice", "lesion_center"])
 def test_a_patch_larger_than_the_case_is_centered(name):
     for n in range(20):
         box = Sampling(name, share=1.0).box(numpy_generator(n), SHAPE, (15, 12, 4), FOREGROUND, CLASSES, 2)

@@ -49,6 +49,13 @@ def prepare(cfg: DictConfig) -> None:
     say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
     data.prepare_data()
     say(f"{len(cases)} cases ready")
+    outside = data.left_out()
+    if outside:
+        worst = sorted(outside, key=lambda case: -outside[case])[:5]
+        say(
+            f"crop=center leaves out {sum(outside.values())} labeled voxel(s) of {len(outside)} case(s), most of "
+            + ", ".join(f"{case} ({outside[case]})" for case in worst)
+        )
 
 
 def simulate(cfg: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """Says before training what a large network takes."""
 
+import math
 import os
 from typing import Any
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig
 from lesionbench.jobs.console import say
 
 LARGE = 4 * 2**30  # bytes; what takes less is not spoken of
+PER_VOXEL = 16 * 2**10  # bytes, more than twice what the greediest network of the suite (swin_unetr, 6.2 KiB) keeps for a voxel of a batch
 WIDTHS = ("features", "extra_features", "width", "widths", "channels", "feature_size", "hidden_size")  # what networks call them
 
 
@@ -28,8 +30,11 @@ def say_memory(cfg: DictConfig, method: Any, data: Any, device: Any) -> None:
         s for axis, s in enumerate(data.patch) if not (data.view == "slice" and len(data.patch) == 3 and axis == data.task.slice_axis)
     ]
     batch = sum(spec.get("batch_size", data.batch_size) for spec in data.streams.values())
-    found = training_memory(method, (batch, data.task.in_channels, *spatial))
     has = _capacity(device)
+    weights = sum(p.numel() * p.element_size() for p in method.parameters())
+    if 5 * weights + batch * math.prod(spatial) * PER_VOXEL < min(LARGE, has or LARGE):
+        return  # whatever is counted, which takes a second for a deep network
+    found = training_memory(method, (batch, data.task.in_channels, *spatial))
     if found.total < LARGE and (has is None or found.total < has):
         return
     enough = "" if has is None else f"; {device.type} has {_gib(has)}" + (", which is too little" if found.total > has else "")

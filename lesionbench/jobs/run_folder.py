@@ -43,6 +43,8 @@ _NEUTRAL: dict[str, Any] = {
     "data.task.inputs": None,
 }
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
+    "datamodules.Sampling": {"jitter": 0},
+    "datamodules.Split": {"inner_folds": None, "inner_fold": 0},
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
     "lightning_modules.inferers.Window": {"starts": "even"},

@@ -19,6 +19,7 @@ from lesionbench.jobs.assembled import Assembled, Parts
 from lesionbench.jobs.console import first_process, say
 from lesionbench.jobs.ensemble import ensemble_model
 from lesionbench.jobs.ensemble_members import is_ensemble
+from lesionbench.jobs.forerunner_maps import check_stage, write_maps
 from lesionbench.jobs.memory import say_memory
 from lesionbench.jobs.run_folder import RunFolder, variant_hash
 from lesionbench.jobs.validation import check_monitored, check_validation, waiting
@@ -125,6 +126,8 @@ def _check_options(cfg: DictConfig) -> None:
     for stage in cfg.stages:
         if stage.run not in STAGES:
             raise unknown(f"stages.{stage.name}.run", stage.run, STAGES)
+        if stage.run == "maps":
+            check_stage(stage)
         if stage.get("override"):
             check_arguments(_overridden(cfg, stage))
         if stage.run == "fit":
@@ -149,7 +152,7 @@ def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
 
     What an earlier stage leaves is not there yet: an error about that is none.
     """
-    if stage.run == "call":
+    if stage.run in _OF_ONE_PROCESS:
         return
     cfg = _overridden(cfg, stage)
     try:
@@ -169,7 +172,7 @@ def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
     cfg, stage = _stage_config(cfg, stage, folder)
     if first_process():  # another process may come here when this one has found a mistake and discarded the run
         Path(cfg.run_folder).mkdir(parents=True, exist_ok=True)
-    elif stage.run == "call":
+    elif stage.run in _OF_ONE_PROCESS:
         folder.await_stage(stage.name)
         return
     artefact = STAGES[stage.run](cfg, stage, folder)
@@ -200,7 +203,9 @@ def _stage_config(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> tupl
     if stage.name != "fit" and "pruner" in (cfg.callbacks or {}):
         cfg.callbacks.pop("pruner")  # it judges the curve of the objective, which is that of the stage called fit
     cfg.pop("stages")
-    return OmegaConf.create(filled(OmegaConf.to_container(cfg, resolve=True))), OmegaConf.create(filled(OmegaConf.to_container(stage)))
+    values = OmegaConf.to_container(cfg, resolve=True)
+    values.pop("rounds", None)  # stages by name, to which `stages` may refer
+    return OmegaConf.create(filled(values)), OmegaConf.create(filled(OmegaConf.to_container(stage)))
 
 
 def _overridden(cfg: DictConfig, stage: DictConfig) -> DictConfig:
@@ -294,7 +299,18 @@ def _call_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
     return str(get_method(stage.function)(cfg, Path(cfg.run_folder)))
 
 
-STAGES: dict[str, Callable[[DictConfig, DictConfig, RunFolder], str]] = {"fit": _fit_stage, "test": _test_stage, "call": _call_stage}
+def _maps_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> str:
+    """A stage that writes what a checkpoint says about the training cases to the map store."""
+    return write_maps(cfg, stage)
+
+
+STAGES: dict[str, Callable[[DictConfig, DictConfig, RunFolder], str]] = {
+    "fit": _fit_stage,
+    "test": _test_stage,
+    "call": _call_stage,
+    "maps": _maps_stage,
+}
+_OF_ONE_PROCESS = ("call", "maps")
 
 
 def _finish(cfg: DictConfig, folder: RunFolder) -> None:

@@ -28,7 +28,9 @@ from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
 from lightning_modules.networks.noisy import NoisyInput
 from lightning_modules.networks.pack import MiddleSlice, PackUNet, pack_attention_unet
 from lightning_modules.networks.paired_unet import PairedUNet
+from lightning_modules.networks.residual_unet import ResidualUNet
 from lightning_modules.networks.resunet import ResUNet
+from lightning_modules.networks.rrelu_unet import RReLUUNet
 from lightning_modules.networks.segnet import SegNet
 from lightning_modules.networks.slab import SlabChannels
 from lightning_modules.networks.stateless import stateless
@@ -67,7 +69,9 @@ __all__ = [
     "PackUNet",
     "PairedUNet",
     "PixelCritic",
+    "RReLUUNet",
     "ResUNet",
+    "ResidualUNet",
     "SlabChannels",
     "SpatialAutoencoder",
     "SubpixelNet",

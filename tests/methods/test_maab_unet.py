@@ -138,6 +138,18 @@ def test_the_pyramid_gives_the_coarse_features_a_short_way(pyramid):
     assert all(g > 0 for g in bottom) if pyramid else all(g == 0 for g in bottom)
 
 
+@pytest.mark.parametrize(("deeper", "block"), [("encoder4", "encoder3"), ("encoder3", "encoder2")])
+def test_the_loss_reaches_the_encoder_through_skip_connections(deeper, block):
+    """With nothing that goes deeper."""
+    torch.manual_seed(0)
+    network = tiny(2, 3, dimensions=2, dropout=0.0)
+    for name, parameter in getattr(network, deeper).named_parameters():
+        if name.endswith("weight") and parameter.dim() > 1:
+            nn.init.zeros_(parameter)
+    found = gradients(network, torch.randn(1, 2, 16, 16))
+    assert all((g != 0).any() for name, g in found.items() if name.startswith(f"{block}.convolutions") and g.dim() > 1)
+
+
 @pytest.mark.parametrize(
     "option", [{"gates": False}, {"pyramid": False}, {"attention": False}, {"combine": "last"}, {"dilations": (1, 1, 1, 1)}]
 )

@@ -1,0 +1,83 @@
+"""Residual U-Net with localization: a narrow network finds the tumor, wide ones segment a crop around it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from lesionbench.batch import Batch
+from lesionbench.errors import SuiteError
+from lesionbench.prediction import Prediction
+from lesionbench.ranges import Count
+from lesionbench.task import Task
+from lightning_modules.cascade import Cascade
+from lightning_modules.localization import box_around, center_of, pasted
+
+ORACLE = "oracle_center"
+
+
+class LocalizedUNet(Cascade):
+    """A network that segments a crop around what its first forerunner finds ("Residual 3D U-Net with Localization for Brain Tumor
+    Segmentation", BrainLes 2021, Section 2.3).
+
+    Without a forerunner it sees the whole case: the first stage. With one, the crop is centered on the first region that the forerunner
+    draws; where it finds nothing, on the brain. Outside of the crop there is no lesion. Training crops are cut by the data
+    (`data.sampling.name=lesion_center`). Further forerunners answer for their regions.
+
+    Args:
+        crop: voxels of the crop along each axis; an axis on which the case is shorter is kept.
+        center: `box` = the middle of the box around the largest component, `centroid` = the mean of its voxels.
+        oracle_center: where there is a label, answer a second time with all crops centered on the true region: the member
+            `oracle_center`, whose rows in tables are marked as an oracle's.
+        options: what `Cascade` takes.
+
+    Raises:
+        SuiteError: an oracle without forerunner to replace.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        crop: Sequence[Count] = (128, 128, 128),
+        center: Literal["box", "centroid"] = "box",
+        oracle_center: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(task, **options)
+        if len(crop) != 3:
+            raise SuiteError(f"model.crop={list(crop)}: voxels along each of three axes")
+        self.crop, self.center, self.oracle_center = tuple(crop), center, oracle_center
+        self.locator = next(iter(self.forerunners), None)
+        if oracle_center and self.locator is None:
+            raise SuiteError("model.oracle_center=true: without model.forerunners nothing is cropped, so there is no center to be replaced")
+
+    def draw(self, batch: Batch, known: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.locator is None:
+            return super().draw(batch, known)
+        shape = batch["image"].shape[2:]
+        box = self.box(known[self.locator][0, 0] > 0.5, batch.get("brain_mask"))
+        inside = {**batch, "image": batch["image"][(..., *box)]}
+        return pasted(super().draw(inside, known), box, shape)
+
+    def box(self, mask: torch.Tensor, brain: torch.Tensor | None) -> tuple[slice, ...]:
+        """The crop for a mask (X, Y, Z) of the located region; `brain` (1, 1, X, Y, Z) where there is one."""
+        middle = center_of(mask, self.center)
+        if middle is None and brain is not None:
+            middle = center_of(brain[0, 0], "box")
+        return box_around(middle or [side // 2 for side in mask.shape], self.crop, mask.shape)
+
+    def predict_case(self, batch: Batch) -> Prediction:
+        said = super().predict_case(batch)
+        if not self.oracle_center or "label" not in batch or self.locator is None:
+            return said
+        found = next(iter(self.forerunners.values()))
+        region = getattr(found, "region", None) or next(iter(found.task.regions))
+        truth = self.task.region_masks(batch["label"][:, 0])[self._place(region)][:, None].float()
+        rest = {k: v for k, v in batch.items() if k not in self.forerunners}
+        return replace(said, members={**said.members, ORACLE: self.answer({**rest, self.locator: truth})})
+
+    def measure(self, *args: Any, **options: Any) -> list[dict]:
+        rows = super().measure(*args, **options)
+        return [{**row, "oracle": True} if row.get("member") == ORACLE else row for row in rows]
