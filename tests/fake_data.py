@@ -1,6 +1,7 @@
 """Writes small, learnable data sets under the true names and layouts of real ones."""
 
 import csv
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,14 @@ def write_fake_folder(
     rows = [[*row, 100 + 37 * n, int(n % 3 > 0)] for n, row in enumerate(rows)] if survival else rows
     _write_csv(root / "attributes.csv", ["case", "patient", "site", "age", "score", *(["survival", "event"] if survival else [])], rows)
     return root
+
+
+def write_fake_pancreas(root: Path) -> Path:
+    """Writes a folder of CT with the list of its division under `root` and returns `root`."""
+    write_fake_folder(root, channels=("ct",))
+    lists = {"train": [f"case_{n:02d}" for n in range(5)], "test": ["case_05"]}
+    (Path(root) / "split.json").write_text(json.dumps(lists))
+    return Path(root)
 
 
 QUBIQ_SETS = {  # folder -> channels, tasks, raters, shape (the layout of the challenge)
@@ -366,6 +375,8 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object
 WRITERS: dict[str, Callable[[Path], Path]] = {
     **{f"brats{layout}": partial(write_fake_brats, layout=layout) for layout in _BRATS_NAMES},
     "folder": partial(write_fake_folder, survival=True),
+    "folder_ct": write_fake_pancreas,
+    "folder_mr": partial(write_fake_folder, channels=("mr",), count=8),
     "qubiq": write_fake_qubiq,
     "atlas": write_fake_atlas,
     "semireal": write_fake_masks,

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from datamodules.preprocessing import Preprocessing
 from datamodules.transforms import intensity, placement
+from datamodules.transforms.area_crop import RandomAreaCrop
 from datamodules.transforms.augmentation import chain
 from datamodules.transforms.placement import Placement, RandomPlacement
 from datamodules.transforms.quarter_turns import RandomQuarterTurns
@@ -359,3 +360,34 @@ def test_quarter_turns_keep_the_shape_of_oblong_samples():
     assert len({float(r.flatten()[0]) for r in results}) == 2
     with pytest.raises(SuiteError, match=r"axes=\[0, 3\]"):
         RandomQuarterTurns(axes=(0, 3))
+
+
+# crops of a share of the area
+
+
+def test_an_area_crop_keeps_the_share_and_the_place():
+    """A ramp along each axis tells which box was cut: its extent is the side, and image and maps show the same one."""
+    torch.manual_seed(0)
+    ramps = torch.meshgrid(torch.arange(64.0), torch.arange(48.0), torch.arange(2.0), indexing="ij")
+    subject = torchio.Subject(image=torchio.ScalarImage(tensor=torch.stack(ramps)), label=torchio.LabelMap(tensor=torch.stack(ramps[:2])))
+    areas, starts = [], []
+    for _ in range(60):
+        after = RandomAreaCrop((0.85, 0.95))(subject)
+        image, label = after.image.data, after.label.data
+        assert after.spatial_shape == (64, 48, 2)
+        assert torch.allclose(image[2], ramps[2], atol=1e-5)  # the third axis stays
+        sides = [(image[a].amax() - image[a].amin() + 1) / n for a, n in ((0, 64), (1, 48))]
+        areas.append(float(sides[0] * sides[1]))
+        starts.append(float(image[0].amin()))
+        assert (label - image[:2]).abs().max() <= 1
+        assert torch.equal(label, label.round())
+    assert 0.82 < min(areas) < 0.87
+    assert 0.93 < max(areas) < 0.97
+    assert min(starts) == 0
+    assert max(starts) > 3
+
+
+def test_shares_of_an_area_crop_are_judged():
+    for area in ((0.9, 0.8), (0.0, 0.5), (0.5, 1.5)):
+        with pytest.raises(SuiteError, match="share"):
+            RandomAreaCrop(area)

@@ -111,6 +111,41 @@ def test_stability_divides_patients_not_voxels(monkeypatch):
         stability_losses(latent, np.zeros(300, int), 2)
 
 
+def test_stability_compares_labels_of_the_validation_side(monkeypatch):
+    """Eq. 1: C and C' both label Omega_val. Here patients 0 to 6 have voxels that every clustering divides alike, and the share of differing
+    labels is counted by hand on the voxels that were asked for."""
+    fitted, asked = [], []
+    fit, predict = HabitatClustering.fit, HabitatClustering.predict
+    monkeypatch.setattr(HabitatClustering, "fit", lambda self, z: (fitted.append(z), fit(self, z))[1])
+    monkeypatch.setattr(HabitatClustering, "predict", lambda self, z: asked.append((z, predict(self, z))) or asked[-1][1])
+    patient = np.repeat(np.arange(10), 30)
+    latent = np.random.default_rng(0).normal(size=(300, 2))
+    losses = stability_losses(latent, patient, 4, repeats=3, share=0.7, seed=(1,))
+    for repeat in range(3):
+        (_, validation), pair = fitted[2 * repeat : 2 * repeat + 2], asked[2 * repeat : 2 * repeat + 2]
+        assert len(validation) == 90  # three patients
+        assert all(np.array_equal(seen, validation) for seen, _ in pair)
+        first, second = (labels for _, labels in pair)
+        best = min((np.array(names)[first] != second).mean() for names in itertools.permutations(range(4)))
+        assert losses[repeat] == pytest.approx(best)
+    assert losses.min() > 0
+
+
+def test_82_patients_are_divided_into_57_and_25(monkeypatch):
+    sizes = []
+    fit = HabitatClustering.fit
+    monkeypatch.setattr(HabitatClustering, "fit", lambda self, z: (sizes.append(len(z)), fit(self, z))[1])
+    stability_losses(np.random.default_rng(0).normal(size=(82, 2)), np.arange(82), 3, repeats=2)
+    assert sizes == [57, 25] * 2
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5])
+def test_the_stability_loss_ends_at_one_less_the_share_of_a_cluster(clusters):
+    """Labels that have nothing to do with each other; nothing is stretched to 1."""
+    first, second = np.divmod(np.arange(clusters**2), clusters)
+    assert disagreement(first, second, clusters) == pytest.approx(1 - 1 / clusters)
+
+
 # texture
 
 

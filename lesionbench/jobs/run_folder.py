@@ -34,13 +34,21 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None}
+_NEUTRAL: dict[str, Any] = {
+    "model.freeze": [],
+    "model.cost_norm": "weights",
+    "init_prefix": None,
+    "test_time": None,
+    "task.inputs": None,
+    "data.task.inputs": None,
+}
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "datamodules.Sampling": {"jitter": 0},
     "datamodules.Split": {"inner_folds": None, "inner_fold": 0},
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
     "lightning_modules.inferers.Window": {"starts": "even"},
+    "lightning_modules.networks.SubpixelNet": {"latent": "merged"},
     "lightning_modules.networks.swin_unetr": {"shift": True},
     "lightning_modules.postprocessing.PostProcessing": {
         **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],

@@ -102,7 +102,7 @@ def significance_loss(p: float, scale: str = "unit", *, tau: float = 0.05, p_flo
     """Lp, small where p is small.
 
     Eq. 2 of Li et al. (BrainLes 2021) prints log(tau / p), which grows as p falls although the joint loss is minimized: `as_printed`.
-    `raw` is log(p / tau). `unit` brings `raw` from [log(p_floor / tau), log(1 / tau)] to [0, 1], the range of the stability loss; tau
+    `raw` is log(p / tau). `unit` brings `raw` from [log(p_floor / tau), log(1 / tau)] to [0, 1], in which the stability loss lies; tau
     is a constant that cancels there and changes no minimum anywhere.
 
     Args:

@@ -4,7 +4,7 @@ BrainLes 2021).
 A strided encoder loses lesions of a few pixels. A light branch that never goes below the resolution of the input embeds it at twice that
 resolution; the decoder sees the embedding at 2x and 1x as skip connections, predicts on the 2x grid, and a few convolutions learn how to
 weigh the four subpixels of every pixel. Details that the paper leaves open (widths, stem, slope) are those of the authors' settings that
-give the parameter counts of the paper: 16 K for the embedding, 11 K for the downsampler, about 5.2 M in all.
+give the counts of the paper for the embedding, 16 K, and for the downsampler, 11 K; in all they are 5.17 M, where the paper says about 5.3 M.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ DOWNSAMPLERS = ("learned", "bilinear", "none")
 EMBEDDINGS = ("release", "paper")
 LD_INPUTS = ("latent", "latent_and_logits")
 COMBINATIONS = ("logits", "probs")
+LATENTS = ("merged", "concatenated")
 SLOPE = 0.1
 
 
@@ -136,12 +137,12 @@ class InterpolatedGuidance(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Nearest-neighbor resize to `size`, convolution, skip connection, convolution."""
+    """Nearest-neighbor resize to `size`, convolution, skip connection, convolution (unless `merged` is false)."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, merged: bool = True) -> None:
         super().__init__()
         self.up = ConvNormAct(in_channels, out_channels)
-        self.merge = ConvNormAct(out_channels + skip_channels, out_channels)
+        self.merge = ConvNormAct(out_channels + skip_channels, out_channels) if merged else nn.Identity()
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
         x = self.up(F.interpolate(x, size=tuple(size), mode="nearest"))
@@ -191,6 +192,8 @@ class SubpixelNet(nn.Module):
         guidance_resolutions: where `learned` guidance enters the decoder: 1, 2 or both.
         embedding: form of the embedding, see `SubpixelEmbedding`.
         downsampler: `learned`; `bilinear` (the mean of the four subpixels); `none` = logits stay on the 2x grid.
+        latent: g(x), which head and downsampler see: `merged` (of the last decoder width, after one more convolution), or `concatenated`, the last
+            decoder features beside the 2x skip connection, whose 16 + 8 channels are those that the paper counts.
         ld_input: what the learned downsampler sees: `latent`, or `latent_and_logits` as the paper words it.
         combine: weighted mean of `logits`, or of `probs` (sigmoids; the answer is their logit again).
 
@@ -218,6 +221,7 @@ class SubpixelNet(nn.Module):
         downsampler: str = "learned",
         ld_input: str = "latent",
         combine: str = "logits",
+        latent: str = "merged",
     ) -> None:
         super().__init__()
         for name, value, known in [
@@ -226,6 +230,7 @@ class SubpixelNet(nn.Module):
             ("downsampler", downsampler, DOWNSAMPLERS),
             ("ld_input", ld_input, LD_INPUTS),
             ("combine", combine, COMBINATIONS),
+            ("latent", latent, LATENTS),
         ]:
             if value not in known:
                 raise unknown(f"network.{name}", value, known)
@@ -246,14 +251,17 @@ class SubpixelNet(nn.Module):
             self.guidance = InterpolatedGuidance(channels, guidance_width, spg.removesuffix("_input"))
         guided = [guidance_width if self.guidance is not None and r in self.guidance.resolutions else 0 for r in (1, 2)]
         self.decoder = nn.ModuleList(
-            DecoderBlock(i, skip, o)
-            for i, skip, o in zip([widths[-1], *decoder_widths[:-1]], [*widths[-2::-1], *guided], decoder_widths, strict=True)
+            DecoderBlock(i, skip, o, merged=latent == "merged" or number < len(widths))
+            for number, (i, skip, o) in enumerate(
+                zip([widths[-1], *decoder_widths[:-1]], [*widths[-2::-1], *guided], decoder_widths, strict=True)
+            )
         )
-        self.head = nn.Conv2d(decoder_widths[-1], out_channels, 3, padding=1, bias=False)
+        last = decoder_widths[-1] + (guided[-1] if latent == "concatenated" else 0)
+        self.head = nn.Conv2d(last, out_channels, 3, padding=1, bias=False)
         self.downsampler: nn.Module | None = None
         if downsampler == "learned":
             seen = out_channels if ld_input == "latent_and_logits" else 0
-            self.downsampler = LearnedDownsampler(decoder_widths[-1], seen, downsampler_width)
+            self.downsampler = LearnedDownsampler(last, seen, downsampler_width)
         self.keeps_subpixels = downsampler == "none"
         parts = {"encoder": ["encoder"], "decoder": ["decoder"], "heads": ["head"]}
         parts |= {name: [name] for name in ("guidance", "downsampler") if getattr(self, name) is not None}

@@ -57,8 +57,8 @@ class ConservativeRadical:
 
     def head_loss(self, method: Any, output: Mapping[str, Any], target: torch.Tensor) -> torch.Tensor:
         """L_con + L_rad on labels."""
-        kind = method.target.kind
-        return sum(cost_cross_entropy(z, target, *cost, kind) for z, cost in zip(output["heads"], self.costs(), strict=True))
+        how = {"kind": method.target.kind, "by_weight": method.cost_norm == "weights"}
+        return sum(cost_cross_entropy(z, target, *cost, **how) for z, cost in zip(output["heads"], self.costs(), strict=True))
 
     def maps(self, method: Any, view: torch.Tensor) -> dict[str, torch.Tensor]:
         with every_head(method.network):

@@ -26,6 +26,7 @@ CHOICES = {
     "uncertain_heads": ("main", "all"),
     "pseudo_weights": ("same", "swapped"),
     "norm": ("all_pixels", "mask"),
+    "cost_norm": ("voxels", "weights"),
     "update": ("joint", "alternating"),
 }
 
@@ -50,6 +51,8 @@ class CoraNet(SemiSupervised):
         pseudo_weights: costs of these two there: `same` as on labels, or `swapped` (as in the code published with the paper).
         uncertain_heads: consistency of the `main` head, or the mean over `all` three.
         norm: of Eq. 8, by `all_pixels` or those of the `mask`; the latter only with a small weight.
+        cost_norm: of the two heads' losses on labels: by the number of `voxels` (Eq. 1, whose weights are not divided by their sum), or by the
+            sum of their `weights` (PyTorch's weighted mean), which makes the conservative head's loss almost alpha times smaller.
         supervised_weight: of L_crm.
         update: `joint`, one step on the sum; or `alternating`, one on each term in turn (Algorithm 1).
         decay: of the teacher's moving average.
@@ -76,6 +79,7 @@ class CoraNet(SemiSupervised):
         pseudo_weights: str = "same",
         uncertain_heads: str = "main",
         norm: str = "all_pixels",
+        cost_norm: str = "voxels",
         supervised_weight: NotNegative = 1.0,
         update: str = "joint",
         decay: Share = 0.99,
@@ -95,6 +99,7 @@ class CoraNet(SemiSupervised):
             raise SuiteError(f"model.update=alternating does not go with accumulate={self.accumulate}: use update=joint")
         self.mask, self.certain, self.uncertain, self.certain_heads = mask, certain, uncertain, certain_heads
         self.pseudo_weights, self.uncertain_heads, self.norm, self.update = pseudo_weights, uncertain_heads, norm, update
+        self.cost_norm = cost_norm
         self.supervised_weight, self.reset_teacher, self.noise = supervised_weight, reset_teacher, noise
         self.automatic_optimization = update == "joint"
         self.teacher = Teacher(self.network, 1 - decay, warmup=False)

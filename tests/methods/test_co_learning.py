@@ -5,8 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from lesionbench.checkpoint import build_method
 from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import IGNORE, Task
@@ -366,3 +368,13 @@ def test_kill_and_resume_is_bit_identical(name, tmp_path):
     whole, resumed = run_folders(tmp_path / "whole"), run_folders(tmp_path / "killed")
     assert_same(weights(whole[0]), weights(resumed[0]))
     assert rows(whole[0]) == rows(resumed[0])
+
+
+def test_the_paper_s_preset_sees_crops_and_nothing_that_the_text_lacks():
+    """Section 2.3: the teacher sees the cropped regions; lambda and mu are 1 from the first batch on; no dropout is named."""
+    cfg = composed("benchmark=left_atrium", "model=co_learning_paper")
+    assert (cfg.model.teacher_input, cfg.model.ramp.shape, cfg.model.network.dropout) == ("crop", "none", 0)
+    assert (cfg.data.split.val, cfg.select) == (0, "last")
+    with torch.device("meta"):
+        model = build_method(OmegaConf.to_container(cfg.model, resolve=True), Task(("mri",), {"background": 0, "LA": 1}, {"LA": ("LA",)}))
+    assert not any(isinstance(m, torch.nn.Dropout | torch.nn.Dropout3d) and m.p > 0 for m in model.modules())

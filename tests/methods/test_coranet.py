@@ -52,6 +52,9 @@ def unlabeled(task=BINARY, seed=1, share=0.3, channels=1):
     return {"image": torch.randn(2, 1, 8, 8, generator=g), "pseudo_label": label, "uncertain": uncertain}
 
 
+COSTS = [(5.0, 1.0), (1.0, 5.0)]  # of background and object (Eq. 1)
+
+
 def has_gradient(module):
     return any(p.grad is not None and (p.grad != 0).any() for p in module.parameters())
 
@@ -183,11 +186,23 @@ def test_supervised_loss_reaches_every_head():
     loss = model.supervised(model.network(batch["image"]), batch)
     out = model.network(batch["image"])
     label = batch["label"]
-    heads = [cost_cross_entropy(z, label, *cost) for z, cost in zip(out["heads"], [(5, 1), (1, 5)], strict=True)]
-    torch.testing.assert_close(loss, nn.functional.cross_entropy(out["logits"], label[:, 0]) + sum(heads))
+    each = [
+        nn.functional.cross_entropy(z, label[:, 0], torch.tensor(w), reduction="none") for z, w in zip(out["heads"], COSTS, strict=True)
+    ]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(out["logits"], label[:, 0]) + sum(e.mean() for e in each))
     loss.backward()
     assert all(has_gradient(part) for part in parts(model))
     assert not has_gradient(model.teacher)
+
+
+def test_costs_are_not_divided_by_their_sum_unless_asked():
+    """Of a slice that is all background the conservative head's loss is five times the main one's, as in Eq. 1; divided by the weights, equal."""
+    batch = {**labeled(), "label": torch.zeros(2, 1, 8, 8, dtype=torch.long)}
+    logits = torch.randn(2, 2, 8, 8)
+    plain = nn.functional.cross_entropy(logits, batch["label"][:, 0])
+    for cost_norm, factor in (("voxels", 1 + 5 + 1), ("weights", 3)):
+        model = method(cost_norm=cost_norm)
+        torch.testing.assert_close(model.supervised({"logits": logits, "heads": [logits, logits]}, batch), factor * plain)
 
 
 @pytest.mark.parametrize("term", ["self_training", "consistency"])
@@ -526,7 +541,14 @@ def test_members_show_the_heads_and_where_they_disagree():
 
 
 def test_wrong_options_are_named():
-    for option, value in [("certain", "maskd"), ("uncertain", "al"), ("norm", "masks"), ("update", "jont"), ("pseudo_weights", "swaped")]:
+    for option, value in [
+        ("certain", "maskd"),
+        ("uncertain", "al"),
+        ("norm", "masks"),
+        ("update", "jont"),
+        ("cost_norm", "voxel"),
+        ("pseudo_weights", "swaped"),
+    ]:
         with pytest.raises(SuiteError, match=rf"model\.{option}.*did you mean"):
             method(**{option: value})
     with pytest.raises(SuiteError, match="multi_head_unet"):
@@ -559,7 +581,7 @@ def built(*overrides, task=BINARY):
 
 
 def test_presets_are_the_paper_s_and_the_code_s():
-    paper = composed("experiment=coranet/blobs", "model=coranet_paper").model
+    paper = composed("experiment=coranet/pancreas").model
     code = composed("experiment=coranet/left_atrium").model
     assert (paper["update"], paper.norm, paper.certain_heads, paper.uncertain_heads) == ("alternating", "all_pixels", "main", "main")
     assert (code["update"], code.norm, code.certain_heads, code.uncertain_heads, code.pseudo_weights) == (
@@ -569,6 +591,7 @@ def test_presets_are_the_paper_s_and_the_code_s():
         "all",
         "swapped",
     )
+    assert (paper.cost_norm, code.cost_norm) == ("voxels", "weights")
     assert (code.supervised_weight, code.weights.certain, code.weights.uncertain) == (1 / 4, 0.5 / 4, 0.5 * 0.1)
     assert (code.ramp.uncertain.shape, code.ramp.uncertain.length, code.reset_teacher) == ("gaussian", 0.2, False)
     assert (code.optimizer.lr, list(code.optimizer.betas), code.relabel_every) == (1e-3, [0.5, 0.999], 5)
@@ -577,19 +600,28 @@ def test_presets_are_the_paper_s_and_the_code_s():
     assert sum(p.numel() for p in model.network.parameters()) == 9_457_190
 
 
-@pytest.mark.parametrize(("epochs", "pretraining"), [(130, 30), (260, 60)])
-def test_the_share_of_pretraining_is_the_published_one(epochs, pretraining):
-    model = built("model=coranet_paper", "model.warm_start=0.2307")
+@pytest.mark.parametrize(
+    ("experiment", "epochs", "pretraining"), [("pancreas", 130, 30), ("pancreas_3d", 230, 30), ("left_atrium", 260, 60)]
+)
+def test_the_share_of_pretraining_is_the_published_one(experiment, epochs, pretraining):
+    cfg = composed(f"experiment=coranet/{experiment}")
+    assert cfg.epochs == epochs
+    model = built(f"model.warm_start={cfg.model.warm_start}")
     model._trainer = SimpleNamespace(num_training_batches=7, max_epochs=epochs)
     assert model.warm_iterations == 7 * pretraining
 
 
-ROWS = {
-    row: composed("experiment=coranet/blobs", "sweep=coranet_table4").rows[row] for row in ("seg", "st", "st_mask", "mt", "mt_mask", "all")
+TABLE_IV = {  # Section IV-D and Table IV: which pixels each term learns from
+    "seg": ("none", "none"),
+    "st": ("all", "none"),
+    "st_mask": ("masked", "none"),
+    "mt": ("none", "all"),
+    "mt_mask": ("none", "certain_only"),
+    "all": ("masked", "uncertain_only"),
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", TABLE_IV)
 def test_rows_of_table_iv(row):
     model = built("sweep=coranet_table4", f"row={row}")
     with_maps = {"image": 0, "pseudo_label": 0, "uncertain": 0}
@@ -602,7 +634,7 @@ def test_rows_of_table_iv(row):
         "all": ["certain", "uncertain"],
     }
     assert model._wanted(with_maps) == terms[row]
-    assert (model.certain, model.uncertain) == (ROWS[row].certain, ROWS[row].uncertain)
+    assert (model.certain, model.uncertain) == TABLE_IV[row]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import nn
@@ -27,7 +28,7 @@ from lightning_modules.networks import DilatedUNet, PixelCritic
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.schedules import poly
 from tests.fake_data import write_fake_folder
-from tests.harness import assert_same, rows, run, run_folders, run_killed, weights
+from tests.harness import assert_same, composed, rows, run, run_folders, run_killed, weights
 
 TASK = Task(("t1", "flair"), {"background": 0, "ncr": 1, "ed": 2, "et": 4}, {"WT": ("ncr", "ed", "et"), "TC": ("ncr", "et"), "ET": ("et",)})
 
@@ -49,6 +50,18 @@ def test_parameter_counts_are_those_of_the_published_networks():
         assert parameters(DilatedUNet(4, 3, width=32)) == 8_520_755
         assert parameters(PixelCritic(3, norm="batch", last_norm_act=True)) == 3_030
         assert parameters(PixelCritic(3, norm="batch", last_norm_act=True, kernel=3)) == 75_830
+
+
+def test_the_paper_s_critic():
+    """Section 4.1: four 3 x 3 x 3 convolutions with batch normalization and leaky ReLU; nothing but the masks, as they are."""
+    model = composed("experiment=reciprocal_adversarial/brats2021").model
+    critic = instantiate(model.critic)(3, 4)
+    convolutions = [m for m in critic.modules() if isinstance(m, nn.Conv3d)]
+    assert [m.kernel_size for m in convolutions] == [(3, 3, 3)] * 4
+    assert sum(isinstance(m, nn.BatchNorm3d) for m in critic.modules()) == 3
+    assert sum(isinstance(m, nn.LeakyReLU) for m in critic.modules()) == 3
+    assert convolutions[0].in_channels == 3
+    assert model.instance_noise == 0
 
 
 @pytest.mark.parametrize(("dimensions", "size"), [(2, (24, 40)), (3, (8, 24, 16))])
@@ -762,7 +775,7 @@ def test_confidence_map_is_written_and_measured(folder, tmp_path):
     (found,) = run_folders(tmp_path)
     regional = [r for r in rows(found) if r["region"]]
     assert all({"auroc_critic", "auroc_entropy"} <= set(r) for r in regional)
-    assert all(float(r["nesting_violations"]) >= 0 for r in rows(found) if not r["region"])
+    assert all(math.isfinite(float(r["nesting_violations"])) for r in rows(found) if not r["region"])
     with (found / "metrics.csv").open() as file:
         curves = {r["name"]: float(r["value"]) for r in csv.DictReader(file)}
     assert 0.05 < curves["train/image_sd"] < 0.5  # brain voxels of images in [0, 1]
@@ -773,8 +786,8 @@ def test_confidence_map_is_written_and_measured(folder, tmp_path):
     mask, confidence = (nib.load(out / "predictions" / f"case_00{s}.nii.gz") for s in ("", "_uncertainty_critic"))
     assert mask.shape == confidence.shape
     values = confidence.get_fdata()
-    assert values.min() >= 0
-    assert values.max() <= 1
+    assert values.std() > 0  # one less than the answer, which is not the same everywhere
+    assert values.max() < 1
 
 
 def test_nesting_violations_by_hand():

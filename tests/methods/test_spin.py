@@ -54,6 +54,11 @@ def test_parameter_counts_of_the_paper():
         assert count(SubpixelEmbedding(5, form="paper")) == 8_448
         assert count(LearnedDownsampler(16, 1)) == 11_584 + 4 * 16 * 9
         assert count(LearnedDownsampler(24, 1)) == 16_768  # the text's 25 channels
+        text = SubpixelNet(1, 1, latent="concatenated", ld_input="latent_and_logits", embedding="paper")
+        assert text.head.in_channels == 24  # g(x)
+        assert text.downsampler.layers[0].in_channels == 4 * 25
+        assert count(text.downsampler) == 16_768
+        assert SubpixelNet(1, 1, latent="concatenated", spg="none").head.in_channels == 16
         assert count(SubpixelNet(1, 1, spg="extra_resblocks", downsampler="learned")) > count(SubpixelNet(1, 1))
 
 
@@ -87,7 +92,17 @@ def test_every_variant_at_odd_sizes(spg, downsampler):
 
 
 def test_more_channels_classes_and_other_slabs():
-    network = SubpixelNet(2, 3, slab=3, guidance_resolutions=[2], ld_input="latent_and_logits", embedding="paper", combine="probs", **SMALL)
+    network = SubpixelNet(
+        2,
+        3,
+        slab=3,
+        guidance_resolutions=[2],
+        ld_input="latent_and_logits",
+        embedding="paper",
+        combine="probs",
+        latent="concatenated",
+        **SMALL,
+    )
     assert network(torch.randn(2, 2, 40, 36, 3)).shape == (2, 3, 40, 36)
     assert set(network.guidance.skips) == {"2"}
 
@@ -97,6 +112,7 @@ def test_more_channels_classes_and_other_slabs():
     [
         ({"spg": "lerned"}, "spg"),
         ({"downsampler": "max"}, "downsampler"),
+        ({"latent": "concat"}, "latent"),
         ({"slab": 4}, "odd"),
         ({"decoder_widths": [8, 8]}, "one number more"),
         ({"guidance_resolutions": [4]}, "guidance_resolutions"),

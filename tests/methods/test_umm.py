@@ -377,6 +377,21 @@ def test_ablation_modes_make_no_passes_that_they_do_not_need():
         assert len(calls) == expected, mutual
 
 
+def test_uncertainty_is_that_of_all_passes_with_the_first():
+    """Eq. 3: A is the mean of O_1 to O_T, and O_1 is the pass that is taught."""
+    umm = method(branches={n: partial(f, dropout=0.5) for n, f in POINTWISE.items()}, mc_samples=3)
+    passes, found, gate = {n: [] for n in POINTWISE}, [], umm.gate
+    for name in POINTWISE:
+        umm.network[name].register_forward_hook(lambda _, inputs, output, name=name: passes[name].append(output.detach().softmax(dim=1)))
+    umm.gate = lambda uncertainty, *rest: (found.append(uncertainty), gate(uncertainty, *rest))[1]
+    umm.training_step(sample(), 0)
+    assert [len(own) for own in passes.values()] == [3, 3, 3]
+    for own, uncertainty in zip(passes.values(), found, strict=True):
+        mean = torch.stack(own).mean(dim=0)
+        assert torch.allclose(uncertainty, -(mean * mean.log()).sum(dim=1, keepdim=True), atol=1e-6)
+        assert not torch.allclose(uncertainty, -(own[0] * own[0].log()).sum(dim=1, keepdim=True), atol=1e-3)
+
+
 def test_passes_at_once_are_as_many_and_differ():
     """Of five passes of a network whose logits are its dropped input, all kept: their moments are those of five draws."""
     for at_once, forwards in {1: 4, 3: 2, 9: 1}.items():
@@ -447,8 +462,20 @@ def test_prediction_is_the_fusion_of_its_members():
     weights = fusion_weights({n: prediction.members[n].uncertainty["entropy"] for n in umm.network})
     assert torch.allclose(prediction.regions, sum(weights[n] * prediction.members[n].regions for n in weights), atol=1e-6)
     assert torch.allclose(prediction.members["mean"].regions, sum(prediction.members[n].regions for n in weights) / 3, atol=1e-6)
-    assert (prediction.uncertainty["entropy"] >= 0).all()
-    assert (prediction.uncertainty["entropy"] <= math.log(3) + 1e-6).all()
+
+
+def test_entropy_of_the_fusion_by_hand():
+    """Without dropout one pass is all: the entropy of the branches' weighted mean."""
+    umm = method().eval()
+    for branch in umm.network.values():
+        nn.init.normal_(branch.network.layer.weight, std=2)
+    image = torch.randn(1, 2, 8, 8, 4)
+    with torch.no_grad():
+        prediction = umm.predict_case({"image": image})
+        own = {n: x.softmax(dim=1)[0] for n, x in umm.network(image).items()}
+    weights = fusion_weights({n: -(p * p.log()).sum(dim=0) for n, p in own.items()})
+    fused = sum(weights[n] * p for n, p in own.items())
+    assert torch.allclose(prediction.uncertainty["entropy"], -(fused * fused.log()).sum(dim=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
