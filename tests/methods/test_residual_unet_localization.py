@@ -195,6 +195,21 @@ def test_the_oracle_centers_every_network_on_the_truth_and_its_rows_say_so(train
     assert all((row["oracle"] == "1") == (row["member"] == "oracle_center") for row in found)
 
 
+def test_the_oracle_knows_the_truth_of_a_region_that_the_task_does_not_have_or_says_that_it_cannot(trained):
+    alone = Task(TASK.channels, TASK.classes, {"ET": ("et",)})  # no region WT, but labels tell
+    network = partial(ResidualUNet, features=(8, 16))
+    options = {"network": network, "loss": RegionBCEDice(), "inferer": Whole(2), "target": RegionSigmoid, "oracle_center": True}
+    given = {**options, "forerunners": {"where": artefact(trained, "where")}, "region": "ET", "crop": (8, 8, 8)}
+    label = torch.zeros(1, 1, 20, 18, 16, dtype=torch.long)
+    label[..., 4:6, 9, 9] = 2
+    label[..., 0, 0, 0] = -1
+    batch = {"image": torch.randn(1, 4, 20, 18, 16), "case": ["a"], "label": label}
+    oracle = LocalizedUNet(alone, **given).eval().predict_case(batch).members["oracle_center"].regions[0]
+    assert (oracle[1:9, 5:13, 5:13] > 0).all()
+    with pytest.raises(SuiteError, match=r"labels of the classes background, et do not say where WT is; keep WT in task\.regions"):
+        LocalizedUNet(TASK.narrowed(regions=["ET"]), **given)
+
+
 # several networks, one answer
 
 
@@ -260,7 +275,7 @@ def test_fewer_voxels_of_enhancing_tumor_than_asked_are_none(voxels, left):
 # mistakes
 
 
-def test_what_cannot_be_is_named(trained):
+def test_what_cannot_be_is_named(trained, data, tmp_path):
     with pytest.raises(SuiteError, match=r"without model\.forerunners nothing is cropped"):
         localized(trained, forerunners=None, oracle_center=True)
     with pytest.raises(SuiteError, match=r"model\.crop=\[8, 8\]: voxels along each of three axes"):
@@ -269,3 +284,5 @@ def test_what_cannot_be_is_named(trained):
         ResidualUNet(4, 1, features=(12, 24))
     with pytest.raises(SuiteError, match=r"model\.center=middle.*box or centroid"):
         run(*TINY, "model.center=middle")
+    with pytest.raises(SuiteError, match=r"objective\.name=val/dice_XX: no value of a validation"):
+        run(*TINY, f"data.root={data}", f"runs={tmp_path}", "objective.name=val/dice_XX")
