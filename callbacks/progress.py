@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -13,10 +13,50 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 from lightning_modules.inferers import watch
 
+PATIENCE = 10.0  # seconds of work without a word
+Item = TypeVar("Item")
+
 
 def progress_bar() -> ProgressBar:
     """A rich progress bar at an interactive terminal, else one line per epoch."""
     return CaseBar(leave=True) if sys.stdout.isatty() else LineProgress()
+
+
+def tracked(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+    """The same items, cases of a long work: with a bar at an interactive terminal, else a line per tenth of them (see `Tenths`) and a last one."""
+    if sys.stdout.isatty():
+        from rich.progress import track
+
+        yield from track(items, label, total=total, transient=True)
+        return
+    began, told = time.monotonic(), Tenths(label, "cases", lambda line: print(line, flush=True), PATIENCE)
+    for done, item in enumerate(items, 1):
+        yield item
+        told(done, total)
+    print(f"{label}  {total} cases  {time.monotonic() - began:.1f} s", flush=True)
+
+
+class Tenths:
+    """Says of a long work, once for each tenth, `maps  wt  40 of 400 cases (10 %)  ETA 0:04:10`.
+
+    Args:
+        label, unit: of the work, and what is counted.
+        say: called with the line.
+        patience: seconds before the first one.
+    """
+
+    def __init__(self, label: str, unit: str, say: Callable[[str], Any], patience: float = PATIENCE) -> None:
+        self.label, self.unit, self.say, self.patience = label, unit, say, patience
+        self._began, self._told = time.monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 1 and self._told:
+            self._began, self._told = time.monotonic(), 0  # the same work from its beginning
+        tenth, took = 10 * done // total, time.monotonic() - self._began
+        if tenth > self._told and (took > self.patience or self._told):
+            self._told = tenth
+            left = timedelta(seconds=round(took / done * (total - done)))
+            self.say(f"{self.label}  {done} of {total} {self.unit} ({100 * done // total} %)  ETA {left}")
 
 
 class CaseBar(RichProgressBar):
@@ -70,7 +110,7 @@ class LineProgress(ProgressBar):
         patience: seconds of a case without such lines.
     """
 
-    def __init__(self, patience: float = 10.0) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
         super().__init__()
         self.patience = patience
         self._enabled = True
@@ -128,18 +168,8 @@ class LineProgress(ProgressBar):
 
     def _watch(self, job: str, batch: Any) -> None:
         names = batch.get("case") if isinstance(batch, Mapping) else None
-        label, began, told = f"{job}  {names[0]}" if names else job, [time.monotonic()], [0]
-
-        def say(done: int, passes: int) -> None:
-            if done == 1 and told[0]:
-                began[0], told[0] = time.monotonic(), 0  # the next way over the case
-            tenth, took = 10 * done // passes, time.monotonic() - began[0]
-            if tenth > told[0] and (took > self.patience or told[0]):
-                told[0] = tenth
-                left = timedelta(seconds=round(took / done * (passes - done)))
-                self.print(f"{label}  {done} of {passes} passes ({100 * done // passes} %)  ETA {left}")
-
-        watch(say)
+        label = f"{job}  {names[0]}" if names else job
+        watch(Tenths(label, "passes", self.print, self.patience))
 
     def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *where: Any) -> None:
         self._watch("test", batch)

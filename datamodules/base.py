@@ -356,8 +356,8 @@ class CaseDataModule(pl.LightningDataModule):
             self.statistics = labeled_statistics([self.store.open(c).labeled_values() for c in self.parts["labeled"]])
 
     def without_label(self, cases: Sequence[Case]) -> list[Case]:
-        """Cases that have no label and join the `unlabeled` ones: of nobody who is validated or tested."""
-        held_out = {c.patient for part in ("val", "test") for c in self.parts[part]}
+        """Cases that have no label and join the `unlabeled` ones: of nobody who is validated or tested, or left out by `split.inner_folds`."""
+        held_out = {c.patient for part in ("val", "test", "left_out") for c in self.parts.get(part, ())}
         return [c for c in cases if c.label is None and not c.raters and c.patient not in held_out]
 
     def _wants(self, cases: str) -> bool:
@@ -419,11 +419,10 @@ class CaseDataModule(pl.LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "worker_init_fn": heed_parent, "pin_memory": torch.cuda.is_available()}
 
-    def case_loader(self, cases: Sequence[Case]) -> DataLoader:
-        """Whole cases, each once over all processes."""
-        data = WholeCases(
-            cases, self.store, self.task, self.preprocessing, statistics=self.statistics, maps=self.extra_maps, store=self.maps
-        )
+    def case_loader(self, cases: Sequence[Case], statistics: dict | None = None) -> DataLoader:
+        """Whole cases, each once over all processes; normalized by other `statistics` than the training cases' where they are given."""
+        known = statistics or self.statistics
+        data = WholeCases(cases, self.store, self.task, self.preprocessing, statistics=known, maps=self.extra_maps, store=self.maps)
         return WorkerLoader(
             data, batch_size=1, sampler=WholeCaseSampler(len(cases), *self._rank_world), collate_fn=collate, **self._loading
         )

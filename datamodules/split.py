@@ -27,7 +27,7 @@ class Split:
         file: JSON file with lists of case ids under `train`, `val`, `test`; replaces everything above but `labeled`.
         train: None, or the number of training patients to keep (the first in seeded order).
         inner_folds: None, or the number of parts of the training patients, of which part `inner_fold` is left out: it is in no part of the
-            division. A network trained so can predict these training cases without having seen them.
+            division. A network trained so can predict these training cases without having seen them. Who keeps a label is decided before.
         inner_fold: which part is left out, from 0.
     """
 
@@ -44,6 +44,7 @@ class Split:
 
     def divide(self, cases: Sequence[Case], published: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Case]]:
         """Cases -> `train`, `val`, `test`, and `labeled` + `unlabeled` (together `train`); case order is kept within the seeded patient order.
+        With `inner_folds` also `left_out`.
 
         `published` are lists of patients by part that take the place of all but `val`, `train` and `labeled`. Their order is kept,
         whoever is not there or not listed is left out, and without a list `val` the end of `train` is validated on.
@@ -66,12 +67,14 @@ class Split:
                 raise SuiteError(f"data.split.{name}={count}: a number of patients from 0, or null for all")
         if self.train is not None:
             parts["train"] = parts["train"][: int(self.train)]
-        if self.inner_folds is not None:
-            parts["train"] = self._without_inner_fold(parts["train"])
         keep = len(parts["train"]) if self.labeled is None else int(self.labeled)
         if keep > len(parts["train"]):
             raise SuiteError(f"data.split.labeled={keep}, but there are only {len(parts['train'])} training patients")
         parts["labeled"], parts["unlabeled"] = parts["train"][:keep], parts["train"][keep:]
+        if left_out := self._inner_fold(parts["train"]):
+            for name in ("train", "labeled", "unlabeled"):
+                parts[name] = [patient for patient in parts[name] if patient not in left_out]
+            parts["left_out"] = left_out
         if self.file and published is None:
             listed = {i for ids in self._ids().values() for i in ids}
             by_patient = {p: [c for c in cs if c.id in listed] for p, cs in by_patient.items()}
@@ -108,14 +111,21 @@ class Split:
             )
         return {"train": train, "val": val, "test": test}
 
-    def _without_inner_fold(self, patients: list[str]) -> list[str]:
-        folds, fold = self.inner_folds or 1, self.inner_fold
+    def _inner_fold(self, patients: list[str]) -> list[str]:
+        """The training patients that are left out."""
+        if self.inner_folds is None:
+            if self.inner_fold:
+                raise SuiteError(
+                    f"data.split.inner_fold={self.inner_fold} is a part of data.split.inner_folds, which is null; give it a number"
+                )
+            return []
+        folds, fold = self.inner_folds, self.inner_fold
         if not 0 <= fold < folds or not 2 <= folds <= len(patients):
             raise SuiteError(
                 f"data.split.inner_fold={fold} of data.split.inner_folds={folds} with {len(patients)} training patients: "
                 "need 0 <= inner_fold < inner_folds <= training patients, and 2 folds at least"
             )
-        return [patient for place, patient in enumerate(patients) if place % folds != fold]
+        return patients[fold::folds]
 
     def _published(self, lists: Mapping[str, Sequence[str]], there: Mapping[str, list[Case]]) -> dict[str, list[str]]:
         parts = {part: [p for p in lists.get(part, ()) if p in there] for part in ("train", "val", "test")}

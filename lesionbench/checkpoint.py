@@ -213,7 +213,9 @@ def initialize_from(module: nn.Module, path: str | Path, prefixes: Mapping[str, 
     Raises:
         SuiteError: nothing matches, or a prefix that begins no name.
     """
-    theirs, own = read_weights(path), module.state_dict()
+    untouched = tuple(getattr(module, "untouched", ()))
+    theirs = read_weights(path)
+    own = {name: value for name, value in module.state_dict().items() if not any(_begins(name, prefix) for prefix in untouched)}
     if prefixes is None:
         options = [{drop: put} for drop in _wrappers(theirs) for put in ("", "network")]
         weights, taken = max(((_renamed(theirs, o), o) for o in options), key=lambda pair: len(_fitting(pair[0], own)))
@@ -229,6 +231,7 @@ def initialize_from(module: nn.Module, path: str | Path, prefixes: Mapping[str, 
     if hasattr(module, "on_initialized"):
         module.on_initialized(fitting)
     lines = [f"init_from {path}: loaded {len(fitting)} of {len(own)} tensors"]
+    lines += [f"  stays as it is: {_pattern(prefix)}" for prefix in untouched if len(own) < len(module.state_dict())]
     lines += [f"  names: '{_pattern(a)}' taken as '{_pattern(b)}'" for a, b in taken.items() if a != b]
     for title, names in [
         (

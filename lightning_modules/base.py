@@ -51,6 +51,7 @@ class Method(pl.LightningModule):
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
         postprocessing: rules on the labels of test and predicted cases; None = none. Validation goes without.
+        oracles: members of its predictions that were told something of the truth; their rows say so.
         tables: names of the values in the tables of its predictions, which validation logs too; None = cannot be told.
     """
 
@@ -59,6 +60,7 @@ class Method(pl.LightningModule):
     writes_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
     map_interpolation: str = "nearest"
+    oracles: Sequence[str] = ()
     tables: Sequence[str] | None = None
 
     def __init__(
@@ -427,7 +429,8 @@ class Method(pl.LightningModule):
             tuned = self.tuned_on(batch) or (rules is not None and result.patient in rules.chosen_on)
             who = {"case": result.case, "patient": result.patient, "site": result.site}
             rows = self.measure(prediction, truth, batch, metrics, result.spacing)
-            result.rows = [{**who, **row, **({"oracle": True} if tuned and row.get("region") else {})} for row in rows]
+            told = [bool(row.get("region")) and (tuned or row.get("member") in self.oracles) for row in rows]
+            result.rows = [{**who, **row, **({"oracle": True} if oracle else {})} for row, oracle in zip(rows, told, strict=True)]
             results.update(result.rows)
             if results is self.test_results and metrics.dataset and truth is not None:
                 self.dataset_results.update(prediction, truth, self.task, _brain(batch, metrics), tuned)

@@ -31,6 +31,7 @@ _TAKEN = (
     "geometry",
     "again",
 )
+_ELSEWHERE = ("format", "model", "preprocessing", "statistics", "monitored", "gradients")  # no state of a method, or of its training alone
 
 
 class Cascade(SegmentationMethod):
@@ -45,11 +46,12 @@ class Cascade(SegmentationMethod):
         region: the one of the task's regions that the network draws, which has one output channel then; None = all of them. Regions that it
             does not draw are those of the last forerunner that does, and empty where none does.
         forerunners: name -> checkpoint. One that is null is left out. What a checkpoint of this class carries in place of the path is
-            `{method, task, preprocessing, statistics, patients}`.
+            `{method, task, preprocessing, statistics, patients, state}`, the last for `on_load_checkpoint`.
         trust: packages whose classes the checkpoints may build beside those of the suite.
         options: what else `SegmentationMethod` takes.
 
     Attributes:
+        untouched: parts that `init_from` leaves as they are; the stored maps belong to their weights.
         shows_maps: whether the network gets what the forerunners say as further channels, behind those of the image.
 
     Raises:
@@ -58,6 +60,7 @@ class Cascade(SegmentationMethod):
             forerunner of the same name.
     """
 
+    untouched = ("forerunners",)
     shows_maps = False
 
     def __init__(
@@ -105,14 +108,6 @@ class Cascade(SegmentationMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.train()  # Lightning, which warns of modules in evaluation mode, has looked by now
-
-    def on_initialized(self, loaded: Any) -> None:
-        super().on_initialized(loaded)
-        if any(name.startswith("forerunners.") for name in loaded):
-            raise SuiteError(
-                "init_from would replace weights of model.forerunners, to which the stored maps belong; begin with the network alone: "
-                "init_prefix={network: network}"
-            )
 
     # training
 
@@ -163,8 +158,14 @@ class Cascade(SegmentationMethod):
     def ask(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Name of each forerunner -> probabilities (1, R, X, Y, Z) of the R regions that it draws, as precise as the store has them."""
         known: dict[str, torch.Tensor] = {}
+        case = {k: v for k, v in batch.items() if k not in self.forerunners}
         for name, method in self.forerunners.items():
-            known[name] = batch[name].float() if name in batch else said(method, {**_view(batch, self.task, method.task), **known}).float()
+            if name in batch:
+                known[name] = batch[name].float()
+                continue
+            theirs = method.forerunners if isinstance(method, Cascade) else {}
+            shared = {n: maps for n, maps in known.items() if n in theirs and theirs[n] is self.forerunners[n]}
+            known[name] = said(method, {**_view(case, self.task, method.task), **shared}).float()
         return known
 
     def assembled(self, own: torch.Tensor, known: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -220,8 +221,10 @@ def _brought(name: str, given: str | Mapping[str, Any], trust: Sequence[str]) ->
     if isinstance(given, str):
         method, own = load_method(given, trust)
         origin = {"method": {**own["model"], "_partial_": True}, "task": own["task"], "patients": list(own.get("patients") or [])}
-        return method, {**origin, "preprocessing": own.get("preprocessing"), "statistics": own.get("statistics")}
+        state = {k: v for k, v in own.items() if k not in (*origin, *_ELSEWHERE)}
+        return method, {**origin, "preprocessing": own.get("preprocessing"), "statistics": own.get("statistics"), "state": state}
     method = given["method"](task=Task.from_dict(given["task"]))
+    method.on_load_checkpoint({"lesionbench": dict(given.get("state") or {})})
     return method, dict(given)
 
 

@@ -397,6 +397,9 @@ def test_cases_without_label_of_patients_who_are_held_out_are_not_trained_on(tmp
     assert len(held_out) == 2
     assert len(data.parts["unlabeled"]) == 3  # one with a label, and the second time points of both training patients
     assert not held_out & {c.patient for c in data.parts["unlabeled"]}
+    half = module(root, split=Split(test=1, val=1, labeled=1, inner_folds=2, inner_fold=1), streams=streams)
+    assert len(half.parts["unlabeled"]) == 1  # the second time point of the patient that is not left out
+    assert not {c.patient for c in half.parts["left_out"]} & {c.patient for c in half.parts["unlabeled"]}
 
 
 @pytest.mark.parametrize(

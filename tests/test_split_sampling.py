@@ -104,6 +104,19 @@ def test_inner_folds_divide_the_training_patients_and_leave_the_other_parts_alon
         Split(inner_folds=3, inner_fold=3).divide(cases())
     with pytest.raises(SuiteError, match="with 14 training patients"):
         Split(inner_folds=15).divide(cases())
+    with pytest.raises(SuiteError, match=r"inner_fold=1 is a part of data\.split\.inner_folds, which is null"):
+        Split(inner_fold=1).divide(cases())
+
+
+def test_inner_folds_give_nobody_a_label_whom_the_whole_division_gives_none():
+    whole = Split(test=4, val=3, labeled=6).divide(cases())
+    for fold in range(2):
+        parts = Split(test=4, val=3, labeled=6, inner_folds=2, inner_fold=fold).divide(cases())
+        assert len(patients(parts["labeled"])) == 3
+        assert patients(parts["labeled"]) < patients(whole["labeled"])
+        assert patients(parts["unlabeled"]) < patients(whole["unlabeled"])
+        assert patients(parts["labeled"]) | patients(parts["unlabeled"]) == patients(parts["train"])
+        assert patients(parts["left_out"]) == patients(whole["train"]) - patients(parts["train"])
 
 
 def test_all_cases_can_be_tested_where_nothing_is_trained():

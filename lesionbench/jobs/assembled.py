@@ -132,7 +132,9 @@ class Assembled(Parts):
         try:
             self.method.load_state_dict(found["state_dict"])
         except RuntimeError as error:
-            raise SuiteError(f"{checkpoint}: its weights do not fit this experiment's model: {str(error)[:400]}") from None
+            holds = (found.get("lesionbench") or {}).get("model")
+            hint = f"\nckpt=['{checkpoint}'], as a list of one, tests the model that the checkpoint describes." if holds else ""
+            raise SuiteError(f"{checkpoint}: its weights do not fit this experiment's model: {str(error)[:400]}{hint}") from None
         self.method.on_load_checkpoint(found)
         own = found.get("lesionbench") or {}
         if own.get("statistics"):

@@ -30,7 +30,8 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
 
     `stage.checkpoint` is asked, also about the cases that it was trained on. With `stage.out_of_fold`, a list of checkpoints trained with
     `data.split.inner_folds`, every case is answered by the mean of those that were neither trained nor selected on its patient, and by
-    `stage.checkpoint` only where there is none, as for validation cases.
+    `stage.checkpoint` only where there is none, as for validation cases. They are asked with the precision of the trainer, as they are in
+    tests and predictions, each about the case as normalized by the statistics that it was trained with.
 
     Returns:
         The folder of the map, in the map store.
@@ -40,8 +41,8 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
             fold, training cases that all of the checkpoints know.
     """
     import torch
-    from rich.progress import track
 
+    from callbacks.progress import tracked
     from lesionbench.checkpoint import load_method
     from lesionbench.jobs.assembled import Assembled
     from lightning_modules.cascade import drawn, said
@@ -57,6 +58,8 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
     run.data.setup("fit")
     device = run.trainer.strategy.root_device
     methods = [(method.to(device), frozenset(own.get("patients") or ())) for method, own in loaded]
+    views = [own.get("statistics") or run.data.statistics for _, own in loaded]  # for most kinds of normalization there are none
+    differing = [view for place, view in enumerate(views) if view not in views[:place]]
     cases = [case for part in ("train", "unlabeled", "val") for case in run.data.parts[part]]
     cases = list({case.id: case for case in cases}.values())
     if len(methods) > 1:
@@ -66,12 +69,14 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
                 f"stages.{stage.name}.out_of_fold: all of these checkpoints were trained or selected on {len(known)} of the training patients "
                 f"({', '.join(known[:5])}); train them with data.split.inner_folds and a fold each"
             )
-    for batch in track(run.data.case_loader(cases), f"Writing {stage.map}", total=len(cases), transient=True):
-        batch = run.data.transfer_batch_to_device(batch, device, 0)
-        asked = [method for method, patients in methods[1:] if batch["patient"][0] not in patients] or [methods[0][0]]
-        with torch.no_grad():
-            answer = torch.stack([said(method, batch)[0].float() for method in asked]).mean(dim=0)
-        run.data.maps.write(stage.map, batch["case"][0], answer.half().cpu().numpy())
+    loaders = zip(*(run.data.case_loader(cases, statistics) for statistics in differing), strict=True)
+    for batches in tracked(loaders, len(cases), f"maps  {stage.map}"):
+        batches = [run.data.transfer_batch_to_device(batch, device, 0) for batch in batches]
+        case, patient = batches[0]["case"][0], batches[0]["patient"][0]
+        asked = [place for place, (_, patients) in enumerate(methods) if place and patient not in patients] or [0]
+        with torch.no_grad(), run.trainer.precision_plugin.predict_step_context():
+            answers = [said(methods[place][0], batches[differing.index(views[place])])[0].float() for place in asked]
+        run.data.maps.write(stage.map, case, torch.stack(answers).mean(dim=0).half().cpu().numpy())
     run.data.maps.commit(stage.map)
     return str(run.data.maps.folder / stage.map)
 
@@ -80,5 +85,5 @@ def _check_origin(path: str, method: Any, own: dict[str, Any], data: Any) -> Non
     """Refuses a checkpoint that was trained on data prepared in another way."""
     task, preprocessing = data.task, data.preprocessing
     same = (method.task.channels, method.task.inputs) == (task.channels, task.inputs)
-    if not same or type(preprocessing).from_dict(own["preprocessing"]) != preprocessing:
+    if not same or (own.get("preprocessing") and type(preprocessing).from_dict(own["preprocessing"]) != preprocessing):
         raise SuiteError(f"{path}: was trained with other channels or another preprocessing than this experiment's data has")

@@ -22,6 +22,7 @@ class CheckpointTest(Method):
     def __init__(self, task: Task, *, checkpoint: str, trust: Sequence[str] = (), **options: Any) -> None:
         super().__init__(task, **options)
         self.method = load_method(checkpoint, trust)[0].requires_grad_(False)
+        self.oracles = self.method.oracles
 
     def average(self, over: Callable[[Inferer], Inferer]) -> None:
         """From now on the method under test predicts so (see `Method.average`)."""

@@ -11,7 +11,7 @@ from lesionbench.errors import SuiteError
 from lesionbench.prediction import Prediction
 from lesionbench.ranges import Count
 from lesionbench.task import Task
-from lightning_modules.cascade import Cascade
+from lightning_modules.cascade import Cascade, drawn
 from lightning_modules.localization import box_around, center_of, pasted
 
 ORACLE = "oracle_center"
@@ -33,8 +33,10 @@ class LocalizedUNet(Cascade):
         options: what `Cascade` takes.
 
     Raises:
-        SuiteError: an oracle without forerunner to replace.
+        SuiteError: a crop without three sides, an oracle without forerunner to replace, or whose region the task's labels do not tell.
     """
+
+    oracles = (ORACLE,)
 
     def __init__(
         self,
@@ -52,6 +54,9 @@ class LocalizedUNet(Cascade):
         self.locator = next(iter(self.forerunners), None)
         if oracle_center and self.locator is None:
             raise SuiteError("model.oracle_center=true: without model.forerunners nothing is cropped, so there is no center to be replaced")
+        if oracle_center:
+            found = self.forerunners[self.locator]
+            self.inside = torch.tensor([*self._located(drawn(found)[0], found.task), False])
 
     def draw(self, batch: Batch, known: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.locator is None:
@@ -72,12 +77,17 @@ class LocalizedUNet(Cascade):
         said = super().predict_case(batch)
         if not self.oracle_center or "label" not in batch or self.locator is None:
             return said
-        found = next(iter(self.forerunners.values()))
-        region = getattr(found, "region", None) or next(iter(found.task.regions))
-        truth = self.task.region_masks(batch["label"][:, 0])[self._place(region)][:, None].float()
+        truth = self.inside.to(batch["label"].device)[batch["label"].long()].float()  # index -1 (ignore) picks the last
         rest = {k: v for k, v in batch.items() if k not in self.forerunners}
         return replace(said, members={**said.members, ORACLE: self.answer({**rest, self.locator: truth})})
 
-    def measure(self, *args: Any, **options: Any) -> list[dict]:
-        rows = super().measure(*args, **options)
-        return [{**row, "oracle": True} if row.get("member") == ORACLE else row for row in rows]
+    def _located(self, region: str, theirs: Task) -> list[bool]:
+        """Which of the task's classes lie in a region of the locator's task."""
+        wanted = theirs.region_values()[region]
+        inside = {name: set(values) <= wanted for name, values in self.task.classes.items()}
+        if {value for name, values in self.task.classes.items() if inside[name] for value in values} != wanted:
+            raise SuiteError(
+                f"model.oracle_center=true: labels of the classes {', '.join(self.task.classes)} do not say where {region} is; "
+                f"keep {region} in task.regions"
+            )
+        return list(inside.values())

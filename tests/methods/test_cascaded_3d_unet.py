@@ -1,5 +1,6 @@
 """The cascade of Luu and Pavlovskiy: its network, loss and table, what is frozen, what a checkpoint carries, maps of training cases, kills."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -14,13 +15,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
 from benchmarks.cascade_effect import TASK as TOY
 from benchmarks.cascade_effect import a_round, curves, probabilities, train, volumes
 from datamodules import Preprocessing, Simulated, Split
-from lesionbench.checkpoint import load_method, read_checkpoint
+from lesionbench.checkpoint import initialize_from, load_method, read_checkpoint
 from lesionbench.errors import SuiteError
 from lesionbench.maps import MapStore
 from lesionbench.target import RegionSigmoid
@@ -81,6 +83,27 @@ def test_parameters_of_the_three_rounds():
         wide = [parameters(RReLUUNet(4 + n, 1, features=(32, 64, 128, 256, 512))) for n in range(3)]
     assert wide == [23_540_769, 23_541_633, 23_542_497]
     assert {m.num_groups for m in RReLUUNet(4, 1, features=(16, 32)).modules() if isinstance(m, nn.GroupNorm)} == {8}
+
+
+def test_the_network_by_other_means():
+    """The same logits from torch's own functions: convolution, normalization, activation, twice; pooling; interpolation before the skip."""
+    torch.manual_seed(0)
+    network, image = RReLUUNet(2, 1, features=(8, 16, 32)).eval(), torch.randn(1, 2, 8, 8, 12)
+
+    def pair(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        for convolution, norm in ((layers[0], layers[1]), (layers[3], layers[4])):
+            x = F.conv3d(x, convolution.weight, convolution.bias, padding=1)
+            x = F.leaky_relu(F.group_norm(x, 8 if len(norm.weight) > 8 else 4, norm.weight, norm.bias), 11 / 48)
+        return x
+
+    with torch.no_grad():
+        fine = pair(network.encoder[0], image)
+        half = pair(network.encoder[1], F.max_pool3d(fine, 2))
+        up = F.interpolate(pair(network.bottom, F.max_pool3d(half, 2)), scale_factor=2, mode="trilinear", align_corners=False)
+        up = F.interpolate(pair(network.decoder[0], torch.cat([up, half], 1)), scale_factor=2, mode="trilinear", align_corners=False)
+        x = pair(network.decoder[1], torch.cat([up, fine], 1))
+        expected = F.conv3d(x, network.out.weight, network.out.bias)
+        torch.testing.assert_close(network(image), expected)
 
 
 def test_the_slope_is_drawn_in_training_and_the_mean_afterwards():
@@ -338,8 +361,61 @@ def test_stored_maps_are_what_the_forerunner_says_and_no_test_case_has_one(train
     assert not store.has("tc", test)
 
 
+def stage(trained: Path, data: Path, runs: Path, *more: str) -> Path:
+    """The map store of a run that has nothing but the stage that writes the maps of the first round."""
+    stages = f"stages=[{{name:x,run:maps,map:wt,checkpoint:'{artefact(trained, 'wt')}'}}]"
+    run(*TINY, f"data.root={data}", f"runs={runs}", stages, *more)
+    return run_folders(runs)[0] / "maps"
+
+
+def test_forerunners_are_asked_with_the_precision_of_the_trainer(trained, data, tmp_path):
+    store, exact = MapStore(stage(trained, data, tmp_path, "trainer.precision=bf16-mixed")), MapStore(trained / "maps")
+    module = instantiate(composed(*TINY, f"data.root={data}", "run_folder=x").data, _convert_="all")
+    module.prepare_data()
+    module.setup("fit")
+    method = load_method(artefact(trained, "wt"))[0]
+    (batch,) = module.case_loader(module.parts["train"][:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = said(method, batch)[0].numpy()
+    found = store.read("wt", batch["case"][0])
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, exact.read("wt", batch["case"][0]))
+
+
+def test_maps_tell_how_far_they_are_without_a_terminal(trained, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("callbacks.progress.PATIENCE", 0.0)
+    stage(trained, data, tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("maps")]
+    assert [line.partition("  ETA")[0] for line in lines[:-1]] == [f"maps  wt  {n} of 4 cases ({25 * n} %)" for n in range(1, 5)]
+    assert lines[-1].startswith("maps  wt  4 cases  ")
+
+
+def test_a_full_disk_leaves_no_half_of_a_map_and_resuming_writes_the_rest(trained, data, tmp_path, monkeypatch):
+    real, calls = np.save, []
+
+    def filling(file, array, *options, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, array, *options, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lesionbench.maps.np.save", filling)
+        with pytest.raises(SuiteError, match=r"no space left for .*\.npy.*resume=true goes on"):
+            stage(trained, data, tmp_path)
+    (folder,) = run_folders(tmp_path)
+    assert not MapStore(folder / "maps").state_dict()
+    assert not list(folder.rglob(".writing-*"))
+    assert len(list(folder.rglob("*.npy"))) == 2
+    found, whole = MapStore(stage(trained, data, tmp_path, "resume=true")), MapStore(trained / "maps")
+    for path in sorted((trained / "maps" / "wt").glob("v*/*.npy")):
+        assert np.array_equal(found.read("wt", path.stem), whole.read("wt", path.stem))
+
+
 def test_out_of_fold_every_case_is_answered_by_who_has_not_seen_it(tmp_path):
     options = [
+        "data.preprocessing.normalize=dataset",  # every network by the statistics of the cases that it was trained on
         "data.count=8",
         "data.spacing=8",
         "data.split={test:1,val:1}",
@@ -352,7 +428,12 @@ def test_out_of_fold_every_case_is_answered_by_who_has_not_seen_it(tmp_path):
     (folder,) = run_folders(tmp_path / "runs")
     store = MapStore(folder / "maps")
     module = Simulated(
-        tmp_path / "data", count=8, spacing=8.0, split=Split(test=1, val=1), preprocessing=Preprocessing(), extra_maps={"wt": "nearest"}
+        tmp_path / "data",
+        count=8,
+        spacing=8.0,
+        split=Split(test=1, val=1),
+        preprocessing=Preprocessing(normalize="dataset"),
+        extra_maps={"wt": "nearest"},
     )
     module.maps = store
     module.prepare_data()
@@ -360,12 +441,13 @@ def test_out_of_fold_every_case_is_answered_by_who_has_not_seen_it(tmp_path):
     used = []
     for region in ("wt", "tc"):
         loaded = {name: load_method(artefact(folder, name)) for name in (region, f"{region}_0", f"{region}_1")}
-        for batch in module.case_loader(module.parts["train"] + module.parts["val"]):
-            patient = batch["patient"][0]
-            unseen = [name for name, (_, own) in loaded.items() if patient not in own["patients"]] or [region]
+        assert len({json.dumps(own["statistics"]) for _, own in loaded.values()}) == 3
+        for case in module.parts["train"] + module.parts["val"]:
+            unseen = [name for name, (_, own) in loaded.items() if case.patient not in own["patients"]] or [region]
             (name,) = unseen
             used.append(name)
-            assert np.array_equal(store.read(region, batch["case"][0]), said(loaded[name][0], batch)[0].numpy()), (patient, name)
+            (batch,) = module.case_loader([case], loaded[name][1]["statistics"])
+            assert np.array_equal(store.read(region, batch["case"][0]), said(loaded[name][0], batch)[0].numpy()), (case, name)
     assert {name: used.count(name) for name in used} == {"wt_0": 3, "wt_1": 3, "wt": 1, "tc_0": 3, "tc_1": 3, "tc": 1}
 
 
@@ -482,8 +564,10 @@ def test_what_cannot_be_is_named(trained, data, tmp_path):
         run(*common, f"stages=[{{name:x,run:maps,map:wt,checkpoint:'{wt}',out_of_fold:['{wt}']}}]")
     with pytest.raises(SuiteError, match=r"draws \['TC'\], .* draws \['WT'\]"):
         run(*common, f"stages=[{{name:x,run:maps,map:wt,checkpoint:'{wt}',out_of_fold:['{tc}']}}]")
-    with pytest.raises(SuiteError, match=r"init_from would replace weights of model\.forerunners"):
-        behind(trained).on_initialized(["forerunners.wt.network.out.weight"])
+    with pytest.raises(
+        SuiteError, match=r"(?s)its weights do not fit.*\nckpt=.*, as a list of one, tests the model that the checkpoint describes"
+    ):
+        run(*common, "job=test", f"ckpt={artefact(trained, 'fit')}")
 
 
 def test_a_round_begins_with_the_weights_of_another(trained, data, tmp_path):
@@ -495,3 +579,45 @@ def test_a_round_begins_with_the_weights_of_another(trained, data, tmp_path):
     (folder,) = run_folders(tmp_path)
     own = read_checkpoint(artefact(trained, "wt"))["state_dict"]
     assert_same(own, {k.removeprefix("forerunners.wt."): v for k, v in weights(folder).items() if k.startswith("forerunners.wt.")})
+
+
+def test_init_from_leaves_forerunners_as_they_are(trained, tmp_path):
+    changed = torch.load(artefact(trained, "tc"), weights_only=True)
+    changed["state_dict"] = {name: value + 1 for name, value in changed["state_dict"].items()}
+    torch.save(changed, tmp_path / "changed.ckpt")
+    method = behind(trained)
+    before = {k: v.clone() for k, v in method.forerunners.state_dict().items()}
+    report = initialize_from(method, tmp_path / "changed.ckpt")
+    assert "stays as it is: forerunners.*" in report
+    assert_same(before, method.forerunners.state_dict())
+    own = {k.removeprefix("network."): v for k, v in changed["state_dict"].items() if k.startswith("network.")}
+    assert_same(own, method.network.state_dict())
+
+
+def test_a_forerunner_has_the_state_that_its_own_checkpoint_gave_it(trained):
+    """Beside the weights: what `on_load_checkpoint` restores."""
+    iterations = {name: read_checkpoint(artefact(trained, name))["lesionbench"]["iteration"] for name in ("wt", "tc")}
+    method = load_method(artefact(trained, "fit"))[0]
+    assert {name: method.forerunners[name].iteration for name in iterations} == iterations
+    assert iterations["wt"] > 0
+
+
+def test_a_forerunner_far_behind_is_not_told_what_another_of_its_name_says(trained, tmp_path):
+    changed = torch.load(artefact(trained, "wt"), weights_only=True)
+    changed["state_dict"]["network.out.bias"] += 10
+    torch.save(changed, tmp_path / "changed.ckpt")
+    options = {"network": partial(RReLUUNet, features=(8, 8)), "loss": RegionDice(), "inferer": Whole(2), "target": RegionSigmoid}
+    torch.manual_seed(0)
+    far = {
+        "method": partial(CascadedUNet3D, **options, forerunners={"tc": artefact(trained, "tc")}),
+        "task": TASK.to_dict(),
+        "patients": [],
+    }
+    method = rounds(region="ET", forerunners={"wt": str(tmp_path / "changed.ckpt"), "far": far}).eval()
+    batch = {"image": torch.randn(1, 4, 8, 8, 8), "case": ["a"]}
+    asked = []
+    method.forerunners["far"].forerunners["tc"].network.register_forward_hook(lambda _, inputs, output: asked.append(inputs[0]))
+    told = method.ask(batch)
+    assert (told["wt"] > 0.5).all()
+    said(method.forerunners["far"], batch)
+    assert torch.equal(*asked)

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
@@ -76,6 +77,32 @@ def test_the_answer_has_the_size_of_the_image_and_gradients_reach_everything(nor
     assert logits.shape == (2, 1, *size)
     (logits * torch.randn_like(logits)).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_the_network_by_other_means():
+    """The same logits from torch's own functions."""
+    torch.manual_seed(0)
+    network, image = ResidualUNet(4, 1, features=(4, 8, 16)).eval(), torch.randn(1, 4, 8, 8, 12)
+
+    def normalized(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        norm, convolution = layers[0], layers[1]
+        x = F.group_norm(x, 8 if len(norm.weight) >= 8 else 1, norm.weight, norm.bias)
+        return F.conv3d(x, convolution.weight, padding=1)
+
+    def block(parts: PreNormBlock, x: torch.Tensor) -> torch.Tensor:
+        r = normalized(parts.first, x).relu()
+        return (normalized(parts.third, normalized(parts.second, r).relu()) + r).relu()
+
+    def raised(up: nn.ConvTranspose3d, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose3d(x, up.weight, up.bias, stride=2, padding=1, output_padding=1)
+
+    with torch.no_grad():
+        fine = block(network.encoder[0], image)
+        half = block(network.encoder[1], F.max_pool3d(fine, 2))
+        x = raised(network.up[0], block(network.bottom, F.max_pool3d(half, 2)))
+        x = raised(network.up[1], block(network.decoder[0], torch.cat([x, half], 1)))
+        x = block(network.decoder[1], torch.cat([x, fine], 1))
+        torch.testing.assert_close(network(image), F.conv3d(x, network.out.weight, network.out.bias))
 
 
 def test_a_block_whose_third_convolution_is_zero_gives_what_the_first_gave():
@@ -170,6 +197,20 @@ def test_the_network_sees_the_crop_around_what_was_found_and_nothing_is_said_out
     assert torch.equal(answer.regions[0], mask[0, 0])
 
 
+def test_what_is_found_is_more_likely_than_not_and_has_the_center_that_is_asked_for(trained):
+    image, maps = torch.randn(1, 4, 20, 18, 16), torch.full((1, 1, 20, 18, 16), 0.4)
+    maps[..., 4:7, 9, 8], maps[..., 6, 9, 8:14] = (
+        0.6,
+        0.6,
+    )  # an angle of 8 voxels: its box is centered on (5, 9, 11), its voxels on (6, 9, 10)
+    boxes = {}
+    for center in ("box", "centroid"):
+        answer = localized(trained, center=center).answer({"image": image, "where": maps, "case": ["a"]})
+        found = answer.regions[1].nonzero()
+        boxes[center] = (found.min(dim=0).values.tolist(), found.max(dim=0).values.tolist())
+    assert boxes == {"box": ([1, 5, 7], [8, 12, 14]), "centroid": ([2, 5, 6], [9, 12, 13])}
+
+
 def test_where_nothing_is_found_the_crop_is_in_the_middle_of_the_brain(trained):
     method = localized(trained)
     brain = torch.zeros(1, 1, 20, 18, 16, dtype=torch.bool)
@@ -193,6 +234,21 @@ def test_the_oracle_centers_every_network_on_the_truth_and_its_rows_say_so(train
     found = rows(trained)
     assert {row["member"] for row in found} == {"", "oracle_center"}
     assert all((row["oracle"] == "1") == (row["member"] == "oracle_center") for row in found)
+
+
+def test_the_oracle_knows_the_truth_of_a_region_that_the_task_does_not_have_or_says_that_it_cannot(trained):
+    alone = Task(TASK.channels, TASK.classes, {"ET": ("et",)})  # no region WT, but labels tell
+    network = partial(ResidualUNet, features=(8, 16))
+    options = {"network": network, "loss": RegionBCEDice(), "inferer": Whole(2), "target": RegionSigmoid, "oracle_center": True}
+    given = {**options, "forerunners": {"where": artefact(trained, "where")}, "region": "ET", "crop": (8, 8, 8)}
+    label = torch.zeros(1, 1, 20, 18, 16, dtype=torch.long)
+    label[..., 4:6, 9, 9] = 2
+    label[..., 0, 0, 0] = -1
+    batch = {"image": torch.randn(1, 4, 20, 18, 16), "case": ["a"], "label": label}
+    oracle = LocalizedUNet(alone, **given).eval().predict_case(batch).members["oracle_center"].regions[0]
+    assert (oracle[1:9, 5:13, 5:13] > 0).all()
+    with pytest.raises(SuiteError, match=r"labels of the classes background, et do not say where WT is; keep WT in task\.regions"):
+        LocalizedUNet(TASK.narrowed(regions=["ET"]), **given)
 
 
 # several networks, one answer
@@ -260,7 +316,7 @@ def test_fewer_voxels_of_enhancing_tumor_than_asked_are_none(voxels, left):
 # mistakes
 
 
-def test_what_cannot_be_is_named(trained):
+def test_what_cannot_be_is_named(trained, data, tmp_path):
     with pytest.raises(SuiteError, match=r"without model\.forerunners nothing is cropped"):
         localized(trained, forerunners=None, oracle_center=True)
     with pytest.raises(SuiteError, match=r"model\.crop=\[8, 8\]: voxels along each of three axes"):
@@ -269,3 +325,5 @@ def test_what_cannot_be_is_named(trained):
         ResidualUNet(4, 1, features=(12, 24))
     with pytest.raises(SuiteError, match=r"model\.center=middle.*box or centroid"):
         run(*TINY, "model.center=middle")
+    with pytest.raises(SuiteError, match=r"objective\.name=val/dice_XX: no value of a validation"):
+        run(*TINY, f"data.root={data}", f"runs={tmp_path}", "objective.name=val/dice_XX")
