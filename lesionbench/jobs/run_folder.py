@@ -34,7 +34,10 @@ _INCIDENTAL = (
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
-_NEUTRAL: dict[str, Any] = {"model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None}
+_NEUTRAL: dict[str, Any] = {
+    "model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None,
+    "task.slice_axis": None, "data.task.slice_axis": None,
+}  # fmt: skip
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
