@@ -29,6 +29,7 @@ from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdvers
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
 from lightning_modules.supervised.umm import UMM
+from lightning_modules.supervised.vae_unet_hausdorff_loss import VAEUNetHausdorff
 
 __all__ = [
     "FAE",
@@ -59,5 +60,6 @@ __all__ = [
     "Stochastic",
     "Supervised",
     "TemporalEnsembling",
+    "VAEUNetHausdorff",
     "VirtualAdversarialTraining",
 ]

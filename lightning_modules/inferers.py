@@ -7,7 +7,7 @@ whole volume (B, K, X, Y, Z), every map blended in the same pass. Which inferer 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.functional import pad
@@ -108,6 +108,55 @@ class Window:
             starts.append([round(i * (size - p) / max(count - 1, 1)) if even else min(i * step, size - p) for i in range(count)])
         boxes = [tuple(slice(s, s + p) for s, p in zip(corner, self.patch, strict=True)) for corner in product(*starts)]
         yield from (boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch))
+
+
+class Central:
+    """Windows (B, C, x, y, z) of which only the middle is kept, where a network sees all around (Fonov et al., BrainLes 2021, Section 2.5).
+
+    Args:
+        patch: window size in voxels.
+        keep: size of the middle; what is cut off is the same on both sides. The case is padded by that, so that middles reach its borders.
+        step: voxels from one window to the next, at most `keep`; the last one ends at the border.
+        blending: of overlapping middles: `mean`, or `running`: 0.5 of what was there and 0.5 of the new one, in the order of windows.
+
+    Raises:
+        SuiteError: a middle larger than the window or cut off unevenly, steps that leave gaps.
+    """
+
+    def __init__(
+        self, patch: Sequence[Count], keep: Sequence[Count], step: Sequence[Count], blending: Literal["mean", "running"] = "mean"
+    ) -> None:
+        if patch is None:
+            raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
+        for p, k, s in zip(patch, keep, step, strict=True):
+            if not s <= k <= p or (p - k) % 2:
+                raise SuiteError(
+                    f"model.inferer: patch={p} keep={k} step={s}: expected step <= keep <= patch, and an even rest of patch - keep"
+                )
+        if blending not in ("mean", "running"):
+            raise unknown("model.inferer.blending", blending, ["mean", "running"])
+        self.patch, self.keep, self.step, self.blending = tuple(patch), tuple(keep), tuple(step), blending
+
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        shape, rims = image.shape[2:], [(p - k) // 2 for p, k in zip(self.patch, self.keep, strict=True)]
+        sizes = [max(n, k) for n, k in zip(shape, self.keep, strict=True)]  # that middles cover
+        image = _grown(image, [m for a in (2, 1, 0) for m in (rims[a], rims[a] + sizes[a] - shape[a])], outside)
+        corners = [[min(start, n - k) for start in range(0, n - k + s, s)] for n, k, s in zip(sizes, self.keep, self.step, strict=True)]
+        middle = (slice(None), slice(None), *(slice(r, r + k) for r, k in zip(rims, self.keep, strict=True)))
+        total: dict[str, torch.Tensor] = {}
+        seen = image.new_zeros(sizes)
+        for corner in product(*corners):
+            view = image[(slice(None), slice(None), *(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True)))]
+            box = tuple(slice(c, c + k) for c, k in zip(corner, self.keep, strict=True))
+            seen[box] += 1
+            share = 1 / seen[box] if self.blending == "mean" else torch.where(seen[box] > 1, 0.5, 1.0)
+            for name, maps in predictor(view).items():
+                if name not in total:
+                    total[name] = maps.new_zeros((*maps.shape[:2], *sizes), dtype=torch.float32)
+                total[name][(slice(None), slice(None), *box)].lerp_(maps.float()[middle], share)
+        return {name: maps[(slice(None), slice(None), *(slice(0, n) for n in shape))] for name, maps in total.items()}
 
 
 class SliceWise:

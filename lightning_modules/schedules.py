@@ -119,6 +119,19 @@ def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNe
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
 
 
+def held(optimizer: Optimizer, total_iterations: int, iterations: NotNegative = 100, rate: NotNegative = 1e-7) -> LambdaLR:
+    """The learning rate is `rate` for the first iterations (a count, or below 1 a share of all), then constant (Fonov et al., BrainLes 2021).
+
+    Raises:
+        SuiteError: as many iterations as there are, or more.
+    """
+    count = whole_batches(iterations, total_iterations)
+    if not 0 <= count < total_iterations:
+        raise SuiteError(f"scheduler: iterations={iterations} of total_iterations={total_iterations} leaves none to train")
+    share = rate / optimizer.defaults["lr"]
+    return LambdaLR(optimizer, lambda iteration: share if iteration < count else 1.0)
+
+
 def steps(optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[NotNegative]]) -> LambdaLR:
     """Piecewise constant: `stairs` are (share of all iterations, factor on the learning rate from there on), in order."""
     return _per_iteration(optimizer, total_iterations, 0, lambda progress: [1.0, *(f for share, f in stairs if progress >= share)][-1])

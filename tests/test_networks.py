@@ -87,7 +87,7 @@ def test_shapes_gradients_and_forms(name, dimensions):
     assert set(out) == {"logits"} | (
         {"deep"}
         if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet", "SegNet")
-        else {"loss"}
+        else {"loss", "reconstruction", "kl"}
         if name == "segresnet_vae"
         else set()
     )

@@ -42,6 +42,7 @@ _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever 
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
     "lightning_modules.inferers.Window": {"starts": "even"},
+    "lightning_modules.networks.segresnet_vae": {"own_decoder": False},
     "lightning_modules.networks.swin_unetr": {"shift": True},
     "lightning_modules.postprocessing.PostProcessing": {
         **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],
