@@ -36,11 +36,12 @@ _INCIDENTAL = (
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
 _NEUTRAL: dict[str, Any] = {
     "model.freeze": [], "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None,
-    "task.slice_axis": None, "data.task.slice_axis": None,
+    "task.slice_axis": None, "data.task.slice_axis": None, "ensemble.tie": "mean",
 }  # fmt: skip
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
+    "lightning_modules.Ensemble": {"tie": "mean"},
     "lightning_modules.inferers.Window": {"starts": "even"},
     "lightning_modules.networks.segresnet_vae": {"own_decoder": False},
     "lightning_modules.networks.swin_unetr": {"shift": True},
