@@ -25,6 +25,7 @@ from lightning_modules.semi_supervised.temporal_ensembling import TemporalEnsemb
 from lightning_modules.semi_supervised.ua_mt import UAMT
 from lightning_modules.semi_supervised.virtual_adversarial_training import VirtualAdversarialTraining
 from lightning_modules.supervised.modality_pairing import ModalityPairing
+from lightning_modules.supervised.multiplane_unetpp import MultiplaneUNetPP
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
@@ -50,6 +51,7 @@ __all__ = [
     "MissingModalities",
     "ModalityPairing",
     "MultiRater",
+    "MultiplaneUNetPP",
     "PiModel",
     "PseudoLabel",
     "ReciprocalAdversarial",

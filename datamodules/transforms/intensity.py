@@ -180,7 +180,7 @@ class RandomScaleShift(RandomTransform, IntensityTransform):
 
 
 class RandomNormalIntensity(RandomTransform, IntensityTransform):
-    """Gain and shift of each channel, and noise on each voxel, all from normal distributions (Fonov et al., BrainLes 2021, Section 2.4).
+    """Gain and shift of each channel, and noise on each voxel, all from normal distributions (Fonov et al., BrainLes 2021, Section 2.3).
 
     Args:
         gain, shift, noise: standard deviations, the last two in units of the normalized image. The mean gain is 1.

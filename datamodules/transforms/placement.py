@@ -147,7 +147,7 @@ class RandomPlacement:
 
 
 class NormalPlacement:
-    """Draws rotations and scalings from normal distributions, with torch's global generator (Fonov et al., BrainLes 2021, Section 2.4).
+    """Draws rotations and scalings from normal distributions, with torch's global generator (Fonov et al., BrainLes 2021, Section 2.3).
 
     Args:
         degrees: standard deviation of the rotation about each axis.

@@ -8,7 +8,7 @@ from lightning_modules.losses.cross_entropy import weighted_mean
 def one_sided_hausdorff(
     probabilities: torch.Tensor, distances: torch.Tensor, valid: torch.Tensor, alpha: float = 1.0, beta: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and maximum over the voxels of q_l^beta u_l^alpha, then the mean over labels l (Fonov et al., BrainLes 2021, Section 2.2).
+    """Mean and maximum over the voxels of q_l^beta u_l^alpha, then the mean over labels l (Fonov et al., BrainLes 2021, Section 2.1).
 
     Args:
         probabilities: q (B, L, *spatial), in [0, 1].
