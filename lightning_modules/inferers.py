@@ -144,19 +144,21 @@ class Central:
         sizes = [max(n, k) for n, k in zip(shape, self.keep, strict=True)]  # that middles cover
         image = _grown(image, [m for a in (2, 1, 0) for m in (rims[a], rims[a] + sizes[a] - shape[a])], outside)
         corners = [[min(start, n - k) for start in range(0, n - k + s, s)] for n, k, s in zip(sizes, self.keep, self.step, strict=True)]
-        middle = (slice(None), slice(None), *(slice(r, r + k) for r, k in zip(rims, self.keep, strict=True)))
+        middle = (..., *(slice(r, r + k) for r, k in zip(rims, self.keep, strict=True)))
         total: dict[str, torch.Tensor] = {}
         seen = image.new_zeros(sizes)
         for corner in product(*corners):
-            view = image[(slice(None), slice(None), *(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True)))]
+            window = (..., *(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True)))
             box = tuple(slice(c, c + k) for c, k in zip(corner, self.keep, strict=True))
+            place = (..., *box)
             seen[box] += 1
             share = 1 / seen[box] if self.blending == "mean" else torch.where(seen[box] > 1, 0.5, 1.0)
-            for name, maps in predictor(view).items():
+            for name, maps in predictor(image[window]).items():
                 if name not in total:
                     total[name] = maps.new_zeros((*maps.shape[:2], *sizes), dtype=torch.float32)
-                total[name][(slice(None), slice(None), *box)].lerp_(maps.float()[middle], share)
-        return {name: maps[(slice(None), slice(None), *(slice(0, n) for n in shape))] for name, maps in total.items()}
+                total[name][place].lerp_(maps.float()[middle], share)
+        inside = (..., *(slice(0, n) for n in shape))
+        return {name: maps[inside] for name, maps in total.items()}
 
 
 class SliceWise:
