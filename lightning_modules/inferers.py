@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.ranges import BelowOne, Count
+from lesionbench.ranges import Whole as WholeNumber
 from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -115,36 +116,35 @@ class Central:
 
     Args:
         patch: window size in voxels.
-        keep: size of the middle; what is cut off is the same on both sides. The case is padded by that, so that middles reach its borders.
-        step: voxels from one window to the next, at most `keep`; the last one ends at the border.
+        rim: voxels cut off on each side; the case is padded by as many, so that middles reach its borders.
+        overlap: share of a middle that the next one covers, 0 <= overlap < 1; the last one ends at the border.
         blending: of overlapping middles: `mean`, or `running`: 0.5 of what was there and 0.5 of the new one, in the order of windows.
 
     Raises:
-        SuiteError: a middle larger than the window or cut off unevenly, steps that leave gaps.
+        SuiteError: a rim that leaves no middle.
     """
 
     def __init__(
-        self, patch: Sequence[Count], keep: Sequence[Count], step: Sequence[Count], blending: Literal["mean", "running"] = "mean"
+        self, patch: Sequence[Count], rim: WholeNumber = 8, overlap: BelowOne = 0.5, blending: Literal["mean", "running"] = "mean"
     ) -> None:
         if patch is None:
             raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
-        for p, k, s in zip(patch, keep, step, strict=True):
-            if not s <= k <= p or (p - k) % 2:
-                raise SuiteError(
-                    f"model.inferer: patch={p} keep={k} step={s}: expected step <= keep <= patch, and an even rest of patch - keep"
-                )
+        if 2 * rim >= min(patch):
+            raise SuiteError(f"model.inferer.rim={rim}: leaves nothing of windows of {list(patch)}")
         if blending not in ("mean", "running"):
             raise unknown("model.inferer.blending", blending, ["mean", "running"])
-        self.patch, self.keep, self.step, self.blending = tuple(patch), tuple(keep), tuple(step), blending
+        self.patch, self.rim, self.blending = tuple(patch), rim, blending
+        self.keep = tuple(p - 2 * rim for p in patch)
+        self.step = tuple(max(int(k * (1 - overlap)), 1) for k in self.keep)
 
     def __call__(
         self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        shape, rims = image.shape[2:], [(p - k) // 2 for p, k in zip(self.patch, self.keep, strict=True)]
+        shape, rim = image.shape[2:], self.rim
         sizes = [max(n, k) for n, k in zip(shape, self.keep, strict=True)]  # that middles cover
-        image = _grown(image, [m for a in (2, 1, 0) for m in (rims[a], rims[a] + sizes[a] - shape[a])], outside)
+        image = _grown(image, [m for a in (2, 1, 0) for m in (rim, rim + sizes[a] - shape[a])], outside)
         corners = [[min(start, n - k) for start in range(0, n - k + s, s)] for n, k, s in zip(sizes, self.keep, self.step, strict=True)]
-        middle = (..., *(slice(r, r + k) for r, k in zip(rims, self.keep, strict=True)))
+        middle = (..., *(slice(rim, rim + k) for k in self.keep))
         total: dict[str, torch.Tensor] = {}
         seen = image.new_zeros(sizes)
         for corner in product(*corners):

@@ -122,12 +122,9 @@ def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNe
 def held(optimizer: Optimizer, total_iterations: int, iterations: NotNegative = 100, rate: NotNegative = 1e-7) -> LambdaLR:
     """The learning rate is `rate` for the first iterations (a count, or below 1 a share of all), then constant (Fonov et al., BrainLes 2021).
 
-    Raises:
-        SuiteError: as many iterations as there are, or more.
+    In a training of less than twice as many it is that for the first half.
     """
-    count = whole_batches(iterations, total_iterations)
-    if not 0 <= count < total_iterations:
-        raise SuiteError(f"scheduler: iterations={iterations} of total_iterations={total_iterations} leaves none to train")
+    count = min(whole_batches(iterations, total_iterations), total_iterations // 2)
     share = rate / optimizer.defaults["lr"]
     return LambdaLR(optimizer, lambda iteration: share if iteration < count else 1.0)
 

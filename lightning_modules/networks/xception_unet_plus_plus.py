@@ -105,7 +105,7 @@ class XceptionUNetPlusPlus(nn.Module):
     Raises:
         SuiteError: another number of widths, or a size that is not divisible by 32.
 
-    Shapes: (B, M, H, W) -> logits (B, K, H, W).
+    Shapes: (B, M, H, W) -> logits (B, K, H, W). Batch normalization cannot be trained on one slice of 32 x 32, which has one voxel at stride 32.
     """
 
     def __init__(
@@ -139,7 +139,6 @@ class XceptionUNetPlusPlus(nn.Module):
             self,
             2,
             32 if size is None else 1,
-            min_size=64 if size is None else 1,
             parts={"encoder": ("encoder",), "decoder": ("nodes", "last"), "heads": ("head",)},
         )
 
