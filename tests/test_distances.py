@@ -42,7 +42,8 @@ def blob(shape=(21, 17, 14), seed=0):
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.9, 1.3, 2.5)])
 def test_distances_are_exact_far_from_the_structure_and_next_to_it(spacing):
-    for mask in (blob(), ~blob(seed=1), np.pad(np.ones((3, 2, 2), bool), ((40, 9), (3, 30), (0, 20)))):
+    middle = ~np.pad(np.ones((6, 5, 4), bool), 5)  # as of the background around a lesion
+    for mask in (blob(), ~blob(seed=1), middle, np.pad(np.ones((3, 2, 2), bool), ((40, 9), (3, 30), (0, 20)))):
         assert np.abs(distance_outside(mask, spacing) - distance_transform_edt(~mask, sampling=spacing)).max() < 1e-3
     assert not distance_outside(np.ones((3, 3, 3), bool), spacing).any()
     plane = blob((30, 25))

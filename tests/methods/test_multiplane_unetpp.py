@@ -231,3 +231,7 @@ def test_all_stages_run_and_every_plane_has_its_axis(tmp_path):
         found = torch.load(folder / stage / "checkpoints" / "last.ckpt", weights_only=True)["lesionbench"]
         axes[stage] = found["task"]["slice_axis"]
     assert axes == {"": 2, "coronal": 1, "sagittal": 0}
+    planes = ",".join(str(folder / stage / "checkpoints" / "last.ckpt") for stage in axes)
+    out = tmp_path / "masks"
+    run("job=predict", *options, f"ckpt=[{planes}]", "ensemble.fusion=label_vote", f"out={out}")
+    assert len(list((out / "predictions").glob("*.nii.gz"))) == 5
