@@ -29,7 +29,7 @@ from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import read_volume, volume_file
 from lesionbench.keyed import key
 from lesionbench.maps import MapStore
-from lesionbench.ranges import ASCENDING, BelowOne, Count, NotNegative, Share, Whole
+from lesionbench.ranges import ASCENDING, Axis, BelowOne, Count, NotNegative, Share, Whole
 from lesionbench.task import Task
 
 CASE_SETS = ("train", "labeled", "unlabeled")
@@ -41,6 +41,7 @@ class Narrowing(TypedDict, total=False):
     channels: Sequence[str] | None
     regions: Sequence[str] | Mapping[str, Sequence[str]] | None
     inputs: Sequence[str] | None
+    slice_axis: Axis | None
 
 
 class Policy(TypedDict, total=False):
@@ -66,7 +67,8 @@ class CaseDataModule(pl.LightningDataModule):
 
     Args:
         root: folder of the data set.
-        task: `{channels: [...], regions: [...], inputs: [...]}` narrows the data set's task, or adds inputs; None or missing keys leave it.
+        task: `{channels: [...], regions: [...], inputs: [...], slice_axis: n}` narrows the data set's task, adds inputs, or cuts its slices
+            along another axis; None or missing keys leave it.
         preprocessing: what is done once per case (see `Preprocessing`).
         split: who is trained, validated and tested on (see `Split`).
         sampling: where training samples are cut (see `Sampling`).

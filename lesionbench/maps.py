@@ -113,6 +113,10 @@ class MapStore:
         """Whether the current version of `name` holds this case."""
         return self._path(name, case_id).exists()
 
+    def is_pending(self, name: str, case_id: str) -> bool:
+        """Whether the pending version of `name` holds this case already."""
+        return (self._pending(name) / f"{file_name(case_id)}.npy").exists()
+
     def version(self, name: str) -> int:
         """Number of the current version; 0 before the first commit."""
         try:

@@ -24,13 +24,13 @@ class Task:
         regions: region name -> names of the classes it unites, outermost region first. Any two regions are nested or disjoint.
             Defaults to one region per foreground class.
         raters: largest number of raters per case; 0 where there is one label map.
-        slice_axis: axis of the canonical (RAS) array along which 2D and 2.5D views are cut; 2 is axial.
+        slice_axis: axis of the canonical (RAS) array along which 2D and 2.5D views are cut: 0 is sagittal, 1 coronal, 2 axial.
         unit: `mm` where the spacing is real, `vox` for data without geometry.
         ignore: values on disk that are left out of losses and metrics.
         inputs: further input channels, behind those of the image: `brain_mask`, or per-case maps by name (see `data.extra_maps`).
 
     Raises:
-        SuiteError: a name that is a channel and an input, classes without background, shared disk values, unknown classes in a region, a region that is empty or holds
+        SuiteError: a name that is a channel and an input, an axis that there is not, classes without background, shared disk values, unknown classes in a region, a region that is empty or holds
             background, or regions that overlap without nesting.
     """
 
@@ -66,6 +66,8 @@ class Task:
             for b, second in regions.items():
                 if set(first) & set(second) and not (set(first) <= set(second) or set(second) <= set(first)):
                     raise SuiteError(f"task.regions: {a} and {b} overlap without one holding the other")
+        if self.slice_axis not in (0, 1, 2):
+            raise SuiteError(f"task.slice_axis={self.slice_axis}: expected 0 (sagittal slices), 1 (coronal) or 2 (axial)")
         if self.unit not in ("mm", "vox"):
             raise unknown("task.unit", self.unit, ["mm", "vox"])
 
@@ -131,14 +133,18 @@ class Task:
         channels: Sequence[str] | None = None,
         regions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         inputs: Sequence[str] | None = None,
+        slice_axis: int | None = None,
     ) -> "Task":
-        """The task with only these channels and regions; regions may be new ones, name -> classes, as for `Task`. `inputs` are further ones.
+        """The task with only these channels and regions; regions may be new ones, name -> classes, as for `Task`. `inputs` are further ones,
+        `slice_axis` is the axis to cut slices along instead of the data set's.
 
         Classes that no region tells apart become one class.
 
         Raises:
-            SuiteError: an unknown channel or region; new regions that `Task` refuses.
+            SuiteError: an unknown channel or region; new regions or an axis that `Task` refuses.
         """
+        if slice_axis is not None:
+            return Task(**{**self.to_dict(), "slice_axis": slice_axis}).narrowed(channels, regions, inputs)
         if inputs is not None:
             return Task(**{**self.to_dict(), "inputs": tuple(inputs)}).narrowed(channels, regions)
         if isinstance(regions, Mapping):

@@ -28,12 +28,14 @@ from lightning_modules.semi_supervised.virtual_adversarial_training import Virtu
 from lightning_modules.supervised.cascaded_3d_unet import CascadedUNet3D
 from lightning_modules.supervised.dints_topology_search import DiNTSTopologySearch
 from lightning_modules.supervised.modality_pairing import ModalityPairing
+from lightning_modules.supervised.multiplane_unetpp import MultiplaneUNetPP
 from lightning_modules.supervised.reciprocal_adversarial import ReciprocalAdversarial
 from lightning_modules.supervised.residual_unet_localization import LocalizedUNet
 from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
 from lightning_modules.supervised.two_phase_omt import TwoPhaseOMT
 from lightning_modules.supervised.umm import UMM
+from lightning_modules.supervised.vae_unet_hausdorff_loss import VAEUNetHausdorff
 
 __all__ = [
     "FAE",
@@ -58,6 +60,7 @@ __all__ = [
     "MissingModalities",
     "ModalityPairing",
     "MultiRater",
+    "MultiplaneUNetPP",
     "PiModel",
     "PseudoLabel",
     "ReciprocalAdversarial",
@@ -69,5 +72,6 @@ __all__ = [
     "Supervised",
     "TemporalEnsembling",
     "TwoPhaseOMT",
+    "VAEUNetHausdorff",
     "VirtualAdversarialTraining",
 ]

@@ -47,6 +47,7 @@ class Method(pl.LightningModule):
         takes_inputs: whether it has use for further input channels (`Task.inputs`).
         streams: the data streams that `training_step` expects.
         writes_maps: per-case maps that training itself writes to the data module's map store.
+        reads_maps: per-case maps that a stage before the training makes.
         map_interpolation: `nearest` or `linear`, how the maps that it writes are to be moved with the image.
         iteration: batches trained on so far; drives ramps and keyed randomness. Lightning's `global_step` counts optimizer steps.
         config: plain-data model configuration that a checkpoint carries so that it can be built again; None outside `run.py`.
@@ -58,6 +59,7 @@ class Method(pl.LightningModule):
     takes_inputs: bool = False
     streams: tuple[str, ...] = ("default",)
     writes_maps: tuple[str, ...] = ()
+    reads_maps: tuple[str, ...] = ()
     inferer: Inferer  # of a method that predicts with networks; others have none
     map_interpolation: str = "nearest"
     oracles: Sequence[str] = ()
@@ -103,7 +105,7 @@ class Method(pl.LightningModule):
 
     @classmethod
     def maps_of(cls, options: Mapping[str, Any]) -> dict[str, str]:
-        """`writes_maps` of the method that these options would build -> interpolation, as `data.extra_maps` has it."""
+        """The maps of the method that these options would build -> interpolation, as `data.extra_maps` has it."""
         return dict.fromkeys(cls.writes_maps, cls.map_interpolation)
 
     def optimizer_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -373,9 +375,14 @@ class Method(pl.LightningModule):
         if set(offered) != set(self.streams) and len(self.streams) + len(offered) > 2:
             raise SuiteError(f"{type(self).__name__} needs the streams {list(self.streams)}; data.streams offers {list(offered)}")
         stored = {} if getattr(data, "maps", None) is None else data.maps.state_dict()
+        known = {
+            *self.writes_maps,
+            *stored,
+            *(self.reads_maps if getattr(data, "maps", None) is None else ()),
+        }  # the store comes with the run
         for name in getattr(data, "extra_maps", {}):
-            if name not in {*self.writes_maps, *stored}:
-                raise unknown("map (data.extra_maps)", name, [*self.writes_maps, *stored])
+            if name not in known:
+                raise unknown("map (data.extra_maps)", name, sorted(known))
 
     def on_fit_start(self) -> None:
         self.check(self.trainer.datamodule)

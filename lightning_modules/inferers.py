@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count, product
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.functional import pad
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.ranges import BelowOne, Count
+from lesionbench.ranges import Whole as WholeNumber
 from lesionbench.views import from_slices, to_slabs, to_slices
 
 Predictor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -141,6 +142,62 @@ class Window:
             starts.append([round(i * (size - p) / max(number - 1, 1)) if even else min(i * step, size - p) for i in range(number)])
         boxes = [tuple(slice(s, s + p) for s, p in zip(corner, self.patch, strict=True)) for corner in product(*starts)]
         yield from (boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch))
+
+
+class Central:
+    """Windows (B, C, x, y, z) of which only the middle is kept, where a network sees all around (Fonov et al., BrainLes 2021, Section 2.5).
+
+    Args:
+        patch: window size in voxels.
+        rim: voxels cut off on each side; the case is padded by as many, so that middles reach its borders.
+        overlap: share of a middle that the next one covers, 0 <= overlap < 1; the last one ends at the border.
+        blending: of overlapping middles: `mean`, or `running`: 0.5 of what was there and 0.5 of the new one, in the order of windows.
+
+    Raises:
+        SuiteError: a rim that leaves no middle.
+    """
+
+    def __init__(
+        self, patch: Sequence[Count], rim: WholeNumber = 8, overlap: BelowOne = 0.5, blending: Literal["mean", "running"] = "mean"
+    ) -> None:
+        if patch is None:
+            raise SuiteError("model.inferer.patch is null: windows need a size; for whole volumes use model/inferer=whole")
+        if 2 * rim >= min(patch):
+            raise SuiteError(f"model.inferer.rim={rim}: leaves nothing of windows of {list(patch)}")
+        if blending not in ("mean", "running"):
+            raise unknown("model.inferer.blending", blending, ["mean", "running"])
+        self.patch, self.rim, self.blending = tuple(patch), rim, blending
+        self.keep = tuple(p - 2 * rim for p in patch)
+        self.step = tuple(max(int(k * (1 - overlap)), 1) for k in self.keep)
+
+    def __call__(
+        self, image: torch.Tensor, predictor: Predictor, axis: int = 2, outside: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        shape, rim = image.shape[2:], self.rim
+        sizes = [max(n, k) for n, k in zip(shape, self.keep, strict=True)]  # that middles cover
+        image = _grown(image, [m for a in (2, 1, 0) for m in (rim, rim + sizes[a] - shape[a])], outside)
+        middle = (..., *(slice(rim, rim + k) for k in self.keep))
+        total: dict[str, torch.Tensor] = {}
+        seen = image.new_zeros(sizes)
+        for corner in self._corners(sizes):
+            window = (..., *(slice(c, c + p) for c, p in zip(corner, self.patch, strict=True)))
+            box = tuple(slice(c, c + k) for c, k in zip(corner, self.keep, strict=True))
+            place = (..., *box)
+            seen[box] += 1
+            share = 1 / seen[box] if self.blending == "mean" else torch.where(seen[box] > 1, 0.5, 1.0)
+            for name, maps in predictor(image[window]).items():
+                if name not in total:
+                    total[name] = maps.new_zeros((*maps.shape[:2], *sizes), dtype=torch.float32)
+                total[name][place].lerp_(maps.float()[middle], share)
+        inside = (..., *(slice(0, n) for n in shape))
+        return {name: maps[inside] for name, maps in total.items()}
+
+    def passes(self, shape: Sequence[int], axis: int = 2) -> int:
+        return sum(1 for _ in self._corners([max(n, k) for n, k in zip(shape, self.keep, strict=True)]))
+
+    def _corners(self, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        lines = zip(sizes, self.keep, self.step, strict=True)
+        return product(*([min(start, n - k) for start in range(0, n - k + s, s)] for n, k, s in lines))
 
 
 class SliceWise:

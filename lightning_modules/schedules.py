@@ -119,6 +119,16 @@ def warmup(optimizer: Optimizer, total_iterations: int, warmup_iterations: NotNe
     return _per_iteration(optimizer, total_iterations, warmup_iterations, lambda progress: 1.0)
 
 
+def held(optimizer: Optimizer, total_iterations: int, iterations: NotNegative = 100, rate: NotNegative = 1e-7) -> LambdaLR:
+    """The learning rate is `rate` for the first iterations (a count, or below 1 a share of all), then constant (Fonov et al., BrainLes 2021).
+
+    In a training of less than twice as many it is that for the first half.
+    """
+    count = min(whole_batches(iterations, total_iterations), total_iterations // 2)
+    share = rate / optimizer.defaults["lr"]
+    return LambdaLR(optimizer, lambda iteration: share if iteration < count else 1.0)
+
+
 def steps(
     optimizer: Optimizer, total_iterations: int, stairs: Sequence[Sequence[NotNegative]], warmup_iterations: NotNegative = 0
 ) -> LambdaLR:

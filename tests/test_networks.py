@@ -87,7 +87,7 @@ def test_shapes_gradients_and_forms(name, dimensions):
     assert set(out) == {"logits"} | (
         {"deep"}
         if name in ("dynunet", "unet_plus_plus", "CBAMUNet", "HarDNet", "SegNet")
-        else {"loss"}
+        else {"loss", "reconstruction", "kl"}
         if name == "segresnet_vae"
         else set()
     )
@@ -435,7 +435,7 @@ def test_configured_networks_build(name):
         network = factory(4, 3)
     assert network.slab == config.get("slab")
     inner = config.get("network", config)
-    assert network.dimensions == (2 if network.slab or name == "swin_unet" else inner.get("dimensions", 3))
+    assert network.dimensions == (2 if network.slab or name in ("swin_unet", "xception_unet_plus_plus") else inner.get("dimensions", 3))
     assert (math.prod(network.divisor) == 1) == (name in ANY_SIZE)
 
 

@@ -162,7 +162,7 @@ def configured(group):
 
 def test_configured_optimizers_and_schedulers_train():
     schedulers = configured("scheduler")
-    names = "poly cosine warmup constant plateau steps step_decay warmup_poly flat_cosine one_cycle cosine_cycles"
+    names = "poly cosine warmup constant plateau steps step_decay warmup_poly flat_cosine one_cycle cosine_cycles held"
     assert set(schedulers) == set(names.split())
     schedulers["plateau"].mode = "max"  # otherwise that of the training, as the epochs
     schedulers["warmup_poly"].epochs = schedulers["step_decay"].epochs = 10

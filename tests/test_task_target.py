@@ -371,3 +371,13 @@ def test_a_target_of_a_third_kind_says_what_it_must_define():
         Distances(BRATS).harden(torch.zeros(1, 3, 2))
     with pytest.raises(TypeError, match=r"must define as_maps\(\)"):
         Distances(BRATS).as_maps(torch.zeros(1, 3, 2))
+
+
+def test_the_slice_axis_is_an_option_of_the_task():
+    coronal = BRATS.narrowed(slice_axis=1)
+    assert (BRATS.slice_axis, coronal.slice_axis, BRATS.narrowed().slice_axis) == (2, 1, 2)
+    assert coronal.to_dict() == {**BRATS.to_dict(), "slice_axis": 1}
+    both = BRATS.narrowed(channels=["t1"], regions=["WT"], inputs=["map"], slice_axis=0)
+    assert both == BRATS.narrowed(channels=["t1"], regions=["WT"], inputs=["map"]).narrowed(slice_axis=0)
+    with pytest.raises(SuiteError, match="slice_axis=3"):
+        BRATS.narrowed(slice_axis=3)

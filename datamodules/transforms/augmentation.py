@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from datamodules.transforms.placement import RandomPlacement
+from datamodules.transforms.placement import NormalPlacement, RandomPlacement
 from lesionbench.errors import SuiteError
 from lesionbench.ranges import NotNegative, Share, Whole
 
@@ -20,7 +20,7 @@ class Chain:
         needs: maps of the sample that a transform reads by name.
     """
 
-    def __init__(self, transforms: list[Callable], placement: RandomPlacement | None = None) -> None:
+    def __init__(self, transforms: list[Callable], placement: NormalPlacement | RandomPlacement | None = None) -> None:
         import torchio
 
         for transform in transforms:
@@ -33,7 +33,7 @@ class Chain:
         return self.transforms(subject)
 
 
-def chain(placement: RandomPlacement | None = None, **transforms: Callable[[Any], Any] | None) -> Chain | None:
+def chain(placement: NormalPlacement | RandomPlacement | None = None, **transforms: Callable[[Any], Any] | None) -> Chain | None:
     """One augmentation out of named transforms, so that each can be changed or removed (set to null) by its name; None when empty."""
     kept = [t for t in transforms.values() if t is not None]
     return Chain(kept, placement) if kept or placement is not None else None

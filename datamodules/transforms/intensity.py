@@ -179,6 +179,32 @@ class RandomScaleShift(RandomTransform, IntensityTransform):
         return subject
 
 
+class RandomNormalIntensity(RandomTransform, IntensityTransform):
+    """Gain and shift of each channel, and noise on each voxel, all from normal distributions (Fonov et al., BrainLes 2021, Section 2.3).
+
+    Args:
+        gain, shift, noise: standard deviations, the last two in units of the normalized image. The mean gain is 1.
+        signal: share of the samples whose noise is signal-dependent instead: at a voxel x, standard deviation noise * sqrt(x - min x).
+        p: probability that it is applied.
+    """
+
+    def __init__(
+        self, gain: NotNegative = 0.1, shift: NotNegative = 0.1, noise: NotNegative = 0.1, signal: Share = 0.0, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.gain, self.shift, self.noise, self.signal = gain, shift, noise, signal
+
+    def apply_transform(self, subject: Subject) -> Subject:
+        for image in self.get_images(subject):
+            data = image.data.float()
+            each = (len(data), 1, 1, 1)
+            data = data * (1 + self.gain * torch.randn(each)) + self.shift * torch.randn(each)
+            poisson = torch.rand(1).item() < self.signal
+            spread = (data - data.amin(dim=(1, 2, 3), keepdim=True)).sqrt() if poisson else 1.0
+            image.set_data(data + self.noise * spread * torch.randn_like(data))
+        return subject
+
+
 class RandomChannelNoise(RandomTransform, IntensityTransform):
     """Replaces one channel, drawn anew, by Gaussian noise of mean 0 and standard deviation 1 (Akbar et al., BrainLes 2021, Section 2.5).
 

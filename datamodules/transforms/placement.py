@@ -146,6 +146,28 @@ class RandomPlacement:
         return torch.from_numpy(warp)
 
 
+class NormalPlacement:
+    """Draws rotations and scalings from normal distributions, with torch's global generator (Fonov et al., BrainLes 2021, Section 2.3).
+
+    Args:
+        degrees: standard deviation of the rotation about each axis.
+        scale: standard deviation of the factor along each axis, whose mean is 1; factors below 0.5 count as 0.5.
+    """
+
+    def __init__(self, degrees: NotNegative = 10.0, scale: NotNegative = 0.03) -> None:
+        self.degrees, self.scale = degrees, scale
+
+    def draw(self, slice_axis: int | None = None) -> Placement:
+        """One placement; with `slice_axis` (2D and 2.5D samples) it stays in the plane."""
+        angles = torch.randn(3).mul(math.radians(self.degrees)).tolist()
+        factors = (1 + self.scale * torch.randn(3)).clamp_min(0.5).tolist()
+        matrix = np.eye(3)
+        for axis, angle in enumerate(angles):
+            if slice_axis in (None, axis):
+                matrix = matrix @ _rotation(axis, angle)
+        return Placement(matrix @ np.diag([1.0 if axis == slice_axis else 1 / f for axis, f in enumerate(factors)]))
+
+
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(1).item()
 

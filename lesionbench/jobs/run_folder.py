@@ -35,20 +35,18 @@ _INCIDENTAL = (
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs
 _NEUTRAL: dict[str, Any] = {
-    "model.freeze": [],
-    "model.cost_norm": "weights",
-    "init_prefix": None,
-    "test_time": None,
-    "task.inputs": None,
-    "data.task.inputs": None,
-}
+    "model.freeze": [], "model.cost_norm": "weights", "init_prefix": None, "test_time": None, "task.inputs": None, "data.task.inputs": None,
+    "task.slice_axis": None, "data.task.slice_axis": None, "ensemble.tie": "mean",
+}  # fmt: skip
 _NEUTRAL_ARGUMENTS: dict[str, dict[str, Any]] = {  # of what is built, wherever it stands
     "datamodules.Sampling": {"jitter": 0},
     "datamodules.Split": {"inner_folds": None, "inner_fold": 0},
     "datamodules.Preprocessing": {"crop_size": None, "header": "auto", "grid": "same"},
     "lesionbench.target.RegionSigmoid": {"decoding": "nested", "background": False},
+    "lightning_modules.Ensemble": {"tie": "mean"},
     "lightning_modules.inferers.Window": {"starts": "even"},
     "lightning_modules.networks.SubpixelNet": {"latent": "merged"},
+    "lightning_modules.networks.segresnet_vae": {"own_decoder": False},
     "lightning_modules.networks.swin_unetr": {"shift": True},
     "lightning_modules.postprocessing.PostProcessing": {
         **dict.fromkeys(("probability", "opening", "closing", "suppress")), "decoding": "nested", "keep_largest": [],

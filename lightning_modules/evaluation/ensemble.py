@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from lesionbench.target import ClassSoftmax, RegionSigmoid, Target
 from lesionbench.task import Task, joined
 from lightning_modules.base import Method
 from lightning_modules.inferers import Inferer
-from lightning_modules.raters.fusion import FUSIONS, Fused, Staple
+from lightning_modules.raters.fusion import FUSIONS, Fused, LabelVote, Mean, Staple
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ensemble(Method):
     Args:
         checkpoints: each one model, or a list of checkpoints that are averaged first and then count as one (the folds of a
             configuration, say, whose means STAPLE fuses; Zeineldin et al., BrainLes 2021), each region over those that know it.
-        fusion: `mean`, `vote` or `staple` (see `lightning_modules.raters.fusion`).
+        fusion: `mean`, `vote`, `label_vote` or `staple` (see `lightning_modules.raters.fusion`).
         weights: one positive number per model; None = equal. Not for STAPLE, which estimates them.
         members: keep the labels of every model as member `m1`, `m2`, ... of the prediction, to be measured and written with it. One byte
             per model and voxel.
@@ -62,6 +62,7 @@ class Ensemble(Method):
             all have to answer for every case, and a test patient that any of them knows is refused.
         postprocess_members: apply `postprocess` rules to the labels of each model before the fusion too, which vote and STAPLE then fuse.
         staple_margin: see `fusion.Staple`.
+        tie: what a `label_vote` says where no class has the most votes: `mean`, `first` or `background` (see `fusion.LabelVote`).
         keep_loaded: keep all members in memory: faster, and memory grows with their number.
         chosen_on: patients by whose truth members were chosen; their rows are marked `oracle`.
         trust: packages whose classes checkpoints may build beside those of the suite.
@@ -82,6 +83,7 @@ class Ensemble(Method):
         out_of_fold: bool = False,
         postprocess_members: bool = True,
         staple_margin: Whole | None = 5,
+        tie: Literal["mean", "first", "background"] = "mean",
         keep_loaded: bool = False,
         chosen_on: Sequence[str] = (),
         trust: Sequence[str] = (),
@@ -102,7 +104,8 @@ class Ensemble(Method):
                 raise SuiteError(f"ensemble.weights={list(weights)}: expected {len(groups)} positive numbers, one per member")
         self.fusion, self.weights = fusion, [1.0] * len(groups) if weights is None else [float(w) for w in weights]
         self.keep_members, self.out_of_fold, self.postprocess_members = members, out_of_fold, postprocess_members
-        self.staple_margin, self.chosen_on, self.trust = staple_margin, frozenset(chosen_on), tuple(trust)
+        self.staple_margin, self.tie, self.chosen_on, self.trust = staple_margin, tie, frozenset(chosen_on), tuple(trust)
+        self._fusion()  # ties are refused before members are read
         self._over: Callable[[Inferer], Inferer] | None = None  # how every member predicts, see `average`
         self._tuned = False  # the threshold of a member was chosen on the case of the moment
         self._loaded: dict[str, tuple[Method, Mapping[str, Any]]] | None = {} if keep_loaded else None
@@ -204,7 +207,7 @@ class Ensemble(Method):
 
     def predict_case(self, batch: Batch) -> Prediction:
         """What all members say together; on the native grid already."""
-        fusion = Staple(self.task, self.staple_margin) if self.fusion == "staple" else FUSIONS[self.fusion](self.task)
+        fusion = self._fusion()
         answers: dict[str, Prediction] = {}
         self._tuned = False
         for place, group in self._asked(batch["patient"][0]):
@@ -214,6 +217,11 @@ class Ensemble(Method):
                 answers[f"m{place + 1}"] = Prediction(labels=labels)
             del regions  # before the next model makes its own
         return self._prediction(fusion.result(), answers)
+
+    def _fusion(self) -> Mean | Staple:
+        if self.fusion == "staple":
+            return Staple(self.task, self.staple_margin)
+        return LabelVote(self.task, self.tie) if self.fusion == "label_vote" else FUSIONS[self.fusion](self.task)
 
     def _prediction(self, fused: Fused, answers: dict[str, Prediction]) -> Prediction:
         labels = self.target.labels(fused.regions[None])[0]

@@ -10,6 +10,7 @@ from lightning_modules.losses.compound import DiceCE, DiceTopK, RegionBCEDice, R
 from lightning_modules.losses.cross_entropy import CrossEntropy, Focal, RegionBCE, RegionFocal, RegionTopK, TopK
 from lightning_modules.losses.deep_supervision import DeepSupervision
 from lightning_modules.losses.dice import GeneralizedDice, RegionDice, SoftDice
+from lightning_modules.losses.distance import boundary_loss, one_sided_hausdorff
 from lightning_modules.losses.modality_pairing import PairingLoss
 from lightning_modules.losses.vat import VAT
 
@@ -31,7 +32,9 @@ __all__ = [
     "RegionTopKDice",
     "SoftDice",
     "TopK",
+    "boundary_loss",
     "critic_loss",
     "fooling_loss",
     "gradient_penalty",
+    "one_sided_hausdorff",
 ]

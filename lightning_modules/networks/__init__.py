@@ -37,6 +37,7 @@ from lightning_modules.networks.slab import SlabChannels
 from lightning_modules.networks.stateless import stateless
 from lightning_modules.networks.subpixel import SubpixelNet
 from lightning_modules.networks.swin import swin_unet
+from lightning_modules.networks.xception_unet_plus_plus import XceptionUNetPlusPlus
 
 _MONAI = {  # name -> the module that makes it
     "attention_unet": "monai_unets",
@@ -79,6 +80,7 @@ __all__ = [
     "SlabChannels",
     "SpatialAutoencoder",
     "SubpixelNet",
+    "XceptionUNetPlusPlus",
     "describe",
     "pack_attention_unet",
     "stateless",

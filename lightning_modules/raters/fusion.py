@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lesionbench.target import nesting
+from lesionbench.errors import unknown
+from lesionbench.target import atoms, nesting
 from lesionbench.task import Task
 from lightning_modules.raters.staple import VotePatterns, staple_of, vote_codes
 
@@ -68,6 +69,53 @@ class Vote(Mean):
 
     def add(self, regions: torch.Tensor, labels: torch.Tensor, weight: float = 1.0, name: str = "") -> None:
         self._count(self.task.region_masks(labels).float(), weight)
+
+
+class LabelVote(Mean):
+    """The class that most models give a voxel; regions follow from it, as masks.
+
+    Unlike `Vote`, which asks for each region whether most models are inside, this compares classes: of three models that say three different
+    things none has a majority.
+
+    Args:
+        tie: what is said where several classes have the most votes: `mean` = of all classes the most probable in the mean over models,
+            `first` = what the first of the models says, `background`.
+
+    Raises:
+        SuiteError: another tie; for `mean`, regions that do not tell all classes apart.
+    """
+
+    def __init__(self, task: Task, tie: str = "mean") -> None:
+        super().__init__(task)
+        if tie not in TIES:
+            raise unknown("ensemble.tie", tie, TIES)
+        self.task, self.tie = task, tie
+        self._atoms = torch.from_numpy(atoms(task)).float() if tie == "mean" else None
+        self._votes: torch.Tensor | None = None
+        self._first: torch.Tensor | None = None
+        self._classes: torch.Tensor | None = None  # sums of probabilities of the foreground classes
+
+    def add(self, regions: torch.Tensor, labels: torch.Tensor, weight: float = 1.0, name: str = "") -> None:
+        labels = labels.long().clamp_min(0)
+        if self._votes is None:
+            self._votes, self._first = labels.new_zeros((len(self.task.classes), *labels.shape), dtype=torch.float32), labels
+        self._votes.scatter_add_(0, labels[None], torch.full_like(labels[None], weight, dtype=torch.float32))
+        if self._atoms is not None:
+            classes = torch.einsum("cr,r...->c...", self._atoms.to(regions.device), regions.detach().float())
+            self._classes = weight * classes if self._classes is None else self._classes.add_(classes, alpha=weight)
+        self._count(self.task.region_masks(labels).float(), weight)
+
+    def result(self) -> Fused:
+        most = self._votes.amax(dim=0)
+        labels = self._votes.argmax(dim=0)
+        tied = (self._votes > most - 1e-6).sum(dim=0) > 1
+        if self.tie == "mean":
+            every = torch.cat([self._weight - self._classes.sum(dim=0, keepdim=True), self._classes])
+            other = every.argmax(dim=0)
+        else:
+            other = self._first if self.tie == "first" else torch.zeros_like(labels)
+        labels = torch.where(tied, other, labels)
+        return Fused(self.task.region_masks(labels).float(), super().result().disagreement)
 
 
 class Staple:
@@ -135,4 +183,5 @@ class Staple:
         return tuple(box)
 
 
-FUSIONS: dict[str, Callable[..., Mean | Staple]] = {"mean": Mean, "vote": Vote, "staple": Staple}
+FUSIONS: dict[str, Callable[..., Mean | Staple]] = {"mean": Mean, "vote": Vote, "label_vote": LabelVote, "staple": Staple}
+TIES = ("mean", "first", "background")
