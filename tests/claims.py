@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "tests" / "papers").glob("*.yaml"))
 KINDS = {"stated": {"what", "where", "text"}, "open": {"what", "why"}, "departed": {"what", "where", "text", "why"}}
 OPTIONAL = {"is", "test", "experiment", "with"}
-NO_SETTINGS = ("stages", "callbacks", "writer", "compare", "hydra")  # told where the text speaks of them
+NO_SETTINGS = ("stages", "rounds", "callbacks", "writer", "compare", "hydra")  # told where the text speaks of them
 HEADER = "| setting | the paper | here | |\n|---|---|---|---|\n"
 
 

@@ -27,7 +27,7 @@ class RReLUUNet(nn.Module):
         out_channels: logit channels K.
         dimensions: 2 or 3.
         features: width of each resolution, finest first. The paper has them in a figure only.
-        norm: `group` (8 groups), `instance`, `batch` or `none`.
+        norm: `group` (8 groups, 4 of 8 channels), `instance`, `batch` or `none`.
         activation: `rrelu`, `leaky_relu` (slope 0.01) or `relu`.
 
     Shapes: (B, M, *spatial) -> logits (B, K, *spatial), sides divisible by 2 ** (resolutions - 1).

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
@@ -82,6 +83,27 @@ def test_parameters_of_the_three_rounds():
         wide = [parameters(RReLUUNet(4 + n, 1, features=(32, 64, 128, 256, 512))) for n in range(3)]
     assert wide == [23_540_769, 23_541_633, 23_542_497]
     assert {m.num_groups for m in RReLUUNet(4, 1, features=(16, 32)).modules() if isinstance(m, nn.GroupNorm)} == {8}
+
+
+def test_the_network_by_other_means():
+    """The same logits from torch's own functions: convolution, normalization, activation, twice; pooling; interpolation before the skip."""
+    torch.manual_seed(0)
+    network, image = RReLUUNet(2, 1, features=(8, 16, 32)).eval(), torch.randn(1, 2, 8, 8, 12)
+
+    def pair(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        for convolution, norm in ((layers[0], layers[1]), (layers[3], layers[4])):
+            x = F.conv3d(x, convolution.weight, convolution.bias, padding=1)
+            x = F.leaky_relu(F.group_norm(x, 8 if len(norm.weight) > 8 else 4, norm.weight, norm.bias), 11 / 48)
+        return x
+
+    with torch.no_grad():
+        fine = pair(network.encoder[0], image)
+        half = pair(network.encoder[1], F.max_pool3d(fine, 2))
+        up = F.interpolate(pair(network.bottom, F.max_pool3d(half, 2)), scale_factor=2, mode="trilinear", align_corners=False)
+        up = F.interpolate(pair(network.decoder[0], torch.cat([up, half], 1)), scale_factor=2, mode="trilinear", align_corners=False)
+        x = pair(network.decoder[1], torch.cat([up, fine], 1))
+        expected = F.conv3d(x, network.out.weight, network.out.bias)
+        torch.testing.assert_close(network(image), expected)
 
 
 def test_the_slope_is_drawn_in_training_and_the_mean_afterwards():

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
@@ -76,6 +77,32 @@ def test_the_answer_has_the_size_of_the_image_and_gradients_reach_everything(nor
     assert logits.shape == (2, 1, *size)
     (logits * torch.randn_like(logits)).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_the_network_by_other_means():
+    """The same logits from torch's own functions."""
+    torch.manual_seed(0)
+    network, image = ResidualUNet(4, 1, features=(4, 8, 16)).eval(), torch.randn(1, 4, 8, 8, 12)
+
+    def normalized(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        norm, convolution = layers[0], layers[1]
+        x = F.group_norm(x, 8 if len(norm.weight) >= 8 else 1, norm.weight, norm.bias)
+        return F.conv3d(x, convolution.weight, padding=1)
+
+    def block(parts: PreNormBlock, x: torch.Tensor) -> torch.Tensor:
+        r = normalized(parts.first, x).relu()
+        return (normalized(parts.third, normalized(parts.second, r).relu()) + r).relu()
+
+    def raised(up: nn.ConvTranspose3d, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose3d(x, up.weight, up.bias, stride=2, padding=1, output_padding=1)
+
+    with torch.no_grad():
+        fine = block(network.encoder[0], image)
+        half = block(network.encoder[1], F.max_pool3d(fine, 2))
+        x = raised(network.up[0], block(network.bottom, F.max_pool3d(half, 2)))
+        x = raised(network.up[1], block(network.decoder[0], torch.cat([x, half], 1)))
+        x = block(network.decoder[1], torch.cat([x, fine], 1))
+        torch.testing.assert_close(network(image), F.conv3d(x, network.out.weight, network.out.bias))
 
 
 def test_a_block_whose_third_convolution_is_zero_gives_what_the_first_gave():
