@@ -197,6 +197,20 @@ def test_the_network_sees_the_crop_around_what_was_found_and_nothing_is_said_out
     assert torch.equal(answer.regions[0], mask[0, 0])
 
 
+def test_what_is_found_is_more_likely_than_not_and_has_the_center_that_is_asked_for(trained):
+    image, maps = torch.randn(1, 4, 20, 18, 16), torch.full((1, 1, 20, 18, 16), 0.4)
+    maps[..., 4:7, 9, 8], maps[..., 6, 9, 8:14] = (
+        0.6,
+        0.6,
+    )  # an angle of 8 voxels: its box is centered on (5, 9, 11), its voxels on (6, 9, 10)
+    boxes = {}
+    for center in ("box", "centroid"):
+        answer = localized(trained, center=center).answer({"image": image, "where": maps, "case": ["a"]})
+        found = answer.regions[1].nonzero()
+        boxes[center] = (found.min(dim=0).values.tolist(), found.max(dim=0).values.tolist())
+    assert boxes == {"box": ([1, 5, 7], [8, 12, 14]), "centroid": ([2, 5, 6], [9, 12, 13])}
+
+
 def test_where_nothing_is_found_the_crop_is_in_the_middle_of_the_brain(trained):
     method = localized(trained)
     brain = torch.zeros(1, 1, 20, 18, 16, dtype=torch.bool)
