@@ -70,8 +70,8 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
                 f"({', '.join(known[:5])}); train them with data.split.inner_folds and a fold each"
             )
     loaders = zip(*(run.data.case_loader(cases, statistics) for statistics in differing), strict=True)
-    for batches in tracked(loaders, len(cases), f"maps  {stage.map}"):
-        batches = [run.data.transfer_batch_to_device(batch, device, 0) for batch in batches]
+    for dealt in tracked(loaders, len(cases), f"maps  {stage.map}"):
+        batches = [run.data.transfer_batch_to_device(batch, device, 0) for batch in dealt]
         case, patient = batches[0]["case"][0], batches[0]["patient"][0]
         asked = [place for place, (_, patients) in enumerate(methods) if place and patient not in patients] or [0]
         with torch.no_grad(), run.trainer.precision_plugin.predict_step_context():

@@ -333,6 +333,9 @@ def test_a_checkpoint_carries_the_patients_of_its_forerunners(trained):
     wt, fit = (read_checkpoint(artefact(trained, name))["lesionbench"] for name in ("wt", "fit"))
     assert wt["patients"] == fit["patients"] == fit["model"]["forerunners"]["wt"]["patients"]
     assert len(fit["patients"]) == 4
+    checkpoint = {}
+    behind(trained).on_save_checkpoint(checkpoint)  # of a method without data of its own
+    assert checkpoint["lesionbench"]["patients"] == wt["patients"]
 
 
 def test_what_a_checkpoint_carries_is_refused_like_the_rest_of_it(trained, tmp_path):
