@@ -40,10 +40,9 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
             fold, training cases that all of the checkpoints know.
     """
     import torch
-    from rich.progress import track
-
     from lesionbench.checkpoint import load_method
     from lesionbench.jobs.assembled import Assembled
+    from lesionbench.progress import progressed
     from lightning_modules.cascade import drawn, said
 
     paths = [stage.checkpoint, *(stage.get("out_of_fold") or [])]
@@ -66,7 +65,7 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
                 f"stages.{stage.name}.out_of_fold: all of these checkpoints were trained or selected on {len(known)} of the training patients "
                 f"({', '.join(known[:5])}); train them with data.split.inner_folds and a fold each"
             )
-    for batch in track(run.data.case_loader(cases), f"Writing {stage.map}", total=len(cases), transient=True):
+    for batch in progressed(run.data.case_loader(cases), f"writing {stage.map}", len(cases)):
         batch = run.data.transfer_batch_to_device(batch, device, 0)
         asked = [method for method, patients in methods[1:] if batch["patient"][0] not in patients] or [methods[0][0]]
         with torch.no_grad():

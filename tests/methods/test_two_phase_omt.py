@@ -9,6 +9,7 @@ from scipy.ndimage import map_coordinates
 from torch import nn
 
 from lesionbench.errors import SuiteError
+from lesionbench.progress import progressed
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
 from lightning_modules import TwoPhaseOMT
@@ -518,3 +519,15 @@ def test_further_inputs_are_refused():
     task = Task(TASK.channels, TASK.classes, TASK.regions, inputs=("brain_mask",))
     with pytest.raises(SuiteError, match=r"task\.inputs"):
         TwoPhaseOMT(task, network=SMALL, loss=RegionBCEDice(), target=RegionSigmoid, inferer=Whole(), cube=(16,) * 3, transport=Transport())
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    """A line for each tenth, with the time that is left as cases took so far."""
+    clock = iter(range(0, 1000, 2))  # 2 s for a case
+    monkeypatch.setattr("lesionbench.progress.time.monotonic", lambda: next(clock))
+    assert list(progressed(range(40), "cubes", 40, patience=3)) == list(range(40))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "cubes  4 of 40 cases (10 %)  ETA 0:01:12"
+    assert lines[-1] == "cubes  40 of 40 cases (100 %)  ETA 0:00:00"
+    assert list(progressed([], "nothing", 0)) == []
