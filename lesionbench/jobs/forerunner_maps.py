@@ -40,6 +40,7 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
             fold, training cases that all of the checkpoints know.
     """
     import torch
+
     from lesionbench.checkpoint import load_method
     from lesionbench.jobs.assembled import Assembled
     from lesionbench.progress import progressed

@@ -539,7 +539,10 @@ def test_what_is_no_search_is_not_decoded(finished, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["retrained.network.downsample=true", "patch=[6,6,6]"], r"patch=\[6, 6, 6\] does not fit DiNTSNet, which needs at least \(8, 8, 8\)"),
+        (
+            ["retrained.network.downsample=true", "patch=[6,6,6]"],
+            r"patch=\[6, 6, 6\] does not fit DiNTSNet, which needs at least \(8, 8, 8\)",
+        ),
         (["retrained.network.dimensions=2"], r"retrained\.network\.dimensions=2\): the search space has 3 dimensions"),
         (["objective.name=val/dise"], r"objective\.name=val/dise: no value of a validation"),
     ],
