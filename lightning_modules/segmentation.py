@@ -58,20 +58,28 @@ class SegmentationMethod(Method):
 
     def check(self, data: Any) -> None:
         super().check(data)
+        self.check_patch(data, self.network)
+
+    def check_patch(self, data: Any, network: nn.Module) -> None:
+        """Refuses patches that a network does not take.
+
+        Raises:
+            SuiteError: says what it needs.
+        """
         patch = getattr(data, "patch", None)
-        if patch is None or not hasattr(self.network, "min_size"):
+        if patch is None or not hasattr(network, "min_size"):
             return
-        flat = len(patch) == 3 and self.network.dimensions == 2
+        flat = len(patch) == 3 and network.dimensions == 2
         sides = [s for axis, s in enumerate(patch) if not (flat and axis == self.task.slice_axis)]
-        if len(sides) != self.network.dimensions:
+        if len(sides) != network.dimensions:
             raise SuiteError(
-                f"patch={list(patch)} has {len(sides)} sides, {type(self.network).__name__} is a {self.network.dimensions}D network; "
+                f"patch={list(patch)} has {len(sides)} sides, {type(network).__name__} is a {network.dimensions}D network; "
                 "for slices also data.view, model/inferer and model.network.dimensions change: see docs/configuration.md"
             )
-        fits = all(s >= m and s % d == 0 for s, m, d in zip(sides, self.network.min_size, self.network.divisor, strict=True))
-        if not fits or self.network.fixed_size not in (None, tuple(sides)):
-            needs = self.network.fixed_size or f"at least {self.network.min_size}, each side divisible by {self.network.divisor}"
-            raise SuiteError(f"patch={list(patch)} does not fit {type(self.network).__name__}, which needs {needs}")
+        fits = all(s >= m and s % d == 0 for s, m, d in zip(sides, network.min_size, network.divisor, strict=True))
+        if not fits or network.fixed_size not in (None, tuple(sides)):
+            needs = network.fixed_size or f"at least {network.min_size}, each side divisible by {network.divisor}"
+            raise SuiteError(f"patch={list(patch)} does not fit {type(network).__name__}, which needs {needs}")
 
     def forward(self, image: torch.Tensor) -> Output:
         """Image (B, M, *spatial of the view) -> logits (B, K, *spatial) or a dict with `logits`."""

@@ -82,6 +82,15 @@ def composed_by(page: Path) -> Iterator[DictConfig]:
     return (configuration(*overrides(call)) for call in called(section(page, "Run")))
 
 
+@each_page
+def test_sweeps_are_not_of_processes_that_repeat_the_command(page):
+    """`trainer=ddp` in a sweep is refused, unless SLURM starts the processes."""
+    for call in called(section(page, "Run") + section(page, "Results")):
+        if {"-m", "--multirun"} & set(call):
+            strategy = configuration(*overrides(call)).trainer.get("strategy")
+            assert strategy is None or "launcher=submitit_slurm" in call, " ".join(call)
+
+
 def resolved(name: str) -> Any:
     """What a dotted name of Python means, a module or something in one.
 

@@ -42,9 +42,9 @@ def write_maps(cfg: DictConfig, stage: DictConfig) -> str:
     """
     import torch
 
-    from callbacks.progress import tracked
     from lesionbench.checkpoint import load_method
     from lesionbench.jobs.assembled import Assembled
+    from lesionbench.progress import tracked
     from lightning_modules.cascade import drawn, said
 
     paths = [stage.checkpoint, *(stage.get("out_of_fold") or [])]

@@ -1,9 +1,10 @@
 """Search for the architecture of a network by gradient descent: DiNTS on brain tumors (Milesi et al., BrainLes 2021), and the stage that decodes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -37,6 +38,8 @@ class DiNTSTopologySearch(SegmentationMethod):
         warmup: batches, or below 1 the share of all of them, in which the weights alone are trained.
         weights: `topology`, `operations`, `paths` and `memory`: w_tp, w_alpha, w_eta and w_m; 0 leaves a term out.
         memory_target: share of the memory of the whole search space that `memory` asks for.
+        retrained: factory of the network that what is found will be, `networks.dints`; asked for one with all paths before the search, so that
+            one that cannot be trained on these patches is said by then.
 
     Raises:
         SuiteError: a network without search space, or an unknown term.
@@ -51,6 +54,7 @@ class DiNTSTopologySearch(SegmentationMethod):
         weights: Mapping[str, NotNegative],
         warmup: NotNegative = 1 / 3,
         memory_target: Share = 0.5,
+        retrained: Callable[..., nn.Module] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(task, **options)
@@ -61,13 +65,26 @@ class DiNTSTopologySearch(SegmentationMethod):
                 raise unknown("model.weights", name, TERMS)
         self.automatic_optimization = False
         self.weights = {name: float(weights.get(name, 0)) for name in TERMS}
-        self.warmup, self.memory_target = warmup, memory_target
+        self.warmup, self.memory_target, self.retrained = warmup, memory_target, retrained
         self.children_of_block = Children(self.space.num_depths)
 
     @property
     def space(self) -> Any:
         """The search space, with the logits of paths and operations."""
         return self.network.dints_space
+
+    def check(self, data: Any) -> None:
+        super().check(data)
+        if self.retrained is not None:
+            every = rows(*np.ones((2, *self.space.log_alpha_a.shape), dtype=int))
+            with torch.device("meta"):
+                network = self.retrained(in_channels=self.task.in_channels, out_channels=self.target.out_channels, architecture=every)
+            if network.dimensions != self.network.dimensions:
+                raise SuiteError(
+                    f"model.retrained (retrained.network.dimensions={network.dimensions}): the search space has {self.network.dimensions} "
+                    "dimensions, and so must the network of what is found in it"
+                )
+            self.check_patch(data, network)
 
     def check_schedules(self, total_iterations: int) -> None:
         super().check_schedules(total_iterations)

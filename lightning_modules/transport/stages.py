@@ -9,6 +9,7 @@ from lesionbench.batch import Batch
 from lesionbench.checkpoint import build_method, initialize_from
 from lesionbench.cubes import CubeStore
 from lesionbench.keyed import key
+from lesionbench.progress import tracked
 from lesionbench.task import Task
 from lightning_modules.supervised.two_phase_omt import TwoPhaseOMT
 from lightning_modules.transport.warp import Warp
@@ -41,7 +42,8 @@ def write_cubes(cfg: DictConfig, folder: Path) -> Path:
     store.begin(f"{key(origin, method.transport.key, method.cube, method.channel, method.region, parts_of(parts)):016x}")
     with torch.inference_mode():
         for part, cases in parts.items():
-            for batch in data.case_loader([c for c in cases if not store.has(c.id)]):
+            left = [c for c in cases if not store.has(c.id)]
+            for batch in tracked(data.case_loader(left), len(left), f"{folder.name}, {part}"):
                 _store(store, data.transfer_batch_to_device(batch, method.device, 0), method, truth=part == "train")
     store.finish(parts, origin)
     return folder

@@ -536,6 +536,23 @@ def test_what_is_no_search_is_not_decoded(finished, tmp_path):
         decode(cfg, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["retrained.network.downsample=true", "patch=[6,6,6]"],
+            r"patch=\[6, 6, 6\] does not fit DiNTSNet, which needs at least \(8, 8, 8\)",
+        ),
+        (["retrained.network.dimensions=2"], r"retrained\.network\.dimensions=2\): the search space has 3 dimensions"),
+        (["objective.name=val/dise"], r"objective\.name=val/dise: no value of a validation"),
+    ],
+)
+def test_what_would_stop_the_retraining_is_said_before_the_search(options, message, folder, tmp_path):
+    with pytest.raises(SuiteError, match=message):
+        run(*settings(folder, tmp_path), *options)
+    assert not run_folders(tmp_path)
+
+
 # the preset
 
 

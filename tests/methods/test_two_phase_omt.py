@@ -1,5 +1,6 @@
 """The maps of two-phase mass transport against numbers worked out by hand, and the method that stands on them."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch import nn
 
+import lightning_modules.transport.mesh as mesh_module
 from lesionbench.errors import SuiteError
+from lesionbench.progress import tracked
 from lesionbench.target import RegionSigmoid
 from lesionbench.task import Task
 from lightning_modules import TwoPhaseOMT
@@ -518,3 +521,67 @@ def test_further_inputs_are_refused():
     task = Task(TASK.channels, TASK.classes, TASK.regions, inputs=("brain_mask",))
     with pytest.raises(SuiteError, match=r"task\.inputs"):
         TwoPhaseOMT(task, network=SMALL, loss=RegionBCEDice(), target=RegionSigmoid, inferer=Whole(), cube=(16,) * 3, transport=Transport())
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    """A line for each tenth, with the time that is left as cases took so far."""
+    clock = itertools.chain([0, 0], itertools.count(2, 2))  # 2 s for a case
+    monkeypatch.setattr("lesionbench.progress.time.monotonic", lambda: next(clock))
+    assert list(tracked(range(40), 40, "cubes")) == list(range(40))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "cubes  8 of 40 cases (20 %)  ETA 0:01:04"  # the first tenth took 8 s, less than is waited
+    assert lines[-2:] == ["cubes  40 of 40 cases (100 %)  ETA 0:00:00", "cubes  40 cases  82.0 s"]
+    assert list(tracked([], 0, "nothing")) == []
+
+
+def test_a_step_that_raises_the_energy_is_halved(monkeypatch):
+    solve = mesh_module._solve
+    monkeypatch.setattr(mesh_module, "_solve", lambda *system: 3 * solve(*system))  # far beyond the lowest energy
+    mesh = Mesh((8, 8, 8))
+    mu = mesh.masses(bump(8, 1.5))
+    moved = mesh.minimize(mesh.vertices, mu, 1)
+    assert not np.array_equal(moved, mesh.vertices)
+    assert mesh.energy(moved, mu) < mesh.energy(mesh.vertices, mu)
+
+
+def test_a_gradient_step_is_taken_where_the_cost_falls_and_the_energy_does_not_rise():
+    mesh = Mesh((8, 8, 8))
+    mu, mass = mesh.masses(np.ones(mesh.shape)), mesh.vertex_masses(np.ones(mesh.shape))
+    assert mesh._descended(mesh.vertices, mu, mass, 1.5) is None  # there is no lower cost than 0
+    away = np.where(mesh.free, mesh.vertices + 0.05 * np.sin(np.pi * mesh.vertices).prod(axis=1, keepdims=True), mesh.vertices)
+    moved = mesh._descended(away, mu, mass, 10.0)
+    assert mesh.cost(moved, mass) < mesh.cost(away, mass)
+    assert mesh._descended(away, mu, mass, 1.0) is None  # no map has so low an energy
+
+
+def test_no_more_vertices_than_borders_of_voxels():
+    inside = torch.ones(4, 6, 9, dtype=torch.bool)
+    for backend in ("vsem", "knothe"):
+        assert Transport(backend, grid=8, iterations=1, steps=0).warp(torch.rand(4, 6, 9), inside).nodes.shape == (3, 5, 7, 8)
+
+
+def test_the_image_goes_on_at_the_border_of_the_box():
+    made = Transport(backend="resize").warp(torch.ones(4, 4, 4), torch.ones(4, 4, 4, dtype=torch.bool))
+    assert (made.pull(torch.ones(1, 4, 4, 4), torch.zeros(3, 2, 2, 2)) == 1).all()
+
+
+def test_what_comes_back_outside_of_the_brain_is_lost():
+    inside = torch.ones(4, 4, 4, dtype=torch.bool)
+    made = Transport(backend="resize").warp(torch.ones(4, 4, 4), inside)
+    label = torch.zeros(4, 4, 4, dtype=torch.long)
+    label[0] = 1
+    holes = inside.clone()
+    holes[0, :2] = False
+    assert conversion(TASK, label, label, made, inside)["WT_loss"] == 0
+    assert conversion(TASK, label, label, made, holes)["WT_loss"] == pytest.approx(1 - 16 / 24)
+
+
+def test_what_is_less_likely_than_not_is_not_found(brain):
+    made = method(bright(2.0), bright(2.0)).eval()
+    made.first.forward = lambda image: torch.full_like(image[:, :1], -1.0)  # a probability of 0.27
+    with torch.no_grad():
+        assert not made.found(case(brain)).any()
+        assert (made.warp(case(brain)).density <= 1.01).all()  # nothing is raised
+        made.first.forward = lambda image: torch.ones_like(image[:, :1])
+        assert torch.equal(made.found(case(brain)), brain[1])
