@@ -112,7 +112,7 @@ def own_settings(experiment: str) -> set[str]:
         for key, value in node.items():
             if isinstance(value, dict) and value:
                 walk(value, f"{prefix}{key}.")
-            else:
+            elif not str(value).startswith("${"):  # which is told where the value stands
                 told.add(f"{prefix}{key}")
 
     def visit(name: str) -> None:
