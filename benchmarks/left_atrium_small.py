@@ -25,7 +25,7 @@ METHODS = {
     "co_learning/left_atrium": "co-learning, mean of the students",
     "supervised/left_atrium_full": "all 9 scans labeled (bound)",
 }
-METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd_vox": "ASD, symmetric"}
+METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_pooled_vox": "95HD", "asd_directed_vox": "ASD", "asd_vox": "ASD, symmetric"}
 
 
 def measured(folders: list[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -55,7 +55,7 @@ def main(*folders: str) -> None:
     print("| method | " + " | ".join(METRICS.values()) + " | Dice, difference | above |\n" + "|---" * (len(METRICS) + 3) + "|")
     for name, title in METHODS.items():
         cells = []
-        for metric, digits in zip(METRICS, (3, 3, 1, 1), strict=True):
+        for metric, digits in zip(METRICS, (3, 3, 1, 1, 1), strict=True):
             values = [found[name][case][metric] for case in common]
             cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
         gains = [found[name][case]["dice"] - found["supervised/left_atrium"][case]["dice"] for case in common]
