@@ -31,6 +31,8 @@ def test_entropies_by_hand():
 class Answers(nn.Module):
     """A method that answers with what `said` gives, one after the other, and keeps what it was shown."""
 
+    oracles = ()
+
     def __init__(self, *said, p: float = 0.0):
         super().__init__()
         self.said, self.shown, self.drop, self.target = list(said), [], nn.Dropout(p), ClassSoftmax(TASK)
