@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -151,15 +150,11 @@ def _check_options(cfg: DictConfig) -> None:
 def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
     """Builds what a later stage is made of, so that a mistake in it ends the run before the first one and not after.
 
-    What an earlier stage leaves is not there yet: an error about that is none, a data set that it makes is taken to be as that of the run, and
-    what stands in its file to be what the configuration has in its place.
+    What an earlier stage leaves is not there yet: an error about that is none.
     """
     if stage.run in _OF_ONE_PROCESS:
         return
-    changes = OmegaConf.to_container(stage.get("override") or OmegaConf.create(), resolve=False)
-    cases, cfg = cfg.data, _overridden(cfg, OmegaConf.create({"override": _without_contents(changes)}))
-    if _PROMISE.search(OmegaConf.to_yaml(cfg.data, resolve=True)):
-        cfg.data = cases
+    cfg = _overridden(cfg, stage)
     try:
         parts = Parts(cfg)
         if stage.run == "fit":
@@ -167,15 +162,8 @@ def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
         else:
             parts.configure_inference(cfg)
     except Exception as error:
-        if not _PROMISE.search(str(error)):
+        if not any(promise in str(error) for promise in ("artefact:", "contents:")):
             raise
-
-
-def _without_contents(node: Any) -> Any:
-    """Plain data without the keys that ask for `contents:<stage>`."""
-    if not isinstance(node, dict):
-        return node
-    return {k: _without_contents(v) for k, v in node.items() if not str(v).startswith("contents:")}
 
 
 def _run_stage(cfg: DictConfig, stage: DictConfig, folder: RunFolder) -> None:
@@ -339,7 +327,6 @@ STAGES: dict[str, Callable[[DictConfig, DictConfig, RunFolder], str]] = {
     "maps": _maps_stage,
 }
 _OF_ONE_PROCESS = ("call", "maps")
-_PROMISE = re.compile("artefact:|contents:")  # of what an earlier stage leaves
 
 
 def _finish(cfg: DictConfig, folder: RunFolder) -> None:

@@ -544,7 +544,6 @@ def test_what_is_no_search_is_not_decoded(finished, tmp_path):
             r"patch=\[6, 6, 6\] does not fit DiNTSNet, which needs at least \(8, 8, 8\)",
         ),
         (["retrained.network.dimensions=2"], r"retrained\.network\.dimensions=2\): the search space has 3 dimensions"),
-        (["objective.name=val/dise"], r"objective\.name=val/dise: no value of a validation"),
     ],
 )
 def test_what_would_stop_the_retraining_is_said_before_the_search(options, message, folder, tmp_path):
