@@ -88,7 +88,7 @@ class Node(nn.Module):
 
 
 class XceptionUNetPlusPlus(nn.Module):
-    """2D UNet++ whose encoder is Xception, as in the multi-plane ensemble of Roth et al. (BrainLes 2021, Section 2.2).
+    """2D UNet++ whose encoder is Xception, as in the multi-plane ensemble (BrainLes 2021, LNCS 12962, chapter 23, Section 2.2).
 
     Node (i, j) of the decoder, level i from the finest (stride 2) and column j, joins node (i + 1, j - 1), upsampled, with all earlier
     nodes (i, k < j) of its level; nodes (i, 0) are the encoder. The last node of every level has a width of its own, inner nodes that of

@@ -1,4 +1,4 @@
-"""Dice loss that gives way to a boundary loss, on the slices of one plane (Roth et al., BrainLes 2021)."""
+"""Dice loss that gives way to a boundary loss, on the slices of one plane (multi-plane ensemble, BrainLes 2021)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_modules.networks.contract import logits_of
 class MultiplaneUNetPP(DistanceSupervised):
     """A network for the slices of one plane, trained with (1 - a) L_Dice + a L_boundary, a rising from epoch to epoch.
 
-    Roth et al., "Multi-plane UNet++ ensemble for glioblastoma segmentation", BrainLes 2021, Section 2.2. The plane is `task.slice_axis`; three
+    "Multi-plane UNet++ ensemble for glioblastoma segmentation", BrainLes 2021, Section 2.2. The plane is `task.slice_axis`; three
     such networks vote as an ensemble (`ensemble.fusion=label_vote`). The distance map has the signed distance of every tumor class, within
     slices, in voxels (`distance.of=classes distance.signed=true distance.in_plane=true distance.unit=vox`).
 
