@@ -45,11 +45,16 @@ def series_in(folder: Path) -> list[str]:
 
 
 def series_files(folder: Path) -> list[Path]:
-    """The files of the one series in a folder that `read_series` accepts, in the order of its slices."""
+    """The files of the first series in a folder, in no special order."""
     import SimpleITK as sitk
 
     with _quiet():
-        return [s.path for s in _ordered([_slice(Path(name)) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))])]
+        return [Path(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))]
+
+
+def ordered_files(folder: Path) -> list[Path]:
+    """The files of the one series in a folder that `read_series` accepts, in the order of its slices."""
+    return [s.path for s in _ordered([_slice(path) for path in series_files(folder)])]
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +71,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise SuiteError(f"{folder}: holds {len(found) or 'no'} DICOM series; a folder of its own for each is needed")
     try:
         with _quiet():
-            slices = [_slice(Path(name)) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), found[0])]
+            slices = [_slice(path) for path in series_files(folder)]
             spacing = _distance(folder, slices)
             reader = sitk.ImageSeriesReader()
             reader.SetFileNames([str(s.path) for s in _ordered(slices)])

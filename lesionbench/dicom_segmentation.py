@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionbench.dicom_files import series_files
+from lesionbench.dicom_files import ordered_files, series_files
 from lesionbench.installation import install
 from lesionbench.task import Task
 from lesionbench.written import whole
@@ -84,7 +84,7 @@ def write_segmentation(path: Path, labels: np.ndarray, task: Task, series: Path,
         )
         segment.SegmentDescription = f"{name}, value {values[0]} in label maps"
         segments.append(segment)
-    sources = [pydicom.dcmread(file) for file in series_files(series)]
+    sources = [pydicom.dcmread(file) for file in ordered_files(series)]
     distance = float(np.linalg.norm(np.subtract(sources[1].ImagePositionPatient, sources[0].ImagePositionPatient)))
     for source in sources:  # what programs that remove names may have removed or emptied, and what ITK reads without
         for name, value in {"PatientID": "", "PixelSpacing": [1, 1], "SliceThickness": distance}.items():

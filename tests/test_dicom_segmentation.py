@@ -3,6 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from callbacks import NiftiWriter
 from lesionbench import dicom_segmentation
@@ -80,8 +81,6 @@ def test_prediction_writes_both_and_refuses_to_replace_either(tmp_path, capsys, 
     source = write_fake_folder(tmp_path / "source", 5, shape=(12, 10, 9))
     run(*SMALL, "epochs=1", "data.samples_per_epoch=4", f"data.root={source}", f"runs={tmp_path / 'runs'}")
     (folder,) = run_folders(tmp_path / "runs")
-    import SimpleITK as sitk
-
     for channel in ("t1", "flair"):
         save_series(tmp_path / "series" / "a" / channel, sitk.ReadImage(str(source / "images" / f"case_00_{channel}.nii.gz")))
     predict = ["job=predict", f"ckpt={folder / 'checkpoints' / 'last.ckpt'}", "trust=[tests]"]
@@ -148,3 +147,26 @@ def test_what_a_series_lacks(tmp_path, capsys):
     one = save_series(tmp_path / "one", scan())
     next(iter(stripped(save_series(tmp_path / "two", scan()), "StudyInstanceUID").iterdir())).replace(next(iter(one.iterdir())))
     assert dicom_segmentation.lacking(one) == ["StudyInstanceUID"]
+
+
+def test_a_series_that_cannot_be_read_keeps_no_other_from_being_predicted(tmp_path):
+    """What its files lack is not asked of it before: slices without a position."""
+    source = write_fake_folder(tmp_path / "source", 5, shape=(12, 10, 9))
+    run(*SMALL, "epochs=1", "data.samples_per_epoch=4", f"data.root={source}", f"runs={tmp_path / 'runs'}")
+    (folder,) = run_folders(tmp_path / "runs")
+    for name in ("whole", "nowhere"):
+        for channel in ("t1", "flair"):
+            save_series(tmp_path / "series" / name / channel, sitk.ReadImage(str(source / "images" / f"case_00_{channel}.nii.gz")))
+    stripped(tmp_path / "series" / "nowhere" / "t1", "ImagePositionPatient")
+    predict = [
+        "job=predict",
+        f"ckpt={folder / 'checkpoints' / 'last.ckpt'}",
+        "trust=[tests]",
+        f"input={tmp_path / 'series'}",
+        "on_error=skip",
+    ]
+    with pytest.raises(
+        SuiteError, match=r"1 of 2 case\(s\) were left out \(on_error=skip\):\n  nowhere: .*the header has no image position"
+    ):
+        run(*predict, f"out={tmp_path / 'out'}")
+    assert sorted(p.name for p in (tmp_path / "out" / "predictions").iterdir()) == ["whole.dcm", "whole.nii.gz"]
