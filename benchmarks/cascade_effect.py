@@ -146,7 +146,7 @@ def main(path: str, seeds: Sequence[int]) -> None:
                         {"seed": name, "arm": arm, "steps": steps, **{m: round(summary(r[m] for r in of), 4) for m in ("dice", "outside")}}
                     )
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:

@@ -74,7 +74,7 @@ def main() -> None:
             rows.append({"seed": seed, "loss": way, "dice": round(float(np.mean(dice)), 4), "hd95_px": round(float(np.mean(distances)), 3)})
             print(rows[-1], flush=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     for way in WAYS:

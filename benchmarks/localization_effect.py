@@ -167,7 +167,7 @@ def main(path: str, seeds: Sequence[int]) -> None:
                     {"seed": name, "way": way, "core": round(summary(row["core"] for row in of), 4), "tumor": None, "held": of[0]["held"]}
                 )
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:

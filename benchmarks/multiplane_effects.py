@@ -72,7 +72,7 @@ def main() -> None:
     out, root = Path(sys.argv[1]), Path(sys.argv[2])
     rows = [row for path in sorted(root.rglob("config.yaml")) if (path.parent / "coronal").is_dir() for row in of_run(path.parent)]
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     members, regions = list(dict.fromkeys(r["member"] for r in rows)), list(dict.fromkeys(r["region"] for r in rows))

@@ -63,7 +63,9 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         with arguments.out.open("w", newline="") as file:
-            csv.writer(file).writerows([["row", "parameters_M", "paper_parameters_M", "multiply_adds_G", "paper_flops_G"], *table])
+            csv.writer(file, lineterminator="\n").writerows(
+                [["row", "parameters_M", "paper_parameters_M", "multiply_adds_G", "paper_flops_G"], *table]
+            )
 
 
 if __name__ == "__main__":
