@@ -111,7 +111,7 @@ class TwoPhaseOMT(SegmentationMethod):
         return warp.pull(batch["image"][0], psi), psi
 
     def _asked(self, batch: Batch, warp: Warp, predictor: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return self.inferer(self.pull(batch, warp)[0][None], predictor, self.task.slice_axis)
+        return self.infer({"image": self.pull(batch, warp)[0][None]}, predictor)
 
     def _back(self, batch: Batch, warp: Warp, maps: torch.Tensor) -> torch.Tensor:
         """Maps (1, K, *cube) on the network grid (1, K, X, Y, Z), 0 outside of the brain."""
