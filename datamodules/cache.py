@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -29,6 +29,7 @@ from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, fits_int16, read_volume
 from lesionbench.keyed import key, numpy_generator
 from lesionbench.maps import Box, file_name, read_box
+from lesionbench.progress import tracked
 from lesionbench.task import Task
 from lesionbench.written import aside, clear, is_full
 
@@ -142,7 +143,7 @@ class CaseCache:
         try:
             self._check_space(todo)
             with closing(self._outcomes(todo, workers)) as outcomes:  # a stop ends its processes, too
-                failures = [message for message in _shown(outcomes, len(todo), progress) if message]
+                failures = [message for message in tracked(outcomes, len(todo), "Preparing cases", progress) if message]
         except BrokenProcessPool:
             raise SuiteError("a process that prepared cases died, most likely for want of memory; use fewer workers") from None
         except OSError as error:
@@ -358,14 +359,6 @@ def _write(path: Path, content: np.ndarray | dict[str, Any]) -> None:
             file.write(json.dumps(content, allow_nan=False).encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _shown(outcomes: Iterator[str], total: int, progress: bool) -> Iterator[str]:
-    """The same outcomes, with a bar on an interactive terminal."""
-    from rich import get_console
-    from rich.progress import track
-
-    return iter(track(outcomes, "Preparing cases", total=total, disable=not (progress and get_console().is_terminal)))
 
 
 def _start_worker() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.base import CaseDataModule
 from datamodules.readers.nnunet_files import described_task, find_decathlon, read_description, split_channels, write_channels
 from lesionbench.case import Case
+from lesionbench.progress import tracked
 from lesionbench.ranges import Axis
 from lesionbench.task import Task
 
@@ -32,12 +33,9 @@ class Decathlon(CaseDataModule):
         return described_task(self.root / "dataset.json", described["modality"], labels, self.slice_axis)
 
     def materialize(self) -> None:
-        from rich.console import Console
-        from rich.progress import track
-
-        every, console = self.default_task().channels, Console(stderr=True)
+        every = self.default_task().channels
         cases = find_decathlon(self.root, every) if len(every) > 1 else []
-        for case in track(cases, "Splitting channels", console=console, transient=True, disable=not console.is_terminal):
+        for case in tracked(cases, len(cases), "Splitting channels"):
             write_channels(case, every, self.cache_root / "channels")
 
     def find_cases(self) -> list[Case]:

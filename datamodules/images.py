@@ -14,6 +14,7 @@ from lesionbench.case import Case
 from lesionbench.dicom_files import read_series
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import write_volume
+from lesionbench.progress import tracked
 from lesionbench.task import Task
 
 
@@ -61,11 +62,7 @@ class Images(CaseDataModule):
         return self._task
 
     def materialize(self) -> None:
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        for case in track(self.series, "Reading series", console=console, transient=True, disable=not console.is_terminal):
+        for case in tracked(self.series, len(self.series), "Reading series"):
             self._convert(case)
 
     def not_made(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import TOLERANCE, Geometry, displacement, header_doubt, read_volume
+from lesionbench.progress import tracked
 from lesionbench.task import BACKGROUND, Task
 
 ERROR, WARNING = "error", "warning"
@@ -99,9 +100,9 @@ def check_cases(
 
     if workers:
         with ThreadPoolExecutor(workers) as pool:
-            reports = list(_shown(pool.map(check, cases), len(cases), progress))
+            reports = list(tracked(pool.map(check, cases), len(cases), "Checking cases", progress))
     else:
-        reports = list(_shown(map(check, cases), len(cases), progress))
+        reports = list(tracked(map(check, cases), len(cases), "Checking cases", progress))
     findings = [f for report in reports for f in report.findings]
     predicted = set((splits or {}).get("predict", ()))
     return findings + _duplicates(cases, reports, predicted) + _shared_patients(cases, splits or {}) + _odd_spacing(cases, reports)
@@ -127,15 +128,6 @@ def raise_on_errors(findings: Sequence[Finding]) -> None:
     """Raises a SuiteError with everything found if there is an error among it; warnings alone pass."""
     if any(f.level == ERROR for f in findings):
         raise SuiteError(render(findings))
-
-
-def _shown(reports: Iterable[_Report], total: int, progress: bool) -> Iterator[_Report]:
-    """The reports, with a progress bar on an interactive terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return iter(track(reports, "Checking cases", total, console=console, transient=True, disable=not (progress and console.is_terminal)))
 
 
 def _check_case(case: Case, task: Task, allow_missing: bool, header: str, grid: str, needs_label: bool) -> _Report:

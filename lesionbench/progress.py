@@ -10,18 +10,33 @@ PATIENCE = 10.0  # seconds of work without a word
 Item = TypeVar("Item")
 
 
-def tracked(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """The same items, cases of a long work: with a bar at an interactive terminal, else a line per tenth of them (see `Tenths`) and a last one."""
-    if sys.stdout.isatty():
+def tracked(items: Iterable[Item], total: int, label: str, shown: bool = True) -> Iterator[Item]:
+    """The same items, cases of a long work, with word of it on standard error: a bar at an interactive terminal, else a line per tenth of them
+    (see `Tenths`) and, if it took longer than `PATIENCE`, a last one.
+
+    Args:
+        shown: False leaves the items alone.
+    """
+    if not shown:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
         from rich.progress import track
 
-        yield from track(items, label, total=total, transient=True)
+        yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
         return
-    began, told = time.monotonic(), Tenths(label, "cases", lambda line: print(line, flush=True), PATIENCE)
+    began, told = time.monotonic(), Tenths(label, "cases", _say, PATIENCE)
     for done, item in enumerate(items, 1):
         yield item
         told(done, total)
-    print(f"{label}  {total} cases  {time.monotonic() - began:.1f} s", flush=True)
+    took = time.monotonic() - began
+    if took > PATIENCE:
+        _say(f"{label}  {total} cases  {took:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Tenths:

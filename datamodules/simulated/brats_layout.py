@@ -14,6 +14,7 @@ from datamodules.simulated.simulation import BRATS_CHANNELS, SimulatedCase, Simu
 from datamodules.simulated.simulation_variants import grid
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.geometry import write_volume
+from lesionbench.progress import tracked
 from lesionbench.written import clear, locked, prefix
 
 BEGUN = ".simulating.json"  # what is being written to a folder, until all of it is there
@@ -79,10 +80,8 @@ def write_brats(out: Path, settings: Simulation, count: int, layout: str = "2020
 
 
 def _write_cases(out: Path, settings: Simulation, count: int, layout: str, progress: bool) -> None:
-    from rich.progress import track
-
     rows = []
-    for number in track(range(count), "Simulating", disable=not progress):
+    for number in tracked(range(count), count, "Simulating", progress):
         case = simulate(settings, number)
         name = BRATS_NAMES[layout](number, case)
         if not (out / name).exists():

@@ -21,10 +21,9 @@ def write_distance_maps(cfg: Any, folder: Path) -> Path:
         SuiteError: no labeled training case; the disk is full.
     """
     from hydra.utils import instantiate
-    from rich import get_console
-    from rich.progress import track
 
     from lesionbench.maps import MapStore
+    from lesionbench.progress import tracked
 
     maps = instantiate(cfg.distance, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
@@ -36,7 +35,7 @@ def write_distance_maps(cfg: Any, folder: Path) -> Path:
     store = MapStore(cfg.maps)
     own = cfg.resume and Path(cfg.maps).resolve() == (folder.parent / "maps").resolve()
     left = [case for case in cases.values() if not (own and store.is_pending(maps.name, case.id))]
-    for case in track(left, "Measuring distances", disable=not get_console().is_terminal):
+    for case in tracked(left, len(left), "Measuring distances"):
         cached = data.store.open(case)
         store.write(maps.name, case.id, maps(cached.label(), data.task, cached.geometry.network_spacing))
     store.commit(maps.name)

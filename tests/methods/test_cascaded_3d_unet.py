@@ -388,7 +388,7 @@ def test_forerunners_are_asked_with_the_precision_of_the_trainer(trained, data, 
 def test_maps_tell_how_far_they_are_without_a_terminal(trained, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lesionbench.progress.PATIENCE", 0.0)
     stage(trained, data, tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("maps")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maps")]
     assert [line.partition("  ETA")[0] for line in lines[:-1]] == [f"maps  wt  {n} of 4 cases ({25 * n} %)" for n in range(1, 5)]
     assert lines[-1].startswith("maps  wt  4 cases  ")
 

@@ -528,11 +528,15 @@ def test_progress_in_a_log_file(capsys, monkeypatch):
     clock = itertools.chain([0, 0], itertools.count(2, 2))  # 2 s for a case
     monkeypatch.setattr("lesionbench.progress.time.monotonic", lambda: next(clock))
     assert list(tracked(range(40), 40, "cubes")) == list(range(40))
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
     assert lines[0] == "cubes  6 of 40 cases (15 %)  ETA 0:01:08"  # the first that is waited for
     assert lines[-2:] == ["cubes  40 of 40 cases (100 %)  ETA 0:00:00", "cubes  40 cases  82.0 s"]
     assert list(tracked([], 0, "nothing")) == []
+    assert list(tracked(range(40), 40, "cubes", shown=False)) == list(range(40))
+    monkeypatch.setattr("lesionbench.progress.time.monotonic", lambda: 0)  # quick ones say nothing
+    assert list(tracked(range(40), 40, "cubes")) == list(range(40))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_step_that_raises_the_energy_is_halved(monkeypatch):

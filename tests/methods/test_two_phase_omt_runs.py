@@ -202,5 +202,5 @@ def test_a_region_that_the_first_network_does_not_know_may_be_the_objective(data
     (folder,) = run_folders(tmp_path)
     assert not (folder / "net0" / "checkpoints" / "best.ckpt").exists()
     assert (folder / "checkpoints" / "best.ckpt").exists()
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert all(f"{line} of {n} cases" in told for line, n in [("cubes0, train  2", 3), ("cubes0, val  1", 1), ("cubes, train  3", 3)])
