@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypedDict
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
@@ -26,7 +25,7 @@ from datamodules.workers import WorkerLoader, heed_parent
 from lesionbench.batch import Batch
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError, unknown
-from lesionbench.geometry import read_volume, volume_file
+from lesionbench.geometry import volume_file
 from lesionbench.keyed import key
 from lesionbench.maps import MapStore
 from lesionbench.ranges import ASCENDING, Axis, BelowOne, Count, NotNegative, Share, Whole
@@ -275,24 +274,6 @@ class CaseDataModule(pl.LightningDataModule):
     def fingerprint(self) -> str | None:
         """Sixteen characters that tell the cases, once they are prepared: their ids and what their files hold, wherever these lie."""
         return self.store.fingerprint(self.cases())
-
-    def left_out(self) -> dict[str, int]:
-        """Id of every labeled case whose lesion reaches out of the middle that `crop="center"` keeps -> voxels of it outside; after `prepare_data`.
-
-        Empty for other crops, and where cases are resampled, so that voxels do not correspond.
-        """
-        found: dict[str, int] = {}
-        for case in self.cases() if self.preprocessing.crop == "center" else []:
-            cached = self.store.open(case)
-            if case.label is None or cached.geometry.resampled != cached.geometry.canonical:
-                continue
-            values, kept = read_volume(case.label, header=self.preprocessing.header)[0], cached.label()
-            assert values is not None  # not the header alone
-            assert kept is not None  # of a case with a label
-            outside = int(np.count_nonzero(self.task.from_disk(values) > 0)) - int(np.count_nonzero(kept > 0))
-            if outside:
-                found[case.id] = outside
-        return found
 
     def _check_once(self, cases: Sequence[Case]) -> None:
         """Checks unless these very files have passed before."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from datamodules.base import CaseDataModule
 from lesionbench.case import Case
 from lesionbench.errors import SuiteError
 from lesionbench.geometry import Geometry, read_volume
@@ -62,3 +63,20 @@ def _listed(found: Counter, name: Callable[..., str]) -> str:
     value, count = found.most_common(1)[0]
     ends = f"; {name(min(found))} to {name(max(found))}"
     return f"{len(found)} different, most often {name(value)} ({count}){ends}"
+
+
+def cut_off(data: CaseDataModule) -> dict[str, int]:
+    """Id of every labeled case whose lesion reaches out of the middle that `crop="center"` keeps -> voxels of it outside; of prepared data.
+
+    Empty for other crops, and where cases are resampled, so that voxels do not correspond.
+    """
+    found: dict[str, int] = {}
+    for case in data.cases() if data.preprocessing.crop == "center" else []:
+        cached = data.store.open(case)
+        if case.label is None or cached.geometry.resampled != cached.geometry.canonical:
+            continue
+        values, kept = read_volume(case.label, header=data.preprocessing.header)[0], cached.label()
+        outside = int(np.count_nonzero(data.task.from_disk(values) > 0)) - int(np.count_nonzero(kept > 0))
+        if outside:
+            found[case.id] = outside
+    return found

@@ -40,6 +40,8 @@ def prepare(cfg: DictConfig) -> None:
     """Fills the cache ahead of training, after an estimate of its size and a look at the free space."""
     from hydra.utils import instantiate
 
+    from datamodules.overview import cut_off
+
     data = instantiate(cfg.data, _convert_="all")
     data.materialize()
     cases = data.cases()
@@ -49,7 +51,7 @@ def prepare(cfg: DictConfig) -> None:
     say(f"{len(cases)} cases, about {cache.estimate(cases) / 1e9:.2f} GB in {data.cache_root} ({free / 1e9:.0f} GB free)")
     data.prepare_data()
     say(f"{len(cases)} cases ready")
-    outside = data.left_out()
+    outside = cut_off(data)
     if outside:
         worst = sorted(outside, key=lambda case: -outside[case])[:5]
         say(

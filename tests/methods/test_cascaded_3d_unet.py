@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.cascade_effect import TASK as TOY
 from benchmarks.cascade_effect import a_round, curves, probabilities, train, volumes
 from datamodules import Preprocessing, Simulated, Split
+from datamodules.overview import cut_off
 from lesionbench.checkpoint import initialize_from, load_method, read_checkpoint
 from lesionbench.errors import SuiteError
 from lesionbench.maps import MapStore
@@ -200,7 +201,7 @@ def test_the_middle_comes_back_whole_and_what_lies_outside_is_counted(reaches_ou
     back = cached.geometry.to_native(torch.from_numpy(np.array(cached.label()))[None], discrete=True)[0].numpy()
     lost = module.task.from_disk(label) != back
     assert lost.sum() == (2 if reaches_out else 0)
-    assert module.left_out().get(case.id, 0) == lost.sum()
+    assert cut_off(module).get(case.id, 0) == lost.sum()
     run("job=prepare", "data=brats2021", *settings, f"data.root={root}")
     assert (f"crop=center leaves out 2 labeled voxel(s) of 1 case(s), most of {case.id} (2)" in capsys.readouterr().out) == reaches_out
 
