@@ -150,11 +150,13 @@ def _check_options(cfg: DictConfig) -> None:
 def _rehearse(cfg: DictConfig, stage: DictConfig) -> None:
     """Builds what a later stage is made of, so that a mistake in it ends the run before the first one and not after.
 
-    What an earlier stage leaves is not there yet: an error about that is none.
+    What an earlier stage leaves is not there yet: an error about that is none, and in place of data that it makes stand those of the run.
     """
     if stage.run in _OF_ONE_PROCESS:
         return
-    cfg = _overridden(cfg, stage)
+    cases, cfg = cfg.data, _overridden(cfg, stage)
+    if "artefact:" in OmegaConf.to_yaml(cfg.data, resolve=True):
+        cfg.data = cases
     try:
         parts = Parts(cfg)
         if stage.run == "fit":

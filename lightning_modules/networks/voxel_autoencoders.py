@@ -151,7 +151,7 @@ def voxel_encoder(kind: str, modalities: int, hidden: int = 10, latent_dim: int 
         SuiteError: an unknown name, pairs of fewer than two modalities, a latent space for `none`.
     """
     if kind not in ENCODERS:
-        raise unknown("encoder", kind, ENCODERS)
+        raise unknown("encoder (habitats.encoder.kind)", kind, ENCODERS)
     if kind != "none":
         return ENCODERS[kind](modalities, hidden, latent_dim)
     if latent_dim not in (None, modalities):
@@ -168,7 +168,7 @@ def turns(network: nn.Module, update: str, epoch: int) -> tuple[str, ...]:
         SuiteError: an unknown update.
     """
     if update not in UPDATES:
-        raise unknown("update", update, UPDATES)
+        raise unknown("update (habitats.encoder.update)", update, UPDATES)
     if len(network.turns) < 2 or update == "alternate_batch":
         return network.turns
     return ("joint",) if update == "joint" else (network.turns[epoch % len(network.turns)],)

@@ -196,6 +196,12 @@ def test_a_wrong_channel_is_said_before_anything_is_mapped(data, tmp_path):
     assert not run_folders(tmp_path)
 
 
+def test_what_would_stop_a_training_is_said_before_anything_is_mapped(data, tmp_path):
+    with pytest.raises(SuiteError, match=r"objective\.name=val/dise"):
+        run(*COMMON, data, f"runs={tmp_path}", "objective.name=val/dise")
+    assert not run_folders(tmp_path)
+
+
 def test_a_region_that_the_first_network_does_not_know_may_be_the_objective(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lesionbench.progress.PATIENCE", 0)
     run(*COMMON, data, f"runs={tmp_path}", "objective.name=val/dice_ET")
