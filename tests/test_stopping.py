@@ -91,14 +91,14 @@ def test_stop_while_caching(folder, tmp_path, workers):
     def at_the_first_case():
         from datamodules import cache
 
-        real = cache._shown
+        real = cache.tracked
 
-        def shown(*arguments):
+        def tracked(*arguments):
             for outcome in real(*arguments):
                 yield outcome
                 signal_group(signal.SIGTERM)
 
-        cache._shown = shown
+        cache.tracked = tracked
 
     options = [
         *SMALL,
@@ -204,7 +204,7 @@ def test_workers_do_not_outlive_a_killed_program(folder, tmp_path, stage):
         if stage == "training":
             MeanCE.forward = lambda *_: kill()
         else:
-            cache._shown = lambda outcomes, *_: (kill() for _ in outcomes)
+            cache.tracked = lambda outcomes, *_: (kill() for _ in outcomes)
 
     options = [*SMALL, f"data.root={folder}", f"data.cache={tmp_path / 'cache'}", f"runs={tmp_path}", "data.num_workers=2"]
     if stage == "training":
