@@ -104,7 +104,12 @@ def unit_gray(gray: np.ndarray, brain: np.ndarray, equalize: bool = False) -> np
 
 def grown(mask: np.ndarray, voxels: int) -> np.ndarray:
     """A mask with everything that is at most so many voxels away."""
-    return mask if not mask.any() or voxels == 0 else distance_transform_edt(~mask) <= voxels
+    if voxels == 0 or not mask.any():
+        return mask
+    around = tuple(slice(max(start - voxels, 0), stop + voxels) for start, stop in bounding_box(mask))
+    result = np.zeros_like(mask)
+    result[around] = distance_transform_edt(~mask[around]) <= voxels
+    return result
 
 
 def bounding_box(mask: np.ndarray) -> Box:

@@ -21,6 +21,7 @@ STALLED = 1e-4  # relative change of the energy below which iterations end
 PROJECTION = 5  # VSEM iterations that bring a moved map back to one that preserves mass
 SLACK = 1.005  # by which a projection may leave the energy above the lowest so far
 SETTLED = 1e-2  # relative fall of the cost below which gradient steps end
+ORDERS = tuple(permutations(range(3)))  # of axes, along which the edges of a cell's tetrahedra lead from its lowest corner to its highest
 
 
 class Mesh:
@@ -38,14 +39,8 @@ class Mesh:
         self.shape = tuple(shape)
         lines = [np.linspace(0, 1, n) for n in self.shape]
         self.vertices = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 3)
-        corner = np.stack(np.meshgrid(*(np.arange(n - 1) for n in self.shape), indexing="ij"), axis=-1).reshape(-1, 1, 3)
-        steps = []
-        for order in permutations(range(3)):
-            path = np.zeros((4, 3), int)
-            for step, axis in enumerate(order):
-                path[step + 1 :, axis] += 1
-            steps.append(path if round(np.linalg.det(path[1:])) > 0 else path[[0, 2, 1, 3]])
-        self.tetrahedra = np.concatenate([np.ravel_multi_index(tuple((corner + s).T), self.shape).T for s in steps])
+        numbers = np.arange(len(self.vertices)).reshape(1, *self.shape)
+        self.tetrahedra = np.ascontiguousarray(self._corners(numbers)[:, 0].T)
         self.volume = 1 / (6 * np.prod([n - 1 for n in self.shape]))
         # a coordinate is held where its vertex lies on one of the two faces of the cube that are normal to it, and free to slide elsewhere
         self.free = (self.vertices > 0) & (self.vertices < 1)
@@ -75,21 +70,34 @@ class Mesh:
 
     def volumes(self, f: np.ndarray) -> np.ndarray:
         """Signed volumes |f(tau)| of the images (t,) of the tetrahedra under f (n, 3)."""
-        a, b, c = self._corners(f)[1:] - self._corners(f)[0]
-        return (a * _cross(b, c)).sum(axis=0) / 6
+        grid = self._grid(f)
+        low = _corner(grid, ())
+        edges = {axes: _corner(grid, axes) - low for axes in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))}
+        normals = {axes: _cross(edges[axes], edges[0, 1, 2]) for axes in ((0, 1), (0, 2), (1, 2))}  # the long diagonal is in all of a cell
+        found = [(edges[order[:1]] * normals[tuple(sorted(order[:2]))]).sum(axis=0) for order in ORDERS]
+        return np.concatenate([volume if _even(order) else -volume for order, volume in zip(ORDERS, found, strict=True)]) / 6
 
-    def _corners(self, f: np.ndarray) -> np.ndarray:
-        """Places (4, 3, t) of the corners of the tetrahedra under f (n, 3)."""
-        columns = np.ascontiguousarray(f.T)
-        return np.stack([columns[:, corner] for corner in self._by_corner])
+    def _grid(self, f: np.ndarray) -> np.ndarray:
+        """Places of the vertices (n, 3) as a grid (3, n0, n1, n2)."""
+        return np.ascontiguousarray(f.T).reshape(3, *self.shape)
+
+    def _corners(self, grid: np.ndarray) -> np.ndarray:
+        """Values (C, n0, n1, n2) of the vertices at the corners of the tetrahedra (4, C, t)."""
+        cells = int(np.prod([n - 1 for n in self.shape]))
+        corners = np.empty((4, len(grid), len(ORDERS), cells), grid.dtype)
+        for number, order in enumerate(ORDERS):
+            path = [order[:steps] for steps in range(4)]
+            for place, axes in zip(corners, path if _even(order) else (path[0], path[2], path[1], path[3]), strict=True):
+                place[:, number] = _corner(grid, axes)
+        return corners.reshape(4, len(grid), -1)
 
     def energy(self, f: np.ndarray, mu: np.ndarray) -> float:
         """E(f) = 3/2 sum |f(tau)|^2 / mu(tau)."""
-        return float(1.5 * (self.volumes(f) ** 2 / mu).sum())
+        return _energy(self.volumes(f), mu)
 
     def laplacian(self, f: np.ndarray, mu: np.ndarray) -> csr_matrix:
         """L(f) (n, n)."""
-        n = normals(self._corners(f))
+        n = normals(self._corners(self._grid(f)))
         scaled = n / (36 * mu)
         values = np.concatenate([(n[i] * scaled[j]).sum(axis=0) for i, j in combinations(range(4), 2)])
         data = np.bincount(self._slots, weights=np.concatenate([values, values]), minlength=len(self._columns))
@@ -106,8 +114,9 @@ class Mesh:
             step = _solve(self.laplacian(f, mu), f, self.free)
             for _ in range(6):
                 moved = f + step
-                after = self.energy(moved, mu)
-                if after <= energy and self.volumes(moved).min() > 0:
+                volumes = self.volumes(moved)
+                after = _energy(volumes, mu)
+                if after <= energy and volumes.min() > 0:
                     break
                 step = step / 2
             else:
@@ -156,6 +165,20 @@ class Mesh:
         return float((((self.vertices - f) ** 2).sum(axis=1) * mass).sum())
 
 
+def _corner(grid: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """Values (C, cells) at the corner of every cell that lies a step along each of these axes from its lowest."""
+    return grid[(slice(None), *(slice(1, None) if axis in axes else slice(-1) for axis in range(3)))].reshape(len(grid), -1)
+
+
+def _even(order: Sequence[int]) -> bool:
+    """Whether the path along the axes in this order turns to the right: the determinant of its steps is 1, not -1."""
+    return sum(a > b for a, b in combinations(order, 2)) % 2 == 0
+
+
+def _energy(volumes: np.ndarray, mu: np.ndarray) -> float:
+    return float(1.5 * (volumes**2 / mu).sum())
+
+
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cross products of vectors (3, t); several times faster than that of NumPy."""
     return np.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
@@ -174,18 +197,26 @@ def _solve(matrix: csr_matrix, f: np.ndarray, free: np.ndarray, tolerance: float
     residual = -(matrix @ f) * free
     change = np.zeros_like(f)
     scaled = weight * residual
-    direction, product_ = scaled, (residual * scaled).sum(axis=0)
+    direction, product_ = scaled.copy(), _products(residual, scaled)
     enough = tolerance**2 * product_
     for _ in range(most):
         if (product_ <= enough).all():
             break
-        image = (matrix @ direction) * free
-        curvature = (direction * image).sum(axis=0)
+        image = matrix @ direction
+        image *= free
+        curvature = _products(direction, image)
         length = np.where(curvature > 0, product_ / np.where(curvature > 0, curvature, 1), 0)
-        change = change + length * direction
-        residual = residual - length * image
-        scaled = weight * residual
-        after = (residual * scaled).sum(axis=0)
-        direction = scaled + np.where(product_ > 0, after / np.where(product_ > 0, product_, 1), 0) * direction
+        change += length * direction
+        image *= length
+        residual -= image
+        np.multiply(weight, residual, out=scaled)
+        after = _products(residual, scaled)
+        direction *= np.where(product_ > 0, after / np.where(product_ > 0, product_, 1), 0)
+        direction += scaled
         product_ = after
     return change
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Scalar products of the columns of (n, 3)."""
+    return np.einsum("ni,ni->i", a, b)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 import torch
@@ -10,14 +9,14 @@ from scipy.spatial import cKDTree
 from torch.nn.functional import grid_sample
 
 from lesionbench.errors import SuiteError
+from lightning_modules.transport.mesh import ORDERS
 
 Box = tuple[tuple[int, int], ...]
 EXACT = 1e-5  # largest distance between f(psi(y)) and y, in sides of the cube
 WALKS = 8  # from a tetrahedron to the next one, before those around are looked through
 PIECE = 2**17  # places that are worked on at a time, to stay in the cache of the processor
-ORDERS = tuple(permutations(range(3)))
 # number of the order whose coordinates fall, by (x >= y, y >= z, x >= z) in bits
-_FALLING = torch.zeros(8, dtype=torch.long)
+_FALLING = torch.zeros(8, dtype=torch.int32)
 for _number, _order in enumerate(ORDERS):
     _x, _y, _z = (_order.index(axis) for axis in range(3))
     _FALLING[4 * (_x < _y) + 2 * (_y < _z) + (_x < _z)] = _number
@@ -139,16 +138,16 @@ class Warp:
         return torch.from_numpy(index / np.array(self._cells)[:, None]).to(targets)
 
     def _tetrahedra(self, places: torch.Tensor) -> torch.Tensor:
-        """The number (N,) of the tetrahedron that holds each place (3, N)."""
-        cell, rests = torch.zeros_like(places[0], dtype=torch.long), []
+        """The number (N,) int32 of the tetrahedron that holds each place (3, N)."""
+        cell, rests = torch.zeros_like(places[0], dtype=torch.int32), []
         for place, count in zip(places, self._cells, strict=True):
             scaled = place * count
-            low = scaled.long().clamp_(0, count - 1)
-            rests.append(scaled - low)
-            cell = cell * count + low
+            low = scaled.int().clamp_(0, count - 1)
+            rests.append(scaled.sub_(low))
+            cell = cell.mul_(count).add_(low)
         x, y, z = rests
-        order = _FALLING.to(cell.device)[4 * (x >= y).long() + 2 * (y >= z).long() + (x >= z).long()]
-        return 6 * cell + order
+        order = (x >= y).int().mul_(2).add_(y >= z).mul_(2).add_(x >= z)
+        return cell.mul_(6).add_(_FALLING.to(cell.device).index_select(0, order))
 
     def _walked(self, targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """psi (3, N) of targets (3, N), from places near by."""
@@ -211,8 +210,8 @@ def _enlarged(nodes: torch.Tensor, lines: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _voxels(places: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The flat index (*spatial) of the voxel of a grid that holds each place (3, *spatial)."""
-    index = torch.zeros_like(places[0], dtype=torch.long)
+    """The flat index (*spatial) int32 of the voxel of a grid that holds each place (3, *spatial)."""
+    index = torch.zeros_like(places[0], dtype=torch.int32)
     for place, count in zip(places, size, strict=True):
-        index = index * count + (place * count).long().clamp_(0, count - 1)
+        index = index.mul_(count).add_((place * count).int().clamp_(0, count - 1))
     return index
