@@ -7,7 +7,7 @@ run: $(VENV)/installed
 	$(BIN)/python run.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
