@@ -31,7 +31,7 @@ class ContextToy(CaseDataModule):
 
     Args:
         cue: what tells the class, a function of this module. `background`: the far side of the image is darker (a) or brighter (b).
-            `corner`: so is a patch in the corner. `mirror`: of two lesions, b is the one across a marker. `order`: of a dark and a bright
+            `corner`: so is a patch in the corner. `mirror`: so is a marker across. `order`: of a dark and a bright
             marker, the left one is dark (a) or bright (b). `sizes`: of two lesions, a is the small one.
         count: number of cases.
         simulation_seed: of the images.
@@ -89,22 +89,20 @@ def corner(rng: np.random.Generator, other: bool = False) -> Sample:
 
 
 def mirror(rng: np.random.Generator, other: bool = False) -> Sample:
-    """Two lesions that look alike, one on each side: the one of class b has a marker across, on the other side and at the other end.
+    """The class is the sign of a marker across, at the mirrored place, whose pixels are at least 29 columns away from those of the lesion.
 
-    Two discs of one radius, whose centers lie in the rows and columns 10 to 16, from the left and from the right; a marker with its
-    center 10 to 13 rows from the other end and 10 to 16 columns from the left or the right. Its pixels are at least 27 rows away from
-    those of the lesions. With one marker in every image, the brightness of the image tells nothing.
+    A disc whose center lies in the rows 8 to 55 and 8 to 13 columns from the left or from the right; around the same place on the other
+    side a marker darker by 1.5 (a) or brighter by 1.5 (b).
     """
-    left, right, radius, right_is_b = rng.uniform(10, 16, size=2), rng.uniform(10, 16, size=2), rng.uniform(4, 6), rng.random() < 0.5
-    row, column = SIZE - 1 - rng.uniform(10, 13), rng.uniform(10, 16)
-    right_is_b = right_is_b != other
-    lesions = disc(left, radius), disc((right[0], SIZE - 1 - right[1]), radius)
-    image = noise(rng) + lesions[0] + lesions[1] + 1.5 * square((row, column if right_is_b else SIZE - 1 - column))
-    return image.astype(np.float32), (lesions[0] * (2 - right_is_b) + lesions[1] * (1 + right_is_b)).astype(np.uint8)
+    row, column, radius, bright = rng.uniform(8, 55), rng.uniform(8, 13), rng.uniform(4, 6), (rng.random() < 0.5) != other
+    columns = (column, SIZE - 1 - column) if rng.random() < 0.5 else (SIZE - 1 - column, column)
+    lesion = disc((row, columns[0]), radius)
+    image = noise(rng) + lesion + (1.5 if bright else -1.5) * square((row, columns[1]))
+    return image.astype(np.float32), ((1 + bright) * lesion).astype(np.uint8)
 
 
 def order(rng: np.random.Generator, other: bool = False) -> Sample:
-    """The class is the order of two markers along a line, whose pixels are at least 28 rows away from those of the lesion.
+    """The class is the order of two markers along a line, whose pixels are at least 27 rows away from those of the lesion.
 
     A disc whose center lies in the rows 8 to 16; in one of the rows 51 to 58 a marker darker by 1.5 and one brighter by 1.5, 16 to 30
     columns apart: dark and bright (a), or bright and dark (b), from left to right. The brightness of the image tells nothing, nor does
@@ -136,8 +134,8 @@ def disc(center: Sequence[float], radius: float) -> np.ndarray:
 
 
 def square(center: Sequence[float]) -> np.ndarray:
-    """A marker: 5 x 5 pixels, bool."""
-    return np.maximum(abs(ROWS - round(center[0])), abs(COLUMNS - round(center[1]))) <= 2
+    """A marker: 7 x 7 pixels, bool."""
+    return np.maximum(abs(ROWS - round(center[0])), abs(COLUMNS - round(center[1]))) <= 3
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
