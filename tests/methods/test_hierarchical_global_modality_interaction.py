@@ -244,7 +244,7 @@ def test_in_the_toy_only_the_transformer_reaches_the_marker(scope, expected, tmp
 def test_the_transformer_tells_classes_by_a_marker_across(tmp_path):
     found = {}
     for scope in ("all", "position"):
-        for seed in (0, 1, 2):
+        for seed in (3, 4, 5):
             folder = tmp_path / f"{scope}-{seed}"
             run(
                 *TOY,
@@ -256,5 +256,5 @@ def test_the_transformer_tells_classes_by_a_marker_across(tmp_path):
             )
             dice = json.loads((run_folders(folder)[0] / "test" / "dataset.json").read_text())[""]
             found[scope, seed] = (dice["A"]["dice"] + dice["B"]["dice"]) / 2
-    assert min(found["all", seed] for seed in (0, 1, 2)) > 0.9, found
-    assert max(found["position", seed] for seed in (0, 1, 2)) < 0.65, found
+    assert min(found["all", seed] for seed in (3, 4, 5)) > 0.9, found
+    assert max(found["position", seed] for seed in (3, 4, 5)) < 0.65, found
