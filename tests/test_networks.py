@@ -45,7 +45,7 @@ TINY = {
     "SegNet": ({"features": (4, 6, 8, 8)}, 16),
 }
 
-ANY_SIZE = {"emsvit", "modality_interaction", "swin_unet", "transbts", "subpixel", "small_subpixel"}  # see the tests of their own
+ANY_SIZE = {"modality_interaction", "multi_scale_vit", "swin_unet", "transbts", "subpixel", "small_subpixel"}  # see the tests of their own
 
 
 def tiny(name, dimensions=2, in_channels=2, out_channels=3, **options):
@@ -455,7 +455,7 @@ def test_every_network_is_configured():
         "cmm_net",
         "horizontal_unet",
         "light_unet",
-        "emsvit",
+        "multi_scale_vit",
         "maab",
         "modality_interaction",
         "resunet",
