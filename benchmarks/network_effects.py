@@ -2,8 +2,9 @@
 
     python benchmarks/network_effects.py <table> <folder that holds runs> <CSV>
 
-`context` (docs/methods/cmm_net_3d.md): mean Dice of the two classes of the toy, Dice of the lesion whatever its class, both over the pixels of all test
+`context` (docs/methods/cmm_net_3d.md, hierarchical_global_modality_interaction.md): mean Dice of the two classes of the toy, Dice of the lesion whatever its class, both over the pixels of all test
 images, and the training loss over the last tenth of the iterations.
+`sizes` (docs/methods/emsvit.md): the same with the Dice of each class, the small and the large lesions.
 `simulated`: Dice of every region, and the training loss.
 `enhancing` (docs/methods/modified_unet_horizontal.md): the same, sensitivity for enhancing tumor where there is some, and the volume that is taken for it where
 there is none.
@@ -71,6 +72,12 @@ def context(folder: Path) -> Measured:
     return {("", name): value for name, value in measures.items()}
 
 
+def sizes(folder: Path) -> Measured:
+    """Of the toy of context whose classes are two sizes."""
+    dice = json.loads((folder / "test" / "dataset.json").read_text())[""]
+    return context(folder) | {("", "small"): dice["A"]["dice"], ("", "large"): dice["B"]["dice"]}
+
+
 def simulated(folder: Path) -> Measured:
     """Of simulated tumors."""
     return dice_by_region(read_rows(folder / "test" / "cases.csv")) | {("", "training loss"): final_loss(folder)}
@@ -88,7 +95,7 @@ def enhancing(folder: Path) -> Measured:
     }
 
 
-TABLES: dict[str, Callable[[Path], Measured]] = {"context": context, "simulated": simulated, "enhancing": enhancing}
+TABLES: dict[str, Callable[[Path], Measured]] = {"context": context, "sizes": sizes, "simulated": simulated, "enhancing": enhancing}
 
 
 def main(table: str, root: str, out: str) -> None:

@@ -213,6 +213,14 @@ def test_brightness_multiplies_each_channel_by_its_own_factor():
     assert sum(f < 1 for f in factors) / 400 == pytest.approx(0.5, abs=0.08)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.5, 1.0), (0.5, 0.9), (1.0, 1.5), (1.1, 1.5)])
+def test_factors_of_a_range_on_one_side_of_1_are_uniform_in_it(low, high):
+    transform = intensity.RandomBrightness(factors=(low, high))
+    factors = sorted(float(applied(transform, torch.ones(1, 1, 1, 1), seed=s)) for s in range(200))
+    assert low <= factors[0] <= factors[-1] <= high
+    assert factors[100] == pytest.approx((low + high) / 2, abs=0.1 * (high - low) + 0.01)
+
+
 def test_additive_brightness_shifts_each_channel_by_a_normal_number():
     values = cube(4, 4, 4)
     shift = applied(intensity.RandomAdditiveBrightness(), values) - values

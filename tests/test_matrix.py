@@ -81,7 +81,11 @@ def narrow(config, place):
             yield f"{place}.{key}={[max(2, g // 4) for g in value]}".replace(" ", "")
         elif key == "width" or (key == "features" and isinstance(value, int)):
             yield f"{place}.{key}={max(8, value // 4)}"
-        elif key == "mc_samples" or (key == "blocks" and config["_target_"].endswith(".dints_search")):
+        elif (
+            key == "mc_samples"
+            or (key == "heads" and isinstance(value, int))
+            or (key == "blocks" and config["_target_"].endswith(".dints_search"))
+        ):
             yield f"{place}.{key}={min(value, 2)}"
         elif key == "attacks":
             few = json.dumps([{**attack, "steps": min(attack["steps"], 2)} for attack in value], separators=(",", ":"))
@@ -149,7 +153,7 @@ def test_what_had_an_experiment_file_once_is_still_run():
     for benchmark in options("benchmark"):
         one = f"benchmark={benchmark} model=supervised" in COMBINATIONS
         assert one or f"experiment=supervised/{benchmark}" in COMBINATIONS or benchmark == "none"
-    assert len(COMBINATIONS) <= 155
+    assert len(COMBINATIONS) <= 159
 
 
 def test_every_model_that_needs_unlabeled_cases_runs_where_labels_are_few():

@@ -45,7 +45,7 @@ TINY = {
     "SegNet": ({"features": (4, 6, 8, 8)}, 16),
 }
 
-ANY_SIZE = {"swin_unet", "transbts", "subpixel", "small_subpixel"}  # see test_transformer_networks.py and test_spin.py
+ANY_SIZE = {"modality_interaction", "multi_scale_vit", "swin_unet", "transbts", "subpixel", "small_subpixel"}  # see the tests of their own
 
 
 def tiny(name, dimensions=2, in_channels=2, out_channels=3, **options):
@@ -455,7 +455,9 @@ def test_every_network_is_configured():
         "cmm_net",
         "horizontal_unet",
         "light_unet",
+        "multi_scale_vit",
         "maab",
+        "modality_interaction",
         "resunet",
         "multi_head_unet",
         "multi_head_vnet",

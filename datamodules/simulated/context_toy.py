@@ -1,6 +1,6 @@
-"""A toy of context: images of 64 x 64 with one lesion, whose class shows somewhere else in the image alone. No anatomy in it."""
+"""A toy of context: images of 64 x 64 with lesions whose class shows somewhere else in the image alone, or by their size. No anatomy in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,22 @@ from lesionbench.task import Task
 
 SIZE = 64
 NOISE = 0.5
+ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE]
 GENERATOR = 1  # raised whenever the same seed gives other cases
+
+Sample = tuple[np.ndarray, np.ndarray]  # image (64, 64), float32, and label, uint8: 0, 1 = a, 2 = b
+
+# Cues: every lesion is brighter by 1 than noise of deviation 0.5, and a disc of radius 4 to 6 where nothing else is said. `other` gives the
+# other class with the same draws.
 
 
 class ContextToy(CaseDataModule):
-    """`count` images under `root/<key of the settings>`, each with a lesion of class `a` or `b`, as likely, which look alike: see `CUES`.
+    """`count` images under `root/<key of the settings>`, each with one lesion of class `a` or `b`, as likely, or with one of both.
 
     Args:
-        cue: what tells the class. `background`: the far side of the image is darker (a) or brighter (b), see `background`.
+        cue: what tells the class, a function of this module. `background`: the far side of the image is darker (a) or brighter (b).
+            `corner`: so is a patch in the corner. `mirror`: so is a marker across. `order`: of a dark and a bright
+            marker, the left one is dark (a) or bright (b). `sizes`: of two lesions, a is the small one.
         count: number of cases.
         simulation_seed: of the images.
 
@@ -58,17 +66,81 @@ class ContextToy(CaseDataModule):
         return [c for c in find_folder(self.root, ["image"]) if int(c.id.rpartition("_")[2]) < self.count]
 
 
-def background(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Image (64, 64), float32, and label, uint8: the class is the sign of the brightness 28 to 36 pixels away.
+def background(rng: np.random.Generator, other: bool = False) -> Sample:
+    """The class is the sign of the brightness 28 to 36 pixels away, and at least 24 rows away from the lesion's pixels.
 
-    Noise of deviation 0.5; a disc of radius 4 to 6, brighter by 1, whose center lies in the rows 8 to 16; all rows above 44 are darker by 0.6
-    (class 1) or brighter by 0.6 (class 2).
+    A disc whose center lies in the rows 8 to 16; all rows above 44 are darker by 0.6 (a) or brighter by 0.6 (b).
     """
-    x, y = np.mgrid[:SIZE, :SIZE]
-    center, radius, bright = (rng.uniform(8, 16), rng.uniform(8, SIZE - 9)), rng.uniform(4, 6), rng.random() < 0.5
-    lesion = np.hypot(x - center[0], y - center[1]) < radius
-    image = NOISE * rng.standard_normal((SIZE, SIZE)) + lesion + (0.6 if bright else -0.6) * (x > 44)
+    center, radius, bright = (rng.uniform(8, 16), rng.uniform(8, SIZE - 9)), rng.uniform(4, 6), (rng.random() < 0.5) != other
+    lesion = disc(center, radius)
+    image = noise(rng) + lesion + (0.6 if bright else -0.6) * (ROWS > 44)
     return image.astype(np.float32), ((1 + bright) * lesion).astype(np.uint8)
 
 
-CUES: dict[str, Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]] = {"background": background}
+def corner(rng: np.random.Generator, other: bool = False) -> Sample:
+    """The class is the sign of a patch in the corner, whose pixels are at least 28 rows and columns away from those of the lesion.
+
+    A disc whose center lies in the rows and columns 40 to 54; the first 8 rows and columns are darker by 1 (a) or brighter by 1 (b).
+    """
+    center, radius, bright = rng.uniform(40, 54, size=2), rng.uniform(4, 6), (rng.random() < 0.5) != other
+    lesion = disc(center, radius)
+    image = noise(rng) + lesion + (1 if bright else -1) * ((ROWS < 8) & (COLUMNS < 8))
+    return image.astype(np.float32), ((1 + bright) * lesion).astype(np.uint8)
+
+
+def mirror(rng: np.random.Generator, other: bool = False) -> Sample:
+    """The class is the sign of a marker across, at the mirrored place, whose pixels are at least 29 columns away from those of the lesion.
+
+    A disc whose center lies in the rows 8 to 55 and 8 to 13 columns from the left or from the right; around the same place on the other
+    side a marker darker by 1.5 (a) or brighter by 1.5 (b).
+    """
+    row, column, radius, bright = rng.uniform(8, 55), rng.uniform(8, 13), rng.uniform(4, 6), (rng.random() < 0.5) != other
+    columns = (column, SIZE - 1 - column) if rng.random() < 0.5 else (SIZE - 1 - column, column)
+    lesion = disc((row, columns[0]), radius)
+    image = noise(rng) + lesion + (1.5 if bright else -1.5) * square((row, columns[1]))
+    return image.astype(np.float32), ((1 + bright) * lesion).astype(np.uint8)
+
+
+def order(rng: np.random.Generator, other: bool = False) -> Sample:
+    """The class is the order of two markers along a line, whose pixels are at least 27 rows away from those of the lesion.
+
+    A disc whose center lies in the rows 8 to 16; in one of the rows 51 to 58 a marker darker by 1.5 and one brighter by 1.5, 16 to 30
+    columns apart: dark and bright (a), or bright and dark (b), from left to right. The brightness of the image tells nothing, nor does
+    what is there without where it is.
+    """
+    center, radius, bright_first = (rng.uniform(8, 16), rng.uniform(8, SIZE - 9)), rng.uniform(4, 6), (rng.random() < 0.5) != other
+    row, first, gap = rng.uniform(51, 58), rng.uniform(4, 28), rng.uniform(16, 30)
+    lesion, step = disc(center, radius), 1.5 if bright_first else -1.5
+    image = noise(rng) + lesion + step * square((row, first)) - step * square((row, first + gap))
+    return image.astype(np.float32), ((1 + bright_first) * lesion).astype(np.uint8)
+
+
+def sizes(rng: np.random.Generator, other: bool = False) -> Sample:
+    """Two lesions that differ in size alone: a radius of 4 to 5 (a) and of 8 to 10 (b).
+
+    One on each side, whose centers lie in the rows 12 to 51 and 12 to 19 columns from the left and from the right. A reader that sees two
+    pixels to each side finds the same around the centers of both.
+    """
+    left, right = ((rng.uniform(12, 51), rng.uniform(12, 19)) for _ in range(2))
+    small, large, large_is_left = rng.uniform(4, 5), rng.uniform(8, 10), (rng.random() < 0.5) != other
+    lesions = disc(left, large if large_is_left else small), disc((right[0], SIZE - 1 - right[1]), small if large_is_left else large)
+    image = noise(rng) + lesions[0] + lesions[1]
+    return image.astype(np.float32), (lesions[0] * (1 + large_is_left) + lesions[1] * (2 - large_is_left)).astype(np.uint8)
+
+
+def disc(center: Sequence[float], radius: float) -> np.ndarray:
+    """Pixels closer to the center than the radius, bool."""
+    return np.hypot(ROWS - center[0], COLUMNS - center[1]) < radius
+
+
+def square(center: Sequence[float]) -> np.ndarray:
+    """A marker: 7 x 7 pixels, bool."""
+    return np.maximum(abs(ROWS - round(center[0])), abs(COLUMNS - round(center[1]))) <= 3
+
+
+def noise(rng: np.random.Generator) -> np.ndarray:
+    """White, of deviation 0.5."""
+    return NOISE * rng.standard_normal((SIZE, SIZE))
+
+
+CUES: dict[str, Callable[..., Sample]] = {"background": background, "corner": corner, "mirror": mirror, "order": order, "sizes": sizes}

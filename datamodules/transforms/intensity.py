@@ -245,7 +245,7 @@ def filled(image: torch.Tensor, where: torch.Tensor, values: torch.Tensor | floa
 
 def _around_one(low: float, high: float) -> float:
     """Uniform below 1 or above 1, each with probability 0.5; uniform in the range where it lies on one side."""
-    below = torch.rand(1).item() < 0.5 and low < 1
+    below = (torch.rand(1).item() < 0.5 and low < 1) or high <= 1
     low, high = (low, min(1.0, high)) if below else (max(low, 1.0), high)
     return low + (high - low) * torch.rand(1).item()
 

@@ -18,10 +18,12 @@ from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
 from lightning_modules.networks.deepseg import DeepSeg
 from lightning_modules.networks.dilated_unet import DilatedUNet
+from lightning_modules.networks.emsvit import EMSViT
 from lightning_modules.networks.hardnet import HarDNet
 from lightning_modules.networks.horizontal_unet import HorizontalUNet
 from lightning_modules.networks.light_unet import LightUNet
 from lightning_modules.networks.maab import MAABUNet
+from lightning_modules.networks.modality_interaction import ModalityInteractionUNet
 from lightning_modules.networks.multi_head_resnet import MultiHeadResNet
 from lightning_modules.networks.multi_head_unet import MultiHeadUNet
 from lightning_modules.networks.multi_head_vnet import MultiHeadVNet
@@ -60,11 +62,13 @@ __all__ = [
     "CMMNet",
     "DeepSeg",
     "DilatedUNet",
+    "EMSViT",
     "HarDNet",
     "HorizontalUNet",
     "LightUNet",
     "MAABUNet",
     "MiddleSlice",
+    "ModalityInteractionUNet",
     "MultiHeadResNet",
     "MultiHeadUNet",
     "MultiHeadVNet",

@@ -42,11 +42,12 @@ def unit(
     kernel: int = 3,
     stride: int = 1,
     dilation: int = 1,
+    groups: int = 1,
     activation: Callable[[], nn.Module] = RELU,
 ) -> nn.Sequential:
     """Convolution without bias, padded to keep the size (at stride 1), then normalization (see `normalization`), then activation."""
     padding = dilation * (kernel // 2)
-    convolved = convolution(dimensions)(n_in, n_out, kernel, stride, padding=padding, dilation=dilation, bias=False)
+    convolved = convolution(dimensions)(n_in, n_out, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
     return nn.Sequential(convolved, normalization(dimensions, norm, n_out), activation())
 
 
