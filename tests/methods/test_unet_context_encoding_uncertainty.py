@@ -9,6 +9,7 @@ import torch
 import torchio
 from torch import nn
 
+from benchmarks.context_encoding_effects import SHARES, measured
 from datamodules.transforms.intensity import RandomUniformNoise
 from lesionbench.errors import SuiteError
 from lesionbench.target import RegionSigmoid
@@ -233,6 +234,35 @@ def test_presence_is_judged_where_there_is_a_truth():
     assert judged == {"present_core": 1, "present_edema": 0, "present_rim": 0, "presence_accuracy": pytest.approx(2 / 3)}
 
 
+def blobs(seed, count=32):
+    """Images (count, 2, 16, 16) of noise with a bright square, and in every second one a square that is bright in the second channel alone."""
+    generator = torch.Generator().manual_seed(seed)
+    image, label = 0.3 * torch.randn(count, 2, 16, 16, generator=generator), torch.zeros(count, 1, 16, 16, dtype=torch.long)
+    for n, (x, y) in enumerate(torch.randint(0, 5, (count, 2), generator=generator).tolist()):
+        image[n, 0, x : x + 6, y : y + 6] += 2
+        label[n, 0, x : x + 6, y : y + 6] = 1
+        if n % 2:
+            image[n, 1, x + 7 : x + 10, y + 7 : y + 10] += 2
+            label[n, 0, x + 7 : x + 10, y + 7 : y + 10] = 2
+    return {"image": image, "label": label}
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_head_learns_what_an_image_holds(weight):
+    task = Task(("a", "b"), {"background": 0, "square": 1, "spot": 2})
+    model = method(partial(tiny, dimensions=2, features=(8, 16), dropout=0.0), task, presence_weight=weight, inferer=Whole())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        model.training_step(blobs(step), 0).backward()
+        optimizer.step()
+    with torch.no_grad():
+        new = blobs(1000)
+        told = model.eval().network(new["image"])["presence"][:, 1]
+    right = ((told > 0) == present(new["label"], 2)[:, 1]).float().mean().item()
+    assert right > 0.9 if weight else right < 0.75
+
+
 # passes
 
 
@@ -289,6 +319,20 @@ def test_schedule_of_the_paper():
 
 
 # all of it
+
+
+@pytest.mark.slow
+def test_presence_and_errors_are_found_on_the_toy(tmp_path):
+    """About a minute on a core; three seeds of it are in docs/results/unet_context_encoding_uncertainty_toy.csv."""
+    run("experiment=unet_context_encoding_uncertainty/toy", "callbacks=[default,risk_coverage]", "trainer=cpu", "threads=1", "seed=3", f"runs={tmp_path}",
+        f"data.root={tmp_path / 'data'}", "callbacks.figures=null")  # fmt: skip
+    (folder,) = run_folders(tmp_path)
+    found = measured(folder)
+    assert found["presence_auroc"] > 0.9
+    assert found["auroc_entropy"] > 0.8
+    wrong = [found[f"wrong_{share:g}"] for share in SHARES]
+    assert wrong == sorted(wrong, reverse=True)
+    assert wrong[-1] < wrong[0] / 2
 
 
 def test_trained_and_asked(tmp_path):
