@@ -1,10 +1,9 @@
-"""The table and the figure of docs/uncertainty.md: methods that have uncertainty maps, on the same held-out cases.
+"""The table and the figure of docs/uncertainty.md: methods that have uncertainty maps, on the same held-out images.
 
-    python benchmarks/uncertainty_table.py run <folder for runs>       # trains and tests all of them, about half an hour on one core; finished runs are kept
-    python benchmarks/uncertainty_table.py table <folder of runs> docs/results/uncertainty_simulated.csv docs/images/uncertainty_risk.png
+    python benchmarks/uncertainty_table.py run <folder for runs>       # trains and tests all of them, ten minutes on an idle core; what is there is kept
+    python benchmarks/uncertainty_table.py table <folder of runs> docs/results/uncertainty_toy.csv docs/images/uncertainty_risk.png
 
-`conf/sweep/uncertainty.yaml` has the data, the metrics and the seeds that all share. An ensemble is of two plain networks, and the plain networks of both
-ensembles are a row of their own.
+`conf/sweep/uncertainty.yaml` has the data, the metrics and the seeds that all share.
 """
 
 import csv
@@ -19,18 +18,20 @@ import numpy as np
 from lesionbench.results import read_rows
 
 ROOT = Path(__file__).parent.parent
-BASE = ("experiment=unet_context_encoding_uncertainty/simulated", "epochs=8", "asked.passes=8")
-U_NET = (*BASE, "model.network.codes=0", "model.presence_weight=0")  # the same network without its encoding
-PLAIN = (*U_NET, "model.network.dropout=0", "stages=[{name:fit,run:fit},{name:test,run:test}]")
-METHODS = {  # name -> what is run besides the sweep
-    "plain U-Net": (*PLAIN, "hydra.sweeper.params.seed='0,1,2,3'"),
-    "U-Net, dropout": (*U_NET, "asked.noise=0", "asked.moves=null"),
-    "context encoding, all draws": BASE,
-    "reciprocal": ("experiment=reciprocal_adversarial/simulated", "epochs=3"),
-    "CoraNet, 4 labels": ("experiment=coranet/simulated_few_labels", "epochs=16", "model.predict_members=true"),
-    "UMM": ("experiment=umm/simulated", "patch=[32,32,32]", "epochs=4", "model.mc_samples=2"),
+SEEDS = (0, 1)
+TOY = "experiment=unet_context_encoding_uncertainty/toy"
+TRAINED = {  # name -> what is run besides the sweep
+    "context encoding": (TOY,),  # asked with dropout, noise and flips at once
+    "no presence loss": (TOY, "model.presence_weight=0"),
+    "reciprocal": ("experiment=reciprocal_adversarial/toy2d", "model.vat.eps=0.14", "stages=[{name:fit,run:fit},{name:test,run:test}]"),
+    "CoraNet, 20 labels": ("experiment=coranet/blobs", "~data.draw", "data.split.labeled=20", "model.predict_members=true"),
 }
-ENSEMBLES = {0: (0, 1), 1: (2, 3)}  # seed of the ensemble -> seeds of its members
+ASKED = {  # name -> how the trained "context encoding" is asked again
+    "dropout alone": ("asked.noise=0", "asked.moves=null"),
+    "flips alone": ("asked.dropout=false", "asked.noise=0"),
+    "noise alone": ("asked.dropout=false", "asked.moves=null"),
+}
+ENSEMBLE = "ensemble of two"  # of "context encoding" and "no presence loss" of the same seed, one answer each
 SCORES = ("auroc", "qu_brats", "qu_dice", "qu_ftp", "qu_ftn")
 OF_REGIONS = ("dice", "ece", "brier")
 COLUMNS = ["method", "member", "map", "runs", *(f"{name}{end}" for name in (*OF_REGIONS, *SCORES) for end in ("", "_std"))]
@@ -38,15 +39,17 @@ COLUMNS = ["method", "member", "map", "runs", *(f"{name}{end}" for name in (*OF_
 
 def run(root: Path) -> None:
     """Trains and tests what has no finished run yet."""
-    for name, words in METHODS.items():
-        if len(folders(place(root, name))) < 2:
-            start("sweep=uncertainty", *words, f"runs={place(root, name)}")
-    for seed, members in ENSEMBLES.items():
-        target = place(root, f"ensemble {seed}")
-        if not folders(target):
-            trained = [next(place(root, "plain U-Net").rglob(f"seed={member}/checkpoints/best.ckpt")) for member in members]
-            quoted = ",".join(f"'{path}'" for path in trained)
-            start("sweep=uncertainty", "hydra.mode=RUN", *PLAIN, "job=test", f"ckpt=[{quoted}]", f"runs={target}", f"seed={seed}")
+    for name, words in TRAINED.items():
+        if missing := [str(seed) for seed in SEEDS if not folders(root, name, seed)]:
+            start(root, name, *words, f"hydra.sweeper.params.seed='{','.join(missing)}'")
+    for seed in SEEDS:
+        first, second = (folders(root, name, seed)[0] / "checkpoints" / "last.ckpt" for name in ("context encoding", "no presence loss"))
+        again = f"""stages=[{{name:test,run:test,override:{{asked:{{checkpoint:"{first}"}},model:"${{asked}}"}}}}]"""
+        for name, words in ASKED.items():
+            if not folders(root, name, seed):
+                start(root, name, TOY, "hydra.mode=RUN", f"seed={seed}", again, *words)
+        if not folders(root, ENSEMBLE, seed):
+            start(root, ENSEMBLE, TOY, "hydra.mode=RUN", f"seed={seed}", "job=test", f'ckpt=["{first}","{second}"]')
 
 
 def place(root: Path, name: str) -> Path:
@@ -54,20 +57,21 @@ def place(root: Path, name: str) -> Path:
     return root / name.replace(",", "").replace(" ", "_")
 
 
-def start(*words: str) -> None:
+def start(root: Path, name: str, *words: str) -> None:
+    words = ("trainer=cpu", "sweep=uncertainty", *words, f"runs={place(root, name)}")
     print("python run.py", *words, flush=True)
-    subprocess.run([sys.executable, str(ROOT / "run.py"), "trainer=cpu", *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, str(ROOT / "run.py"), *words], check=True, cwd=ROOT)
 
 
-def folders(root: Path) -> list[Path]:
-    """Run folders below `root` that were tested."""
-    return sorted(path.parent.parent for path in root.rglob("test/cases.csv"))
+def folders(root: Path, name: str, seed: int | None = None) -> list[Path]:
+    """Run folders of a method that were tested, of one seed or of all."""
+    found = sorted(path.parent.parent for path in place(root, name).rglob("test/cases.csv"))
+    return [folder for folder in found if seed is None or folder.name.partition("-")[0] == f"seed={seed}"]
 
 
 def groups(root: Path) -> dict[str, list[Path]]:
     """Method -> its run folders."""
-    found = {name: folders(place(root, name)) for name in METHODS}
-    return {**found, "ensemble of two": [folder for seed in ENSEMBLES for folder in folders(place(root, f"ensemble {seed}"))]}
+    return {name: folders(root, name) for name in (*TRAINED, *ASKED, ENSEMBLE)}
 
 
 def measured(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
@@ -107,7 +111,7 @@ def draw(root: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for color, (method, runs) in enumerate(groups(root).items()):
+    for color, (method, runs) in enumerate((method, runs) for method, runs in groups(root).items() if runs):
         curves: dict[str, list[np.ndarray]] = defaultdict(list)
         for folder in runs:
             with (folder / "test" / "risk_coverage.csv").open() as file:
@@ -115,10 +119,10 @@ def draw(root: Path, path: Path) -> None:
             for name in {row["map"] for row in rows}:
                 curves[name].append(np.array([[float(row[k]) for k in ("left_out", "risk")] for row in rows if row["map"] == name]).T)
         own = [name for name in sorted(curves) if name in ("entropy", "mutual_information", "disagreement", "critic")]
-        for place, name in [(0, "region_entropy"), *((1, name) for name in own)]:
+        for panel, name in [(0, "region_entropy"), *((1, name) for name in own)]:
             x, y = np.mean(curves[name], axis=0)
             style = {"mutual_information": "--", "critic": "--"}.get(name, "-")
-            axes[place].plot(x, y, style, color=f"C{color}", lw=1.3, label=method if place == 0 else f"{method}: {name.replace('_', ' ')}")
+            axes[panel].plot(x, y, style, color=f"C{color}", lw=1.3, label=method if panel == 0 else f"{method}: {name.replace('_', ' ')}")
     for axis, title in zip(axes, ("entropy of the region probabilities", "the method's own maps"), strict=True):
         axis.set(title=title, xscale="log", xlabel="share of voxels left out, most uncertain first")
         axis.legend(fontsize=7)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import uncertainty_table
 from callbacks import RiskCoverage
 from callbacks.risk_coverage import LEFT_OUT, uncertainty_maps
 from lesionbench.prediction import CaseResult, Prediction
 from lesionbench.reports.html_report import _risk_coverage, _risk_curves
+from lesionbench.results import write_rows
 from lesionbench.score_counts import ScoreCounts
 
 
@@ -94,3 +96,25 @@ def test_curves_in_a_report(tmp_path):
     assert ">one<" in page
     assert ">none<" not in page
     assert "callbacks=[default,risk_coverage]" in _risk_coverage(SimpleNamespace(folders={"none": [tmp_path / "absent"]}))
+
+
+def test_table_and_figure_of_several_methods(tmp_path):
+    for seed, score in ((0, 0.6), (1, 0.8)):
+        folder = tmp_path / "reciprocal" / "x" / f"seed={seed}"
+        callback = RiskCoverage(str(folder))
+        callback.collected = {}
+        callback.add(
+            result("a", [0, 1, 1], [0, 1, 0], {"critic": [0.1, 0.2, 0.8]}, regions=torch.tensor([0.1, 0.9, 0.6]).reshape(1, 1, 1, 3)),
+            None,
+            None,
+        )
+        callback.write([callback.collected], None)
+        scores = {f"{name}_critic": score for name in ("auroc", "qu_brats", "qu_dice", "qu_ftp", "qu_ftn")}
+        rows = [{"case": case, "member": "", "region": "WT", "dice": score, "ece": 0.1, "brier": math.nan, **scores} for case in "ab"]
+        write_rows(folder / "test" / "cases.csv", [*rows, {"case": "a", "member": "", "region": "", "presence_et": 0.3}])
+    (row,) = uncertainty_table.table(tmp_path)
+    assert (row["method"], row["map"], row["runs"], row["brier"]) == ("reciprocal", "critic", 2, "")
+    assert (row["auroc"], row["auroc_std"], row["dice"]) == ("0.7000", "0.1414", "0.7000")
+    uncertainty_table.draw(tmp_path, tmp_path / "risk.png")
+    assert (tmp_path / "risk.png").stat().st_size > 1000
+    assert [len(uncertainty_table.folders(tmp_path, "reciprocal", seed)) for seed in (None, 0, 2)] == [2, 1, 0]
