@@ -23,8 +23,8 @@ TOY = "experiment=unet_context_encoding_uncertainty/toy"
 TRAINED = {  # name -> what is run besides the sweep
     "context encoding": (TOY,),  # asked with dropout, noise and flips at once
     "no presence loss": (TOY, "model.presence_weight=0"),
-    "reciprocal": ("experiment=reciprocal_adversarial/toy2d", "model.vat.eps=0.14", "stages=[{name:fit,run:fit},{name:test,run:test}]"),
-    "CoraNet, 20 labels": ("experiment=coranet/blobs", "~data.draw", "data.split.labeled=20", "model.predict_members=true"),
+    "reciprocal": ("experiment=reciprocal_adversarial/toy2d", "epochs=10", "model.vat.eps=0.14", "stages=[{name:fit,run:fit},{name:test,run:test}]"),
+    "CoraNet, 20 labels": ("experiment=coranet/blobs", "epochs=14", "model.warm_start=100", "~data.draw", "data.split.labeled=20", "model.predict_members=true"),
 }
 ASKED = {  # name -> how the trained "context encoding" is asked again
     "dropout alone": ("asked.noise=0", "asked.moves=null"),
