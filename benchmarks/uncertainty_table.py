@@ -23,8 +23,20 @@ TOY = "experiment=unet_context_encoding_uncertainty/toy"
 TRAINED = {  # name -> what is run besides the sweep
     "context encoding": (TOY,),  # asked with dropout, noise and flips at once
     "no presence loss": (TOY, "model.presence_weight=0"),
-    "reciprocal": ("experiment=reciprocal_adversarial/toy2d", "epochs=10", "model.vat.eps=0.14", "stages=[{name:fit,run:fit},{name:test,run:test}]"),
-    "CoraNet, 20 labels": ("experiment=coranet/blobs", "epochs=14", "model.warm_start=100", "~data.draw", "data.split.labeled=20", "model.predict_members=true"),
+    "reciprocal": (
+        "experiment=reciprocal_adversarial/toy2d",
+        "epochs=10",
+        "model.vat.eps=0.14",
+        "stages=[{name:fit,run:fit},{name:test,run:test}]",
+    ),
+    "CoraNet, 20 labels": (
+        "experiment=coranet/blobs",
+        "epochs=14",
+        "model.warm_start=100",
+        "~data.draw",
+        "data.split.labeled=20",
+        "model.predict_members=true",
+    ),
 }
 ASKED = {  # name -> how the trained "context encoding" is asked again
     "dropout alone": ("asked.noise=0", "asked.moves=null"),
@@ -79,7 +91,7 @@ def measured(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_rows(folder / "test" / "cases.csv"):
         known = {k: v for k, v in row.items() if isinstance(v, float | int) and v == v} if row["region"] else {}
-        for name in {k.removeprefix("qu_brats_") for k in known if k.startswith("qu_brats_")}:
+        for name in sorted(k.removeprefix("qu_brats_") for k in known if k.startswith("qu_brats_")):
             of_map = {score: known.get(f"{score}_{name}") for score in SCORES} | {k: known.get(k) for k in OF_REGIONS}
             for key, value in of_map.items():
                 if value is not None:
@@ -93,6 +105,8 @@ def table(root: Path) -> list[dict[str, object]]:
     for method, runs in groups(root).items():
         of_runs = [measured(folder) for folder in runs]
         for member, name in dict.fromkeys(key for found in of_runs for key in found):
+            if name.startswith("entropy_") or (member == "plain" and method not in TRAINED):
+                continue  # a map of one region says nothing of the others; the plain answer of a network that is asked again is the same
             found = [one[member, name] for one in of_runs if (member, name) in one]
             row: dict[str, object] = {"method": method, "member": member, "map": name, "runs": len(found)}
             for score in (*OF_REGIONS, *SCORES):
@@ -103,6 +117,17 @@ def table(root: Path) -> list[dict[str, object]]:
     return rows
 
 
+def risks(runs: list[Path], member: str) -> dict[str, np.ndarray]:
+    """Map of a member -> (shares left out, risk) (2, N), mean over runs."""
+    curves: dict[str, list[np.ndarray]] = defaultdict(list)
+    for folder in runs:
+        with (folder / "test" / "risk_coverage.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["member"] == member and float(row["left_out"])]
+        for name in {row["map"] for row in rows}:
+            curves[name].append(np.array([[float(row[k]) for k in ("left_out", "risk")] for row in rows if row["map"] == name]).T)
+    return {name: np.mean(found, axis=0) for name, found in curves.items()}
+
+
 def draw(root: Path, path: Path) -> None:
     """Risk against the share of voxels left out: the entropy of the probabilities, and every other map of the main predictions."""
     import matplotlib
@@ -110,23 +135,20 @@ def draw(root: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    curves = {method: risks(runs, "") for method, runs in groups(root).items() if runs}
+    plain = risks(folders(root, "context encoding"), "plain")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for color, (method, runs) in enumerate((method, runs) for method, runs in groups(root).items() if runs):
-        curves: dict[str, list[np.ndarray]] = defaultdict(list)
-        for folder in runs:
-            with (folder / "test" / "risk_coverage.csv").open() as file:
-                rows = [row for row in csv.DictReader(file) if row["member"] == "" and float(row["left_out"])]
-            for name in {row["map"] for row in rows}:
-                curves[name].append(np.array([[float(row[k]) for k in ("left_out", "risk")] for row in rows if row["map"] == name]).T)
-        own = [name for name in sorted(curves) if name in ("entropy", "mutual_information", "disagreement", "critic")]
+    for color, (method, of_method) in enumerate(curves.items()):
+        own = [name for name in sorted(of_method) if name in ("entropy", "mutual_information", "disagreement", "critic")]
         for panel, name in [(0, "region_entropy"), *((1, name) for name in own)]:
-            x, y = np.mean(curves[name], axis=0)
             style = {"mutual_information": "--", "critic": "--"}.get(name, "-")
-            axes[panel].plot(x, y, style, color=f"C{color}", lw=1.3, label=method if panel == 0 else f"{method}: {name.replace('_', ' ')}")
+            label = method if panel == 0 else f"{method}: {name.replace('_', ' ')}"
+            axes[panel].plot(*of_method[name], style, color=f"C{color}", lw=1.3, label=label)
+    if plain:
+        axes[0].plot(*plain["region_entropy"], ":", color="black", lw=1.3, label="context encoding, one plain answer")
     for axis, title in zip(axes, ("entropy of the region probabilities", "the method's own maps"), strict=True):
-        axis.set(title=title, xscale="log", xlabel="share of voxels left out, most uncertain first")
-        axis.legend(fontsize=7)
-        axis.set_ylim(0)
+        axis.set(title=title, xscale="log", yscale="log", xlabel="share of voxels left out, most uncertain first")
+        axis.legend(fontsize=6, loc="lower left")
     axes[0].set_ylabel("share of wrong voxels among the others")
     figure.savefig(path, dpi=110)
 
