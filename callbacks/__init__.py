@@ -14,6 +14,7 @@ from callbacks.nifti_writer import NiftiWriter
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.pseudo_label_quality import PseudoLabelQuality
 from callbacks.rewind import Rewind
+from callbacks.risk_coverage import RiskCoverage
 from callbacks.trial_pruner import TrialPruner
 from callbacks.uncertain_region import UncertainRegion
 from callbacks.uncertainty_calibration import UncertaintyCalibration
@@ -35,6 +36,7 @@ __all__ = [
     "OverlayFigures",
     "PseudoLabelQuality",
     "Rewind",
+    "RiskCoverage",
     "TrialPruner",
     "UncertainRegion",
     "UncertaintyCalibration",

@@ -128,6 +128,20 @@ class ScoreCounts:
         precision = np.append(hits / marked, 1.0)
         return float((self.positives * (precision[:-1] + precision[1:]) / 2).sum() / self.positive)
 
+    def risk(self, coverage: np.ndarray) -> np.ndarray:
+        """Share of positives among the lowest scores that make up each share `coverage` of all, in [0, 1]; of scores that tie, the same part of
+        positives and negatives is kept. With errors as positives and an uncertainty as score: the risk at a coverage (El-Yaniv & Wiener, JMLR
+        2010).
+
+        Args:
+            coverage: in (0, 1]; NaN for all of them where there are no scores.
+        """
+        totals = np.append(0, np.cumsum(self.positives + self.negatives))
+        if not totals[-1]:
+            return np.full(np.shape(coverage), np.nan)
+        kept = np.asarray(coverage) * totals[-1]
+        return np.interp(kept, totals, np.append(0, np.cumsum(self.positives))) / kept
+
     def above(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positives, and all voxels, with a score above each threshold."""
         places = self.values.searchsorted(thresholds, side="right")

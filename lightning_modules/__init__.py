@@ -35,6 +35,7 @@ from lightning_modules.supervised.spin import SPiN
 from lightning_modules.supervised.supervised import Supervised
 from lightning_modules.supervised.two_phase_omt import TwoPhaseOMT
 from lightning_modules.supervised.umm import UMM
+from lightning_modules.supervised.unet_context_encoding_uncertainty import UNetContextEncoding
 from lightning_modules.supervised.vae_unet_hausdorff_loss import VAEUNetHausdorff
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "Supervised",
     "TemporalEnsembling",
     "TwoPhaseOMT",
+    "UNetContextEncoding",
     "VAEUNetHausdorff",
     "VirtualAdversarialTraining",
 ]

@@ -327,9 +327,19 @@ def test_data_without_the_tissues_of_2024_are_refused_by_name(tmp_path):
 
 
 def test_reports_know_which_scores_are_better_low_and_sum_up_infinite_ones():
-    low = ["global_hd95", "lesionwise_hd95_mean", "lesionwise_score_hd95", "num_fp", "small_instance_fn", "asd_directed_vox"]
+    low = [
+        "global_hd95",
+        "lesionwise_hd95_mean",
+        "lesionwise_score_hd95",
+        "num_fp",
+        "small_instance_fn",
+        "asd_directed_vox",
+        "qu_ftp_entropy",
+    ]
     assert all(map(lower_is_better, low))
-    assert not any(map(lower_is_better, ["global_dsc", "lesionwise_nsd_mean", "all_instance_tp", "num_tp", "all_instance_f1"]))
+    assert not any(
+        map(lower_is_better, ["global_dsc", "lesionwise_nsd_mean", "all_instance_tp", "num_tp", "all_instance_f1", "qu_brats_entropy"])
+    )
     rows = [{"case": str(n), "region": "ET", "lesionwise_hd95_mean": value} for n, value in enumerate([1.0, math.inf, math.inf])]
     summary = summarize(rows, bootstrap=20)[""]["ET"]["lesionwise_hd95_mean"]
     assert (summary["mean"], summary["std"], summary["n"]) == (math.inf, None, 3)

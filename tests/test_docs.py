@@ -136,7 +136,7 @@ def test_keys_and_choices_in_the_text_exist():
         ["experiment=hardnet_bts/simulated"],
         ["experiment=cascaded_3d_unet/brats2021"], ["experiment=residual_unet_localization/brats2021"], ["experiment=dints_topology_search/brats2021"],
         ["experiment=two_phase_omt/brats2021"], ["experiment=vae_unet_hausdorff_loss/brats2021"], ["experiment=multiplane_unetpp/brats2021"],
-        ["experiment=hierarchical_global_modality_interaction/brats2021"], ["experiment=emsvit/brats2019"],
+        ["experiment=hierarchical_global_modality_interaction/brats2021"], ["experiment=emsvit/brats2019"], ["experiment=unet_context_encoding_uncertainty/brats2021"],
         ["experiment=supervised/folder", "data=nnunet"], ["experiment=supervised/folder", "data=bids"],
     ]  # fmt: skip
     known = set().union(*(keys(OmegaConf.to_container(composed(*v), resolve=False)) for v in variants))

@@ -27,6 +27,7 @@ from lightning_modules.metrics import (
     lesion_f1,
     overlap_metrics,
     q_dice,
+    qu_brats,
     surface_distances,
     surface_metrics,
     volume_recall_rate,
@@ -322,6 +323,44 @@ def test_calibration_equals_torchmetrics_and_falls_when_calibrated():
     assert calibration_error(probability**2, truth) < 0.02 < 0.1 < calibration_error(probability, truth)
 
 
+# a true positive, a missed voxel, a true positive and a false one, four true negatives
+UNCERTAINTY = np.array([0, 20, 60, 100, 0, 80, 0, 0], np.float32)
+PREDICTED = np.array([1, 0, 1, 1, 0, 0, 0, 0], bool)
+TRUE = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
+
+
+def test_qu_brats_by_hand():
+    # kept at 0: one of two true positives, three of four true negatives; at 50 the missed voxel too; at 100 all
+    found = qu_brats(UNCERTAINTY, PREDICTED, TRUE, (0, 50, 100))
+    parts = {"dice": (1 / 2 + 2 / 3 + 2 / 3 / 2) / 2, "ftp": (1 / 4 + 1 / 2 + 0) / 2, "ftn": (1 / 8 + 1 / 4 + 0) / 2}
+    assert found == pytest.approx({"score": (0.75 + 0.625 + 0.8125) / 3, **parts})
+    assert qu_brats(UNCERTAINTY, PREDICTED, TRUE)["dice"] == pytest.approx((19.5 + 40 * 2 / 3 + 40 * 4 / 5 + 0.5 * 2 / 3) / 100)
+
+
+def test_qu_brats_rewards_doubt_where_it_is_wrong_and_costs_where_it_is_right():
+    wrong = PREDICTED != TRUE
+    assert qu_brats(np.where(wrong, 100.0, 0.0), PREDICTED, TRUE)["score"] == pytest.approx(1, abs=2e-3)  # but at 100
+    sure = qu_brats(np.zeros(8), PREDICTED, TRUE)
+    assert sure == pytest.approx({"score": (2 / 3 + 2) / 3, "dice": 2 / 3, "ftp": 0, "ftn": 0})
+    reversed_ = qu_brats(np.where(wrong, 0.0, 100.0), PREDICTED, TRUE)
+    assert (reversed_["ftp"], reversed_["ftn"]) == pytest.approx((0.995, 0.995))
+    assert reversed_["score"] < 0.01 < sure["score"]
+
+
+def test_qu_brats_of_empty_masks():
+    nothing, everything = np.zeros(8, bool), np.ones(8, bool)
+    perfect = {"score": 1, "dice": 1, "ftp": 0, "ftn": 0}
+    assert qu_brats(np.zeros(8), nothing, nothing) == perfect
+    assert qu_brats(np.zeros(8), everything, everything) == perfect  # no true negative to lose
+    false = qu_brats(UNCERTAINTY, PREDICTED, nothing, (0, 50, 100))  # a false voxel is kept at every threshold: Dice 0
+    assert (false["dice"], false["ftp"]) == (0, 0)
+    doubted = qu_brats(np.where(PREDICTED, 60.0, 0.0), PREDICTED, nothing, (0, 50, 100))  # all false voxels go: Dice 1, then 0
+    assert doubted["dice"] == pytest.approx(0.75)
+    gone = qu_brats(np.full(8, 60.0), TRUE, TRUE, (0, 50, 100))  # nothing is kept: Dice 1, but all is lost
+    assert gone == pytest.approx({"score": (1 + 0.25 + 0.25) / 3, "dice": 1, "ftp": 0.75, "ftn": 0.75})
+    assert all(math.isnan(v) for v in qu_brats(np.zeros(0), np.zeros(0, bool), np.zeros(0, bool)).values())
+
+
 def test_auroc_and_average_precision_by_hand():
     scores, labels = np.array([1, 2, 3, 4]) / 4, np.array([0, 1, 0, 1], bool)
     assert auroc(scores, labels) == 0.75
@@ -472,6 +511,7 @@ ALL += [
     "auroc",
     "ap",
     "error_auroc",
+    "qu_brats",
 ]
 
 
@@ -564,6 +604,44 @@ def test_probabilities_scores_and_uncertainty_of_a_case():
     assert row == {"member": "", "region": "lesion", "auroc": 0.75, "ap": pytest.approx(5 / 6)}
 
 
+def test_uncertainty_is_scaled_to_the_score_s_range():
+    task = Task(("flair",), {"background": 0, "lesion": 1})
+    truth, labels = (torch.from_numpy(m.astype(np.int8))[None, None] for m in (TRUE, PREDICTED))
+    between = np.array([0.25, 20.25, 60.25, 100, 0.25, 80.25, 0.25, 0.25], np.float32)  # thresholds, not to depend on the last bit
+    prediction = Prediction(labels=labels, uncertainty={"doubt": torch.from_numpy(between / 200)[None, None]})  # up to 1/2
+
+    def measured(**options):
+        (row,) = CaseMetrics(["qu_brats"], **options)(prediction, truth, task, (1, 1, 1))
+        return {name.removesuffix("_doubt"): value for name, value in row.items() if name.endswith("_doubt")}
+
+    def expected(values):
+        return {"qu_brats" if n == "score" else f"qu_{n}": pytest.approx(v) for n, v in qu_brats(values, PREDICTED, TRUE).items()}
+
+    assert measured() == expected(between)  # the largest of the case is 100
+    assert measured(uncertainty_top=1.0) == expected(between / 2)
+    assert measured(uncertainty_top=0.25) == expected(np.minimum(between * 2, 100))
+    prediction.uncertainty["doubt"] = torch.zeros(1, 1, 8)
+    assert measured() == expected(np.zeros(8))
+
+
+def test_entropy_of_a_region_s_own_probability_is_a_map_of_each_region():
+    task = Task(("flair",), {"background": 0, "core": 1, "rim": 2}, {"whole": ("core", "rim"), "core": ("core",)})
+    truth = torch.tensor([[[0, 0, 1, 2]]], dtype=torch.int8)
+    labels = torch.tensor([[[2, 0, 2, 2]]], dtype=torch.int8)
+    whole, core = torch.tensor([0.7, 0.1, 0.9, 1.0]), torch.tensor([0.1, 0.0, 0.5, 0.3])
+    prediction = Prediction(regions=torch.stack([whole, core])[:, None, None], labels=labels)
+    rows = CaseMetrics(["error_auroc", "qu_brats"], region_entropy=True)(prediction, truth, task, (1, 1, 1))
+    assert [row["auroc_region_entropy"] for row in rows] == [1, 1]  # whole is wrong at 0.7, core at 0.5
+    for row, p, region in zip(rows, (whole, core), ((1, 2), (1,)), strict=True):
+        entropy = -(p.clamp(1e-12, 1) * p.clamp(1e-12, 1).log() + (1 - p).clamp(1e-12, 1) * (1 - p).clamp(1e-12, 1).log())
+        ours, theirs = (np.isin(x[0, 0].numpy(), region) for x in (labels, truth))
+        expected = qu_brats(entropy.numpy() / math.log(2) * 100, ours, theirs)  # at 0.5 it is largest: ln 2
+        assert row["qu_brats_region_entropy"] == pytest.approx(expected["score"], abs=2e-3)  # a threshold more or less
+        assert row["qu_dice_region_entropy"] == pytest.approx(expected["dice"], abs=4e-3)
+    assert CaseMetrics(["error_auroc", "qu_brats"])(prediction, truth, task, (1, 1, 1)) == []
+    assert CaseMetrics(["qu_brats"], region_entropy=True)(Prediction(labels=labels), truth, task, (1, 1, 1)) == []
+
+
 def test_q_dice_of_a_case():
     task = Task(("t1",), {"background": 0, "lesion": 1}, raters=4)
     votes = torch.tensor([[[1, 1, 1, 0, 0]], [[1, 1, 0, 0, -1]], [[1, 0, 0, 0, 1]], [[-1] * 5]], dtype=torch.int8)
@@ -616,7 +694,7 @@ def test_every_metric_name_yields_a_column():
         "brats2026": "all_instance_tp",
         "brats2026_mets": "large_instance_tp",
     }
-    columns["error_auroc"] = "auroc_entropy"
+    columns |= {"error_auroc": "auroc_entropy", "qu_brats": "qu_brats_entropy"}
     for name in ALL:
         rows = CaseMetrics([name])(full_prediction(labels), truth, brats_task(), (1, 1, 1), raters=truth[None])
         assert columns.get(name, name) in row_of(rows, "WT")

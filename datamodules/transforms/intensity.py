@@ -139,6 +139,17 @@ class RandomRelativeNoise(ChannelTransform):
         return channel.add_(torch.randn_like(channel) * (self.share * spread))
 
 
+class RandomUniformNoise(ChannelTransform):
+    """Adds noise to a channel that is uniform between -`amplitude` and `amplitude`, in units of the normalized image."""
+
+    def __init__(self, amplitude: NotNegative = 0.1, **options) -> None:
+        super().__init__(**options)
+        self.amplitude = amplitude
+
+    def change(self, channel: torch.Tensor) -> torch.Tensor:
+        return channel.add_(self.amplitude * (2 * torch.rand_like(channel) - 1))
+
+
 class RandomDroppedChannel(RandomTransform, IntensityTransform):
     """Sets one channel, each as likely, to 0.
 

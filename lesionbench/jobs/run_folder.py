@@ -30,7 +30,7 @@ _INCIDENTAL = (
     "warm_start",  # the model's own warm_start has it
     # callbacks that watch; others, such as averaged weights or early stopping, change what is computed
     *(f"callbacks.{c}" for c in (
-        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "writer", "learning_rate", "progress", "baseline", "pruner",
+        "checkpoint", "nan_guard", "cost", "table", "figures", "calibration", "uncertainty_calibration", "risk_coverage", "writer", "learning_rate", "progress", "baseline", "pruner",
     )),
 )  # fmt: skip
 # options that came later: at this value a run is what it was before they were there, and its hash stays that of earlier runs

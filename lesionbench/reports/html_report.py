@@ -39,6 +39,7 @@ def write_html(comparison: Comparison, path: Path | str) -> Path:
         Section("Differences to the baseline", _differences(comparison)),
         Section("Training", _training(comparison)),
         Section("Calibration", _calibration(comparison)),
+        Section("Risk and coverage", _risk_coverage(comparison)),
         Section("Cost", _costs(comparison)),
         _pictures(comparison),
         Section("Runs", _runs(comparison)),
@@ -253,6 +254,43 @@ def _calibration_counts(path: Path) -> dict[tuple[str, int], np.ndarray]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["member"] == "" and float(row["voxels"])]
     return {(r["region"], int(r["bin"])): np.array([float(r[k]) for k in ("voxels", "probability", "true")]) for r in rows}
+
+
+def _risk_coverage(comparison: Comparison) -> str:
+    """Share of wrong voxels when the most uncertain are left out, mean over the runs of a group, for each uncertainty map of the main prediction."""
+    pooled: dict[str, dict[str, list[np.ndarray]]] = {}
+    for group, folders in comparison.folders.items():
+        for folder in folders:
+            for name, curve in _risk_curves(Path(folder) / "test" / "risk_coverage.csv").items():
+                pooled.setdefault(name, {}).setdefault(group, []).append(curve)
+    if not pooled:
+        return note("No run was tested with callbacks=[default,risk_coverage].")
+    figure, axes = _axes(len(pooled))
+    shown = [group for group in comparison.folders if any(group in groups for groups in pooled.values())]
+    colors = dict(zip(shown, _colors(comparison, shown), strict=True))
+    for axis, (name, groups) in zip(axes, pooled.items(), strict=True):
+        for group, curves in groups.items():
+            left_out, risk, best = np.mean(curves, axis=0)
+            axis.plot(left_out, risk, lw=1, color=colors[group], label=group)
+            axis.plot(left_out, best, ":", lw=1, color=colors[group])
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("share of voxels left out", fontsize=9)
+        axis.set_xscale("log")
+        axis.set_ylim(0)
+    axes[0].set_ylabel("share of wrong voxels", fontsize=9)
+    return _figure(
+        _svg(figure, "risk"), "The most uncertain voxels are left out first. Dotted: if the wrong ones were.", _legend(comparison, shown)
+    )
+
+
+def _risk_curves(path: Path) -> dict[str, np.ndarray]:
+    """Uncertainty map -> shares left out, risks and least risks (3, N) of the main prediction, less the point where nothing is left out."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["member"] == "" and float(row["left_out"])]
+    names = dict.fromkeys(row["map"] for row in rows)
+    return {n: np.array([[float(r[k]) for r in rows if r["map"] == n] for k in ("left_out", "risk", "best")]) for n in names}
 
 
 def _costs(comparison: Comparison) -> str:

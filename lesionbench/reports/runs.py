@@ -20,7 +20,7 @@ from lesionbench.results import read_rows
 
 DEFAULT_METRICS = ("dice", "hd95*")
 COST = ("parameters", "wall_s", "peak_memory_mb", "samples_per_s")
-LOWER_IS_BETTER = ("hd", "asd", "volume_difference", "ece", "brier", "loss")  # beginnings of metric names
+LOWER_IS_BETTER = ("hd", "asd", "volume_difference", "ece", "brier", "loss", "qu_ftp", "qu_ftn")  # beginnings of metric names
 SIMULATED = "simulated data: a stand-in, not a benchmark"
 FOLD = "data.split.fold"
 ABSENT = "(none)"

@@ -76,7 +76,7 @@ class Stochastic(CheckpointTest):
         moments = RunningMoments(mutual_information=True)
         for _ in range(self.passes):
             with mc_dropout(self.method) if self.dropout else nullcontext(), self._moved():
-                regions = self.method.predict_case(self._noisy(batch)).regions
+                regions = self.method.predict_case(self._noisy(batch)).regions.clamp(0, 1)  # sums of classes round to more than 1
             moments.update(torch.stack([regions, 1 - regions], dim=1))  # every region is an item of the batch: is or is not
         mean = moments.mean[:, 0]
         uncertainty = {

@@ -11,7 +11,7 @@ from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.per_case import PerCaseResults
 from lightning_modules.metrics.slices import largest_components, slice_metrics
 from lightning_modules.metrics.surface import grid_diagonal, surface_distances, surface_metrics
-from lightning_modules.metrics.uncertainty import auroc, average_precision, brier_score, calibration_error
+from lightning_modules.metrics.uncertainty import auroc, average_precision, brier_score, calibration_error, qu_brats
 
 __all__ = [
     "CaseMetrics",
@@ -30,6 +30,7 @@ __all__ = [
     "lesion_f1",
     "overlap_metrics",
     "q_dice",
+    "qu_brats",
     "slice_metrics",
     "surface_distances",
     "surface_metrics",

@@ -10,7 +10,7 @@ import torch
 
 from lesionbench.errors import SuiteError, unknown
 from lesionbench.prediction import Prediction
-from lesionbench.ranges import Count, NotNegative, Share, Whole
+from lesionbench.ranges import Count, NotNegative, Positive, Share, Whole
 from lesionbench.score_counts import Ranking
 from lesionbench.task import IGNORE, Task
 from lightning_modules.metrics.agreement import PAPER_THRESHOLDS, q_dice, recall_reached
@@ -20,14 +20,15 @@ from lightning_modules.metrics.lesions import lesion_dice, lesion_f1
 from lightning_modules.metrics.overlap import overlap_metrics
 from lightning_modules.metrics.slices import slice_metrics
 from lightning_modules.metrics.surface import SURFACE_METRICS, grid_diagonal, surface_metrics
-from lightning_modules.metrics.uncertainty import brier_score, calibration_error
+from lightning_modules.metrics.uncertainty import brier_score, calibration_error, qu_brats
 
 OVERLAP = ("dice", "jaccard", "sensitivity", "precision", "specificity", "volume_difference")
 BRATS = ("brats2023", "brats2024", "brats2026", "brats2026_mets")
 MASK_METRICS = (*OVERLAP, "vr70", "volume", *SURFACE_METRICS, "lesion_dice", "lesion_f1", *BRATS, "slices")
 DISTANCES = ("hd95", "hd95_pooled", "hd", "asd", "asd_directed")
 SCORE_METRICS = ("auroc", "brain_auroc", "ap", "auprc", "dice_best")
-KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", *SCORE_METRICS, "error_auroc")
+UNCERTAINTY = ("error_auroc", "qu_brats")
+KNOWN = (*MASK_METRICS, "ece", "brier", "q_dice", "q_dice_paper", *SCORE_METRICS, *UNCERTAINTY)
 DEFAULT = ("dice", "hd95", "sensitivity", "specificity", "precision", "volume_difference", "auroc", "ap", "error_auroc")
 
 Values = dict[str, float]
@@ -46,7 +47,8 @@ class CaseMetrics:
             From `regions`: `ece`, `brier`; with raters also `q_dice` and `q_dice_paper` (from masks where there are no probabilities).
             From `scores`, for finding each region: `auroc`, `brain_auroc` (inside the brain alone), `ap` (average precision), `auprc`
             (trapezoids), `dice_best` (the best Dice that a threshold reaches on this very case: an oracle's).
-            From `uncertainty` and `labels`: `error_auroc`, one column `auroc_<map>` for finding the voxels where a region is wrong.
+            From `uncertainty` and `labels`: `error_auroc`, one column `auroc_<map>` for finding the voxels where a region is wrong;
+            `qu_brats`, columns `qu_brats_<map>` and its parts `qu_dice_<map>`, `qu_ftp_<map>` and `qu_ftn_<map>` (see `qu_brats`).
         empty_distance: surface distance when one of two masks is empty: `diagonal` of the whole grid, `nan`, or a number in the unit.
         surface_tolerance: for `surface_dice`, in the unit.
         lesion_min_iou: for `lesion_f1`; 0 means any overlap.
@@ -54,6 +56,9 @@ class CaseMetrics:
         lesion_min_volume: for `brats2023` and `brats2024`, in mm^3: true lesions up to it do not count. A number, or one per region name (in capitals or not)
             with one under `default` for the others.
         bins: for `ece`.
+        region_entropy: `error_auroc` and `qu_brats` also measure `region_entropy`, the entropy of each region's own probability: an uncertainty
+            map that every prediction with `regions` and `labels` has.
+        uncertainty_top: the uncertainty that is 100 in `qu_brats`, what is above counts as 100; None = the largest of the case, map by map.
         slice_bounds: for `slices`: lesion sizes, in pixels of a slice, that divide slices with small lesions from others.
         space: grid that the caller measures on: `native`, that of the file, or `network`, where a paper's protocol says so.
         dataset: names of what the caller measures over the voxels of all cases as one set (see `DatasetMetrics`).
@@ -72,6 +77,8 @@ class CaseMetrics:
         lesion_dilation: Whole = 0,
         lesion_min_volume: NotNegative | Mapping[str, NotNegative] = 50.0,
         bins: Count = 15,
+        region_entropy: bool = False,
+        uncertainty_top: Positive | None = None,
         slice_bounds: Sequence[Count] = (100,),
         space: str = "native",
         dataset: Sequence[str] = (),
@@ -98,6 +105,7 @@ class CaseMetrics:
                 f"metrics.lesion_min_volume={self.lesion_min_volume}: add `default`, the volume for regions that are not named"
             )
         self.bins = bins
+        self.region_entropy, self.uncertainty_top = region_entropy, uncertainty_top
         if not slice_bounds or list(slice_bounds) != sorted(set(slice_bounds)) or slice_bounds[0] < 1:
             raise SuiteError(f"metrics.slice_bounds={list(slice_bounds)}: expected numbers of pixels, ascending")
         self.slice_bounds = tuple(slice_bounds)
@@ -117,9 +125,14 @@ class CaseMetrics:
 
     def columns(self, unit: str) -> list[str]:
         """Names of the values that a region may have, in a task with this unit of length; of those that only the case tells, patterns of
-        `fnmatch`: `slices_*`, and `auroc_*` of uncertainty maps."""
+        `fnmatch`: `slices_*`, and `auroc_*` and `qu_*` of uncertainty maps."""
         size = "ml" if unit == "mm" else "vox"
-        several = {"volume": [f"volume_{size}", f"truth_volume_{size}"], "slices": ["slices_*"], "error_auroc": ["auroc_*"]}
+        several = {
+            "volume": [f"volume_{size}", f"truth_volume_{size}"],
+            "slices": ["slices_*"],
+            "error_auroc": ["auroc_*"],
+            "qu_brats": ["qu_*"],
+        }
         several |= {name: [f"{name}_{unit}"] for name in DISTANCES}
         return [column for name in self.names for column in several.get(name, [name])]
 
@@ -245,12 +258,34 @@ class CaseMetrics:
                 measures |= {"dice_best": lambda c=counts: c.best_dice()[0]}
                 measures |= {"brain_auroc": lambda r=region: within.auroc(r[inside])}
                 one |= {name: measures[name]() for name in wanted}
-        if part.uncertainty and part.labels is not None and "error_auroc" in self.names:
-            errors = case.counted(case.task.region_masks(part.labels)) != case.regions
-            for name, uncertainty in part.uncertainty.items():
-                ranking = Ranking(case.counted(uncertainty[None])[0])
-                for one, wrong in zip(values, errors, strict=True):
-                    one[f"auroc_{name}"] = ranking.auroc(wrong)
+        if part.labels is not None and any(name in self.names for name in UNCERTAINTY):
+            ours = case.counted(case.task.region_masks(part.labels))
+            for name, maps in self._uncertain(part, case).items():
+                for one, more in zip(values, self._uncertainty(name, maps, ours, case.regions), strict=True):
+                    one |= more
+        return values
+
+    def _uncertain(self, part: Prediction, case: "_Truth") -> dict[str, np.ndarray]:
+        """Uncertainty maps at the voxels that count, (1, N), or (R, N) where every region has its own."""
+        maps = {name: case.counted(uncertainty[None]) for name, uncertainty in part.uncertainty.items()}
+        if self.region_entropy and part.regions is not None:
+            p = part.regions.float().clamp(0, 1)
+            maps["region_entropy"] = case.counted(torch.special.entr(p) + torch.special.entr(1 - p))
+        return maps
+
+    def _uncertainty(self, name: str, maps: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list[Values]:
+        """What one uncertainty map is worth for each region; a map of all regions is sorted once."""
+        values: list[Values] = [{} for _ in theirs]
+        if "error_auroc" in self.names:
+            rankings = [Ranking(one) for one in maps] * (len(theirs) if len(maps) == 1 else 1)
+            for one, ranking, predicted, truth in zip(values, rankings, ours, theirs, strict=True):
+                one[f"auroc_{name}"] = ranking.auroc(predicted != truth)
+        if "qu_brats" in self.names:
+            top = self.uncertainty_top or float(maps.max(initial=0)) or 1.0
+            percent = np.broadcast_to((100 * (maps / top)).clip(0, 100), theirs.shape)
+            for one, uncertainty, predicted, truth in zip(values, percent, ours, theirs, strict=True):
+                found = qu_brats(uncertainty, predicted, truth)
+                one |= {f"qu_{'brats' if part == 'score' else part}_{name}": value for part, value in found.items()}
         return values
 
 

@@ -1,8 +1,11 @@
-"""How far probabilities can be believed (calibration), and how well a map of scores finds what it should (ranking)."""
+"""How far probabilities can be believed (calibration), how well a map of scores finds what it should (ranking), and what filtering by
+uncertainty does to a mask."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from lesionbench.score_counts import Ranking
+from lesionbench.score_counts import Ranking, dice
 
 
 def calibration_error(probability: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, bins: int = 15) -> float:
@@ -38,6 +41,44 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     """`ScoreCounts.average_precision` for a single question."""
     return Ranking(scores).average_precision(positive)
+
+
+def qu_brats(
+    uncertainty: np.ndarray, predicted: np.ndarray, truth: np.ndarray, thresholds: Sequence[float] = range(101)
+) -> dict[str, float]:
+    """The score of the BraTS challenge on uncertainty and its three parts, all in [0, 1] (Mehta et al., MELBA 2022:026, QU-BraTS).
+
+    At a threshold, voxels of a higher uncertainty are left out. What that does is a curve over the thresholds, and its area, by trapezoids and
+    divided by their range, is
+
+    - `dice`: of the Dice of what is kept, 1 where neither predicted nor true voxels are;
+    - `ftp`: of the share of true positives that is left out, 0 where there are none (lower is better);
+    - `ftn`: of the share of true negatives that is left out, 0 where there are none (lower is better);
+    - `score` = (dice + 1 - ftp + 1 - ftn) / 3.
+
+    The number of thresholds and what holds for empty masks are decisions made here.
+
+    Args:
+        uncertainty: in [0, 100], any shape; all NaN without voxels.
+        predicted, truth: bool, same shape.
+        thresholds: ascending, at least two.
+    """
+    names = ("score", "dice", "ftp", "ftn")
+    if not uncertainty.size:
+        return dict.fromkeys(names, float("nan"))
+    grid = np.asarray(thresholds, np.float64)
+    first = grid.searchsorted(uncertainty.ravel())  # place of the lowest threshold that keeps the voxel
+    kind = 2 * predicted.ravel().astype(np.int64) + truth.ravel()
+    counts = np.bincount(4 * first + kind, minlength=4 * (grid.size + 1)).reshape(-1, 4)
+    kept = counts.cumsum(axis=0)[:-1].T  # true negatives, missed, false and true positives at every threshold
+    fn, fp, tp = kept[1:]
+    everything = counts.sum(axis=0)
+    lost = 1 - kept / np.where(everything == 0, 1, everything)[:, None]
+    lost[everything == 0] = 0
+    areas = [
+        float((np.diff(grid) * (c[1:] + c[:-1]) / 2).sum() / (grid[-1] - grid[0])) for c in (dice(tp, tp + fp, tp + fn), lost[3], lost[0])
+    ]
+    return dict(zip(names, [(areas[0] + 2 - areas[1] - areas[2]) / 3, *areas], strict=True))
 
 
 def _inside(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Networks: factories `(in_channels, out_channels, *, options) -> nn.Module`, meant as Hydra partials.
 
 A network returns logits (B, K, *spatial), or a dict with `logits` and extras: `deep` (logits of coarser levels, coarsest last), `heads`
-(logits of further heads on the same trunk), `features` (the last ones of each branch), `loss` (the network's own scalar term, already
+(logits of further heads on the same trunk), `features` (the last ones of each branch), `presence` (logits of classes in the whole image), `loss` (the network's own scalar term, already
 weighted). Each carries the attributes that `contract.describe` documents. Networks that stand on MONAI are loaded when first asked for,
 because importing MONAI takes seconds.
 """
@@ -13,6 +13,7 @@ from lesionbench.errors import nearest
 from lightning_modules.networks.autoencoder import SpatialAutoencoder
 from lightning_modules.networks.cbam_unet import CBAMUNet
 from lightning_modules.networks.cmm_net import CMMNet
+from lightning_modules.networks.context_encoding_unet import ContextEncodingUNet
 from lightning_modules.networks.contract import describe
 from lightning_modules.networks.conv_transformer import transbts
 from lightning_modules.networks.critic import PixelCritic
@@ -60,6 +61,7 @@ _MONAI = {  # name -> the module that makes it
 __all__ = [
     "CBAMUNet",
     "CMMNet",
+    "ContextEncodingUNet",
     "DeepSeg",
     "DilatedUNet",
     "EMSViT",

@@ -76,6 +76,12 @@ def test_mean_labels_and_maps_of_the_passes(monkeypatch):
     assert float(said.members["plain"].regions[voxel][0]) == pytest.approx(0.2)
 
 
+def test_a_probability_that_rounds_to_more_than_one_is_certain(monkeypatch):
+    said = asking(monkeypatch, Answers(*[regions(1 + 1e-6, 0.5)] * 3), passes=2, noise=0.1).predict_case(case())
+    assert float(said.uncertainty["entropy_WT"].abs().max()) == 0
+    assert all(torch.isfinite(u).all() for u in said.uncertainty.values())
+
+
 def test_noise_is_drawn_for_every_pass_and_leaves_missing_channels_alone(monkeypatch):
     method = Answers(*[regions(0.5, 0.1)] * 4)
     batch = case() | {"channel_mask": torch.tensor([[True, False]])}
