@@ -2,7 +2,8 @@
 
 python benchmarks/omt_conversion.py speed [<rounds>]
     one case there and back: four modalities and the labels into a cube of 128^3, the labels back to the brain, by a stored map, against
-    SciPy's `map_coordinates` at the same places, which it is given; in turn. Making the map itself is timed apart. Fails above a ratio of 3.
+    SciPy's `map_coordinates` at the same places, which it is given; in turn. Making the map is timed apart. Fails where both take more than
+    three times as long.
 python benchmarks/omt_conversion.py cases <csv>
     conversion loss and shares of simulated tumors by kind of map and side of the cube
 """
@@ -69,7 +70,9 @@ def speed(rounds: int) -> None:
     print(machine())
     for name, taken in found.items():
         print(f"{name:16} {taken:6.2f} s  ratio {taken / found['map_coordinates']:.2f}")
-    if found["by the map"] > LIMIT * found["map_coordinates"]:
+    whole = (found["by the map"] + found["making the map"]) / found["map_coordinates"]
+    print(f"a case in all: {whole:.2f} times map_coordinates")
+    if whole > LIMIT:
         sys.exit(f"slower than {LIMIT} times map_coordinates")
 
 

@@ -192,31 +192,33 @@ def normals(corners: np.ndarray) -> np.ndarray:
 
 
 def _solve(matrix: csr_matrix, f: np.ndarray, free: np.ndarray, tolerance: float = 1e-2, most: int = 200) -> np.ndarray:
-    """The change of the free coordinates of f (n, 3) after which L f is 0 there: conjugate gradients, scaled by the diagonal, three at once."""
-    weight = free / matrix.diagonal()[:, None]
-    residual = -(matrix @ f) * free
-    change = np.zeros_like(f)
+    """The change of the free coordinates of f (n, 3) after which L f is 0 there: conjugate gradients, scaled by the diagonal, three at once.
+
+    Vectors are held as (3, n), which is several times faster for all but the product with the matrix.
+    """
+    weight = np.ascontiguousarray((free / matrix.diagonal()[:, None]).T)  # 0 for what is held, which the residual is not asked for
+    residual = np.ascontiguousarray(-(matrix @ f).T)
+    change = np.zeros_like(residual)
     scaled = weight * residual
     direction, product_ = scaled.copy(), _products(residual, scaled)
     enough = tolerance**2 * product_
     for _ in range(most):
         if (product_ <= enough).all():
             break
-        image = matrix @ direction
-        image *= free
+        image = np.ascontiguousarray((matrix @ np.ascontiguousarray(direction.T)).T)
         curvature = _products(direction, image)
-        length = np.where(curvature > 0, product_ / np.where(curvature > 0, curvature, 1), 0)
+        length = np.where(curvature > 0, product_ / np.where(curvature > 0, curvature, 1), 0)[:, None]
         change += length * direction
         image *= length
         residual -= image
         np.multiply(weight, residual, out=scaled)
         after = _products(residual, scaled)
-        direction *= np.where(product_ > 0, after / np.where(product_ > 0, product_, 1), 0)
+        direction *= np.where(product_ > 0, after / np.where(product_ > 0, product_, 1), 0)[:, None]
         direction += scaled
         product_ = after
-    return change
+    return change.T
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Scalar products of the columns of (n, 3)."""
-    return np.einsum("ni,ni->i", a, b)
+    """Scalar products of the rows of (3, n)."""
+    return np.einsum("in,in->i", a, b)
