@@ -190,7 +190,8 @@ def test_what_meets_where():
     network = small(4, 3, dimensions=2).eval()
     came, went = {}, {}
     for name, module in network.named_modules():
-        module.register_forward_hook(lambda _, x, y, name=name: (came.update({name: x[0]}), went.update({name: y})) and None)
+        module.register_forward_pre_hook(lambda _, x, name=name: came.update({name: x[0]}))
+        module.register_forward_hook(lambda _, x, y, name=name: went.update({name: y}))
     network(torch.randn(1, 4, 32, 16))
     assert [torch.equal(came[f"encoder.{i + 1}"], went[f"encoder.{i}"]) for i in (0, 1)] == [True, True]
     assert torch.equal(came["transformer"], went["interactions.2"])
