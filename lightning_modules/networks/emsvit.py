@@ -104,7 +104,7 @@ class EMSViT(nn.Module):
         head_width: K' channels after the transformer, halved with every doubling of the size.
         dropout: in the transformer, in [0, 1].
 
-    Shapes: (B, M, *spatial) -> logits (B, K, *spatial), any size.
+    Shapes: (B, M, *spatial) -> logits (B, K, *spatial), any size above that of a patch.
 
     Raises:
         SuiteError: a patch size that is no power of 2, even kernels or none or more than channels, heads that do not divide the width, a
@@ -147,7 +147,7 @@ class EMSViT(nn.Module):
         if attention == "window" and dimensions != 2:
             raise SuiteError(f"network.attention=window is for slices; with network.dimensions={dimensions} use all")
         parts = {"encoder": ("embed", "position", "encoder"), "decoder": ("joins", "decoder", "narrow", "ups"), "heads": ("out",)}
-        describe(self, dimensions, 1, parts=parts)
+        describe(self, dimensions, 1, patch_size + 1, parts=parts)  # normalization needs two patches
         conv = convolution(dimensions)
 
         def stage() -> Stage:

@@ -35,7 +35,9 @@ def test_parameters_of_the_split():
         splits = [m for m in network.modules() if isinstance(m, MultiScaleSplit)]
     assert len(splits) == 8
     assert sum(map(parameters, splits)) == 8 * 128 * 128 * 153
+    assert sum(p.numel() for split in splits for p in split.parameters() if p.shape[-1] > 1) == 8 * 128 * 128 * 152
     assert len([m for m in network.modules() if isinstance(m, TransformerLayer)]) == 24
+    assert parameters(network) == 67_719_444
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -59,6 +61,24 @@ def test_footprints(group, radius, dimensions):
     assert changed.flatten(1).any(dim=1).nonzero().flatten().tolist() == [2 * group, 2 * group + 1]
     places = changed.any(dim=0).nonzero()
     assert (places.min(), places.max(), len(places)) == (4 - radius, 4 + radius, (2 * radius + 1) ** dimensions)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_stage_without_layers_by_hand(window):
+    torch.manual_seed(0)
+    stage = Stage(12, (1, 3, 5), blocks=0, heads=3, dropout=0.0, window=window, dimensions=2)
+    x = torch.randn(2, 12, 6, 5) * torch.arange(1.0, 13).reshape(1, 12, 1, 1)
+    y = stage.split(x)
+    torch.testing.assert_close(stage(x), x + F.gelu(F.layer_norm(y, y.shape[1:])))
+
+
+def test_a_stage_splits_before_its_layers():
+    network, order = small(1, 2), []
+    for name, module in network.named_modules():
+        if name.endswith((".split", ".blocks")):
+            module.register_forward_hook(lambda *_, name=name: order.append(name))
+    network(torch.randn(1, 1, 16, 16))
+    assert order == [f"{side}.{n}.{part}" for side in ("encoder", "decoder") for n in (0, 1) for part in ("split", "blocks")]
 
 
 # attention
@@ -123,6 +143,13 @@ def test_any_size_and_gradients_everywhere(dimensions, size, upsampling):
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
         assert p.dim() < 2 or (p.grad != 0).any(), name
+
+
+@pytest.mark.parametrize(("dimensions", "size"), [(2, (5, 1)), (3, (1, 5, 1))])
+def test_the_smallest_images_are_more_than_a_patch(dimensions, size):
+    network = small(1, 2, dimensions=dimensions)
+    assert network.min_size == (5,) * dimensions
+    assert network(torch.randn(1, 1, *size)).shape == (1, 2, *size)
 
 
 def test_windows_take_any_size():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
+from datamodules.readers.brats_files import CHANNELS
 from lesionbench.errors import SuiteError
 from lightning_modules.networks import ModalityInteractionUNet
 from lightning_modules.networks.modality_interaction import CoAttention, GlobalInteraction, HierarchicalInteraction
@@ -50,6 +51,18 @@ def test_co_attention_by_hand():
     channels, voxels = torch.tensor([1.0, 2.0]).sigmoid(), torch.tensor([1.0, 1.0]).sigmoid()
     expected = (channels.reshape(1, 2, 1, 1) + voxels.reshape(1, 1, 1, 2)) * a
     torch.testing.assert_close(module(a, b), F.relu(expected))
+    module.by_channel[0].weight.data.neg_()  # ReLU closes what lies between the two layers: gates of 1/2 for channels
+    torch.testing.assert_close(module(a, b), F.relu((0.5 + voxels.reshape(1, 1, 1, 2)) * a))
+
+
+def test_interaction_with_gates_of_one_half_passes_on_what_is_positive():
+    block = HierarchicalInteraction(16, dimensions=2)
+    for p in block.parameters():
+        nn.init.zeros_(p)
+    for module in (block.t1, block.t1c, block.t2, block.flair):
+        nn.init.dirac_(module.out.weight)
+    x = torch.randn(2, 16, 5, 4)
+    torch.testing.assert_close(block(x), F.relu(x))
 
 
 def dependencies(function, modalities: torch.Tensor) -> list[set[str]]:
@@ -101,6 +114,21 @@ def bare(scope: str = "all", layers: int = 0) -> GlobalInteraction:
 def test_tokens_come_back_to_their_places(scope):
     x = torch.randn(2, 16, 3, 2)
     torch.testing.assert_close(bare(scope)(x), x)
+
+
+def test_every_modality_has_its_positions_which_are_not_projected():
+    block, x = bare(), torch.randn(2, 16, 3, 2)
+    nn.init.normal_(block.position)
+    block.project.weight.data.mul_(2)
+    torch.testing.assert_close(block(x), 2 * x + block.position.reshape(1, 16, 3, 2))
+
+
+def test_residuals_go_around_the_normalization():
+    block, x = bare(layers=2), torch.randn(2, 16, 3, 2)
+    for layer in block.layers:
+        for p in (*layer.out.parameters(), *layer.mlp[3].parameters()):
+            nn.init.zeros_(p)
+    torch.testing.assert_close(block(x), x)
 
 
 def test_permuted_tokens_give_permuted_results():
@@ -156,6 +184,27 @@ def test_with_groups_the_interaction_is_all_that_mixes_modalities():
     assert modalities_of(small(4, 3, dimensions=2, interaction="none")) == [{*NAMES}] * 4
 
 
+def test_what_meets_where():
+    """The encoder goes on from its own features; the decoder starts from the transformer's and joins interactions and global features."""
+    torch.manual_seed(0)
+    network = small(4, 3, dimensions=2).eval()
+    came, went = {}, {}
+    for name, module in network.named_modules():
+        module.register_forward_pre_hook(lambda _, x, name=name: came.update({name: x[0]}))
+        module.register_forward_hook(lambda _, x, y, name=name: went.update({name: y}))
+    network(torch.randn(1, 4, 32, 16))
+    assert [torch.equal(came[f"encoder.{i + 1}"], went[f"encoder.{i}"]) for i in (0, 1)] == [True, True]
+    assert torch.equal(came["transformer"], went["interactions.2"])
+    assert torch.equal(came["ups.0"], went["transformer"])
+    assert torch.equal(came["ups.1"], went["decoder.0"])
+    for level in (0, 1):
+        up, skip, everywhere = came[f"decoder.{level}"].chunk(3, dim=1)
+        assert torch.equal(up, went[f"ups.{level}"])
+        assert torch.equal(skip, went[f"interactions.{1 - level}"])
+        assert torch.equal(came[f"reduce.{level}"], went["transformer"])
+        torch.testing.assert_close(everywhere, F.interpolate(went[f"reduce.{level}"], skip.shape[2:], mode="bilinear", align_corners=False))
+
+
 def test_with_the_transformer_every_output_depends_on_every_voxel_of_every_modality():
     torch.manual_seed(0)
     network = small(4, 3, dimensions=2, encoder_groups=4, interaction="none", norm="batch").eval()
@@ -208,6 +257,7 @@ def test_what_cannot_be_is_named(options, message):
 
 
 def test_the_preset_of_the_paper(tmp_path):
+    assert CHANNELS == ("t1", "t1ce", "t2", "flair")  # of the network's quarters
     cfg = composed("experiment=hierarchical_global_modality_interaction/brats2021", f"run_folder={tmp_path}")
     optimizer = instantiate(cfg.model.optimizer)([nn.Parameter(torch.zeros(1))])
     per_epoch = cfg.data.samples_per_epoch
