@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import posixpath
 import re
 import shutil
 import subprocess
@@ -69,6 +70,19 @@ def test_families_of_the_navigation_are_folders(hooks):
 )
 def test_links_are_those_of_the_site(hooks, source, page, text, expected):
     assert hooks.rebased(text, source, page) == expected
+
+
+def test_links_of_all_pages_lead_to_what_the_site_has(hooks, pages):
+    sources = {path.relative_to(ROOT).as_posix(): path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    there = pages | set(hooks.COPIES) | {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
+    lost = []
+    for source, page in {**sources, **{file: page for page, file in hooks.PAPERS.items()}}.items():
+        for target in re.findall(
+            r"\]\(([^)\s#]+)", re.sub(r"```.*?```", "", hooks.rebased((ROOT / source).read_text(), source, page), flags=re.S)
+        ):
+            if ":" not in target and posixpath.normpath(posixpath.join(posixpath.dirname(page), target)) not in there:
+                lost.append(f"{source}: {target}")
+    assert lost == []
 
 
 def test_the_reference_names_what_exists(hooks):

@@ -20,7 +20,8 @@ PAPERS = {
     "changelog.md": "CHANGELOG.md",
     "benchmarks.md": "benchmarks/README.md",
 }
-COPIES = ("LICENSE", "CITATION.cff")
+# what pages link to as it is
+COPIES = ("LICENSE", "CITATION.cff", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "papers").glob("*.yaml")))
 
 # page of the reference -> title and package whose public names it documents
 PACKAGES = {
