@@ -77,6 +77,13 @@ def test_channels_are_regions_or_classes_in_mm_or_voxels():
     assert DistanceMaps(of="classes", background=True)(label, TASK, (1.0, 1.0, 1.0))[0, 5, 2, 2] == 1  # ignored voxels belong to nothing
 
 
+def test_the_limit_holds_on_both_sides():
+    label = np.zeros((9, 9, 9), np.int8)
+    label[2:7, 2:7, 2:7] = 1
+    maps = DistanceMaps(of="classes", signed=True, limit=1.0)(label, TASK, (1.0, 1.0, 1.0))
+    assert maps[0, :, 4, 4].tolist() == [1, 1, 0, -1, -1, -1, 0, 1, 1]
+
+
 def test_what_is_absent_is_near_or_as_far_as_the_diagonal():
     label = np.zeros((3, 4, 12), np.int8)
     assert not DistanceMaps()(label, TASK, (1.0, 1.0, 1.0)).any()
@@ -93,6 +100,10 @@ def test_distances_in_the_plane_do_not_look_at_other_slices(axis):
     maps = DistanceMaps(signed=True, in_plane=True, unit="vox")(label, TASK.narrowed(slice_axis=axis), (3.0, 3.0, 3.0))
     for index, part in enumerate(np.moveaxis(label, axis, 0)):
         assert np.array_equal(maps[1].take(index, axis), signed_distance(part == 2, (1.0, 1.0)).astype(np.float16))
+    spacing, slices = (1.0, 2.0, 3.0), np.flatnonzero((label == 2).any(axis=tuple(a for a in range(3) if a != axis)))
+    maps = DistanceMaps(in_plane=True)(label, TASK.narrowed(slice_axis=axis), spacing)
+    expected = distance_outside(label.take(slices[0], axis) == 2, spacing[:axis] + spacing[axis + 1 :])
+    assert np.array_equal(maps[1].take(slices[0], axis), expected.astype(np.float16))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from lightning_modules.distances import DistanceMaps, signed_distance
 from lightning_modules.inferers import SliceWise
 from lightning_modules.losses import RegionDice, SoftDice, boundary_loss
 from lightning_modules.networks import XceptionUNetPlusPlus
+from lightning_modules.networks.xception_unet_plus_plus import Node
 from lightning_modules.raters.fusion import LabelVote
 from tests.harness import run, run_folders
 
@@ -38,6 +39,13 @@ def test_parameters_and_widths_are_those_of_xception_and_its_decoder():
         "3_1": [256, 256], "2_1": [256, 256], "2_2": [128, 128], "1_1": [128, 128], "1_2": [128, 128], "1_3": [64, 64],
         "0_1": [64, 64], "0_2": [64, 64], "0_3": [64, 64], "0_4": [32, 32],
     }  # fmt: skip
+
+
+def test_a_node_repeats_what_is_below_and_joins_it_first():
+    node = Node(1, 1, 4)
+    node.body = torch.nn.Identity()
+    below, same = torch.arange(4.0).reshape(1, 1, 2, 2), torch.randn(1, 1, 4, 4)
+    assert torch.equal(node(below, [same]), torch.cat([below.repeat_interleave(2, 2).repeat_interleave(2, 3), same], dim=1))
 
 
 def test_every_weight_is_trained_and_slices_keep_their_size():
@@ -156,6 +164,17 @@ def test_the_loss_is_dice_and_boundary_by_their_shares():
         MultiplaneUNetPP(TASK, network=lambda in_channels, out_channels: XceptionUNetPlusPlus(in_channels, out_channels, **NARROW), loss=RegionDice(), inferer=SliceWise(), target=RegionSigmoid)  # fmt: skip
 
 
+def test_ignored_pixels_change_nothing():
+    model, data = method(alpha=0.3), batch()
+    data["label"][:, :, :16] = -1
+    found = []
+    for distance in (0.0, 100.0):
+        data["distance"][:, :, :16] = distance
+        model.training_step(data, 0)
+        found.append(model.logged["boundary"].item())
+    assert found[0] == found[1]
+
+
 def test_an_absent_class_has_no_boundary():
     label = np.zeros((6, 6, 3), np.int8)
     label[1:4, 1:4, 1] = 2
@@ -188,7 +207,9 @@ def test_the_vote_by_hand():
     assert voted(1, 2, 3, probabilities=different) == 3
     assert voted(1, 2, 3, tie="first") == 1
     assert voted(1, 2, 3, tie="background") == 0
-    assert voted(2, 3, weights=[1.0, 2.0]) == 3
+    assert voted(2, 3, weights=[1.0, 2.0], tie="background") == 3
+    assert voted(2, 3, tie="background") == 0
+    assert voted(2, 3, 2, 3, tie="first") == 2
     assert voted(0, 1, 2, probabilities=[[0.0, 0.0, 0.0], [0.4, 0.0, 0.0], [0.0, 0.4, 0.0]]) == 0
     with pytest.raises(SuiteError, match="tie"):
         LabelVote(TASK, "last")

@@ -1,5 +1,6 @@
 """One-sided Hausdorff losses against numbers by hand, the branch's gradients, the schedule, the middles of windows, the analytic optimum."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -173,6 +174,23 @@ def test_the_branch_teaches_the_encoder_and_only_its_own_decoder(own):
     torch.testing.assert_close(output["loss"], 0.1 * (output["reconstruction"] + output["kl"] / 2))
 
 
+def test_both_terms_of_the_branch_by_hand():
+    torch.manual_seed(0)
+    network = segresnet_vae(2, 3, image_size=16, features=8, dropout=0.0, own_decoder=True, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    image = torch.randn(1, 2, 16, 16, 16)
+    first, second = (network(image)["reconstruction"].item() for _ in range(2))
+    assert first != second  # the latent variables are drawn
+    with torch.no_grad():
+        for layer, value in ((network.vae_fc1, 0.5), (network.vae_fc2, 1.0)):
+            layer.weight.zero_()
+            layer.bias.fill_(value)
+        for p in network.vae_conv_final.parameters():
+            p.zero_()
+    output, variance = network(image), math.log(1 + math.e) ** 2
+    assert output["kl"].item() == pytest.approx(0.25 + variance - math.log(variance) - 1, abs=1e-5)
+    assert output["reconstruction"].item() == pytest.approx(image.square().mean().item(), rel=1e-5)
+
+
 def test_at_inference_the_branch_is_not_there():
     model = method().eval()
     image = torch.randn(1, 2, 16, 16, 16)
@@ -201,6 +219,17 @@ def test_the_loss_is_the_weighted_sum_of_the_five():
     expected = terms["cross_entropy"] + 0.1 * terms["mean"] + 0.01 * terms["max"] + 0.1 * terms["reconstruction"] + 0.1 * terms["kl"]
     torch.testing.assert_close(loss, expected)
     loss.backward()
+    loss, terms = terms_of(method(reconstruction_weight=0.3, kl_weight=0.02), batch())
+    expected = terms["cross_entropy"] + 0.1 * terms["mean"] + 0.01 * terms["max"] + 0.3 * terms["reconstruction"] + 0.02 * terms["kl"]
+    torch.testing.assert_close(loss, expected)
+
+
+def test_both_distance_losses_are_those_of_the_map():
+    data, model = batch(), method(network=small_net, reconstruction_weight=0, kl_weight=0).eval()
+    _, terms = terms_of(model, data)
+    with torch.no_grad():
+        expected = one_sided_hausdorff(model(data["image"]).softmax(1), data["distance"].float(), torch.ones_like(data["label"]).float())
+    torch.testing.assert_close((terms["mean"], terms["max"]), expected)
 
 
 def test_every_option_matters():
