@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -217,6 +218,8 @@ def test_memory_by_hand():
     assert method.memory(shape).item() == pytest.approx(float(sizes[1] * each[1] / full), rel=1e-5)
     method.terms(shape)["memory"].backward()
     assert space.log_alpha_a.grad.abs().sum() > 0
+    method.memory_target = 1.0  # too little is as wrong as too much
+    assert method.terms(shape)["memory"].item() == pytest.approx(1 - method.memory(shape).item())
 
 
 def test_the_smallest_memory_is_asked_for():
@@ -228,6 +231,13 @@ def test_the_smallest_memory_is_asked_for():
         method.terms((1, 2, 8, 8, 8))["memory"].backward()
         optimizer.step()
     assert method.memory((1, 2, 8, 8, 8)).item() < 0.6 * before
+
+
+def test_a_warm_up_is_counted_in_batches():
+    options = {"accumulate": 2, "optimizer": partial(torch.optim.Adam, lr=1e-3)}
+    searching(warmup=19, **options).check_schedules(10)
+    with pytest.raises(SuiteError, match="of 20 batches leaves none to search in"):
+        searching(warmup=20, **options).check_schedules(10)
 
 
 def test_unknown_terms_and_networks_are_named():
@@ -280,6 +290,15 @@ def test_decoded_architectures_are_feasible_and_independent_ones_not_always():
         assert dead_end(rows(children.members[likeliest(log_probabilities, children)].numpy(), operations)) is None
         infeasible += dead_end(rows(children.members[log_probabilities.argmax(dim=1)].numpy(), operations)) is not None
     assert infeasible >= 15
+
+
+def test_a_search_decodes_a_feasible_architecture_where_the_likeliest_paths_are_none():
+    method, infeasible = searching(tiny_search(blocks=4, depths=3)), 0
+    for seed in range(20):
+        method.space.log_alpha_a.data = drawn(method.space.log_alpha_a.shape, seed, 3.0).float()
+        assert dead_end(method.decoded()) is None
+        infeasible += dead_end(method.independent()) is not None
+    assert infeasible >= 5
 
 
 def test_where_the_likeliest_children_fit_they_are_decoded():
@@ -432,9 +451,13 @@ def test_the_loss_of_the_architecture_begins_with_that_of_the_segmentation(folde
         "model.weights={topology:2.0,operations:3.0,paths:5.0,memory:7.0}",
         "model.memory_target=0.1",
     )
-    method, watch, logged = made.method, Watch(made.method), []
+    method, watch, logged, asked = made.method, Watch(made.method), [], []
     method.log_terms = lambda **terms: logged.append({k: float(v.detach()) for k, v in terms.items()})
+    compute_loss = method.compute_loss
+    method.compute_loss = lambda batch: (asked.append(set(batch["case"])), compute_loss(batch))[1]
     made.trainer.fit(method, datamodule=made.data)
+    halves = {name: {c.id for c in made.data.stream_loader(name, spec).dataset.cases} for name, spec in made.data.streams.items()}
+    assert all(cases <= halves[name] for cases, (_, name) in zip(asked, [(i, n) for i in range(6) for n in ("net", "arch")[: 1 + (i >= 2)]], strict=True))  # fmt: skip
     totals = [loss for _, name, _, loss in watch.seen if name == "architecture"]
     assert all("architecture" not in terms for terms in logged[:2])
     assert [set(terms) for terms in logged[2:]] == [{"loss", "architecture", "topology", "operations", "paths", "memory", "entropy_paths", "entropy_operations"}] * 4  # fmt: skip
