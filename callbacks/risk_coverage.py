@@ -84,6 +84,5 @@ def uncertainty_maps(part: Prediction) -> dict[str, torch.Tensor]:
     """The uncertainty maps of a prediction, with `region_entropy` where it has region probabilities."""
     maps = dict(part.uncertainty)
     if part.regions is not None:
-        p = part.regions.float().clamp(0, 1)
-        maps["region_entropy"] = (torch.special.entr(p) + torch.special.entr(1 - p)).mean(dim=0)
+        maps["region_entropy"] = part.region_entropy().mean(dim=0)
     return maps

@@ -44,6 +44,13 @@ class Prediction:
             members={k: m.map(continuous, discrete) for k, m in self.members.items()},
         )
 
+    def region_entropy(self) -> torch.Tensor | None:
+        """Entropy of each region's own probability (R, X, Y, Z), in nats, at most log 2; None without probabilities."""
+        if self.regions is None:
+            return None
+        p = self.regions.float().clamp(0, 1)  # sums of classes round to more than 1
+        return torch.special.entr(p) + torch.special.entr(1 - p)
+
     def flat(self, name: str = "") -> Iterator[tuple[str, "Prediction"]]:
         """This prediction under `name` (the main one is ""), then every member under `name/member`."""
         yield name, self

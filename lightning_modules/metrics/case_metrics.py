@@ -269,8 +269,7 @@ class CaseMetrics:
         """Uncertainty maps at the voxels that count, (1, N), or (R, N) where every region has its own."""
         maps = {name: case.counted(uncertainty[None]) for name, uncertainty in part.uncertainty.items()}
         if self.region_entropy and part.regions is not None:
-            p = part.regions.float().clamp(0, 1)
-            maps["region_entropy"] = case.counted(torch.special.entr(p) + torch.special.entr(1 - p))
+            maps["region_entropy"] = case.counted(part.region_entropy())
         return maps
 
     def _uncertainty(self, name: str, maps: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list[Values]:
