@@ -14,6 +14,7 @@ from torch import nn
 from lesionbench.errors import SuiteError
 from lightning_modules import networks
 from lightning_modules.networks import SlabChannels
+from lightning_modules.networks.contract import logits_of
 
 CONF = Path(__file__).parent.parent / "conf"
 FEATURES = (4, 4, 4, 8, 8, 4)
@@ -101,6 +102,23 @@ def test_shapes_gradients_and_forms(name, dimensions):
     network.eval()
     with torch.no_grad():
         assert network(image).shape == (2, 3, *size)
+
+
+# networks with tests of their own, which also answer on shapes alone
+OTHERS = {
+    "ContextEncodingUNet": {"features": (4, 6, 8), "codes": 4},
+    "EMSViT": {"image_size": 16, "width": 12, "depth": 1, "heads": 3, "head_width": 16},
+    "ModalityInteractionUNet": {"image_size": 16, "features": (8, 16), "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", [*TINY, *OTHERS])
+def test_shapes_are_enough_to_count_what_it_does_and_keeps(name):
+    """Memory and multiply-adds are told from a pass on `meta`."""
+    with torch.device("meta"):
+        network = getattr(networks, name)(2, 3, **OTHERS[name]) if name in OTHERS else tiny(name, 3)
+        size = sides(name, 3) if name in TINY else (16, 16, 16)
+        assert logits_of(network(torch.empty(2, 2, *size))).shape == (2, 3, *size)
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if n != "swin_unetr"])

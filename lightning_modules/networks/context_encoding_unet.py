@@ -1,6 +1,7 @@
 """A U-Net whose deepest features pass through a context encoding: residuals to learned codewords that weigh channels and tell classes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,9 @@ class Codebook(nn.Module):
         return (-self.smoothing * (squares - 2 * features @ self.codewords.T)).softmax(dim=-1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(features.device.type, enabled=False):  # squares of hundreds are told apart by their last digits
+        device = features.device.type  # on `meta`, where shapes are counted, there is nothing to switch off
+        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with exact:  # squares of hundreds are told apart by their last digits
             features = features.float()
             assigned = self.assignments(features).transpose(1, 2)
             return assigned @ features - assigned.sum(dim=-1, keepdim=True) * self.codewords
